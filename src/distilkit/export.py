@@ -1,0 +1,154 @@
+"""From a checkpoint to a Hugging Face folder: config, safetensors, tokenizer and model card."""
+
+import json
+import logging
+import pickle
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from distilkit.entry import report_errors
+from distilkit.errors import UserError
+from distilkit.language_model import num_parameters, task_of
+
+log = logging.getLogger(__name__)
+
+
+def student_files(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Return the config's and the tokenizer's files by name: with the weights, all that a folder needs."""
+    with tempfile.TemporaryDirectory() as folder:
+        student.config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return {file.name: file.read_text("utf-8") for file in sorted(Path(folder).iterdir())}
+
+
+def model_card(record: Mapping[str, Any], *, results: Mapping[str, float], tokens_seen: int, num_params: int) -> str:
+    """Write the student's model card: where it comes from, how it was trained, what it scored."""
+    teacher = record["teacher"]
+    head = ["---", "library_name: transformers", "tags: [knowledge-distillation, distilkit]"]
+    if teacher and not Path(teacher["name"]).exists():
+        head.append(f"base_model: {teacher['name']}")
+    objective = ", ".join(f"{name} {value}" for name, value in record["objective"].items())
+    if teacher:
+        source = f"distilled from `{teacher['name']}` (revision `{teacher['revision']}`, {teacher['parameters']:,} parameters)"
+    else:
+        source = "trained without a teacher"
+    layers = record["layers"]
+    lines = [
+        *head,
+        "---",
+        f"# {record['name']}",
+        "",
+        f"A {record['architecture']} of {num_params:,} parameters, {source} with distilkit {record['version']}, by the "
+        "method of [DistilBERT](https://arxiv.org/abs/1910.01108).",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| layers kept | {layers if layers is not None else 'none: random init'} |",
+        f"| objective | {objective} |",
+        f"| data | {record['data']} |",
+        f"| block size | {record['block_size']} tokens, {record['global_batch_size']} blocks a step |",
+        f"| tokens seen | {tokens_seen:,} |",
+        "",
+    ]
+    if results:
+        lines += [
+            "Results on the held-out documents (nats per token, shares of labelled tokens):",
+            "",
+            "| metric | value |",
+        ]
+        lines += ["|---|---|", *(f"| {name} | {value:.4f} |" for name, value in sorted(results.items())), ""]
+    return "\n".join(lines)
+
+
+def write_student(
+    folder: Path,
+    *,
+    state: Mapping[str, Tensor],
+    files: Mapping[str, str],
+    record: Mapping[str, Any],
+    results: Mapping[str, float],
+    tokens_seen: int,
+) -> PreTrainedModel:
+    """Write a folder that ``from_pretrained`` loads, all at once or not at all, and return the model.
+
+    ``state`` holds the student's weights by the names of its own class; ``files`` is ``student_files``'s.
+
+    Raises:
+        UserError: the folder exists.
+    """
+    if folder.exists():
+        raise UserError(f"{folder} exists; choose another folder, or delete it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.tmp", dir=folder.parent))
+    try:
+        for name, content in files.items():
+            (temporary / name).write_text(content, "utf-8")
+        config = AutoConfig.from_pretrained(temporary)
+        auto = (
+            AutoModelForCausalLM if task_of(config.model_type, config.architectures) == "clm" else AutoModelForMaskedLM
+        )
+        model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
+        model.load_state_dict(state, strict=True)
+        model.eval().save_pretrained(temporary)
+        card = model_card(record, results=results, tokens_seen=tokens_seen, num_params=num_parameters(model))
+        (temporary / "README.md").write_text(card, "utf-8")
+        temporary.chmod(0o755)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return model
+
+
+def export_checkpoint(ckpt: str | Path, out: str | Path) -> PreTrainedModel:
+    """Turn any checkpoint of a distilkit run into a Hugging Face folder.
+
+    Raises:
+        UserError: the file is no such checkpoint, or the folder exists.
+    """
+    file = Path(ckpt).expanduser()
+    if not file.is_file():
+        raise UserError(f"ckpt={str(ckpt)!r} is no file; give the path of a .ckpt below outputs/.../checkpoints")
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        saved = checkpoint["distilkit"]
+    except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{file} is not a checkpoint of distilkit.train, or it is cut short") from error
+    state = {name.removeprefix("student."): tensor for name, tensor in checkpoint["state_dict"].items()}
+    return write_student(
+        Path(out).expanduser(),
+        state=state,
+        files=saved["files"],
+        record=saved["record"],
+        results={},
+        tokens_seen=saved["tokens_seen"],
+    )
+
+
+@hydra.main(version_base="1.3", config_path="pkg://distilkit.conf", config_name="export")
+@report_errors
+def main(cfg: DictConfig) -> None:
+    """Export ``ckpt`` to the folder ``out``."""
+    for name in ("ckpt", "out"):
+        if cfg[name] is None:
+            raise UserError(f"{name} is not set: python -m distilkit.export ckpt=<file> out=<folder>")
+    model = export_checkpoint(cfg.ckpt, cfg.out)
+    print(json.dumps({"out": str(Path(cfg.out).resolve()), "parameters": num_parameters(model)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""A Hugging Face language model, split at its last hidden state.
+
+The split lets the objective compute vocabulary-wide logits for chosen tokens only, before the head's transform.
+"""
+
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from distilkit.errors import UserError
+
+Task = Literal["mlm", "clm"]
+
+_POSITIONS_AFTER_PAD = ("roberta", "xlm-roberta")  # their first position is pad_token_id + 1
+
+
+def task_of(model_type: str, architectures: list[str] | None = None) -> Task:
+    """Tell masked from causal language models by ``config.architectures``, then by ``config.model_type``.
+
+    A type that has both classes (BERT, RoBERTa) is masked unless its files say otherwise.
+
+    Raises:
+        UserError: the type has no language-model head in transformers.
+    """
+    masked = MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(model_type)
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    if masked is None and causal is None:
+        raise UserError(f"model type {model_type!r} has neither a masked nor a causal language-model class")
+    if masked is None or (architectures and causal in architectures):
+        return "clm"
+    return "mlm"
+
+
+def max_positions(model: PreTrainedModel) -> int:
+    """Return how many tokens a sequence may have."""
+    limit = int(model.config.max_position_embeddings)
+    if model.config.model_type in _POSITIONS_AFTER_PAD:
+        limit -= int(model.config.pad_token_id) + 1
+    return limit
+
+
+def _document_masks(model: PreTrainedModel, document_ids: Tensor) -> tuple[object, Tensor]:
+    """Build the attention mask and the positions that keep packed documents apart.
+
+    ``document_ids`` is (batch, length), constant within a document. The mask is boolean (batch, 1, length, length);
+    positions restart at each document, so that a document's states equal those of the document alone.
+    """
+    length = document_ids.shape[1]
+    index = torch.arange(length, device=document_ids.device)
+    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
+    starts = torch.ones_like(document_ids, dtype=torch.bool)
+    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    positions = index - torch.where(starts, index, 0).cummax(dim=1).values
+
+    config = model.config
+    if config.model_type in _POSITIONS_AFTER_PAD:
+        positions = positions + config.pad_token_id + 1
+    if config.model_type == "modernbert":  # it alternates full and local attention, and takes one mask for each
+        near = (index[:, None] - index[None, :]).abs() <= config.sliding_window
+        return {"full_attention": same, "sliding_attention": same & near}, positions
+    if task_of(config.model_type, config.architectures) == "clm":
+        same = same & (index[:, None] >= index[None, :])
+    return same, positions
+
+
+def last_hidden_state(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    document_ids: Tensor | None = None,
+) -> Tensor:
+    """Run the model without its head: (batch, length) ids -> (batch, length, width) states after the last norm.
+
+    ``attention_mask`` is (batch, length) with 0 on padding, and None when there is none: a mask of ones would cost a
+    host sync in every forward. ``document_ids`` keeps packed documents from attending to each other.
+    """
+    arguments: dict[str, object] = {"attention_mask": attention_mask}
+    if document_ids is not None:
+        # Padding has a document id of its own, so the document mask covers it as well.
+        arguments["attention_mask"], arguments["position_ids"] = _document_masks(model, document_ids)
+    if task_of(model.config.model_type, model.config.architectures) == "clm":
+        arguments["use_cache"] = False
+    return cast(Tensor, model.base_model(input_ids=input_ids, **arguments).last_hidden_state)
+
+
+def head_transform(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Apply what stands between the last hidden state and the output embeddings: (tokens, width) -> (tokens, width)."""
+    match model.config.model_type:
+        case "bert" if hasattr(model, "cls"):
+            output = model.cls.predictions.transform(hidden)
+        case "roberta" | "xlm-roberta" if hasattr(model, "lm_head"):
+            head = model.lm_head
+            output = head.layer_norm(nn.functional.gelu(head.dense(hidden)))
+        case "distilbert":
+            output = model.vocab_layer_norm(model.activation(model.vocab_transform(hidden)))
+        case "electra":
+            output = model.generator_predictions(hidden)
+        case "modernbert":
+            output = model.head(hidden)
+        case _:
+            output = hidden
+    return cast(Tensor, output)
+
+
+def lm_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Return the vocabulary logits of chosen tokens: (tokens, width) -> (tokens, vocabulary)."""
+    return cast(Tensor, model.get_output_embeddings()(head_transform(model, hidden)))
+
+
+@torch.no_grad()
+def check_split(model: PreTrainedModel) -> None:
+    """Make sure that backbone and head together are the whole model, on one short sequence.
+
+    Raises:
+        UserError: they are not: the architecture does something to its logits that this library does not know.
+    """
+    was_training = model.training
+    model.eval()
+    ids = torch.arange(4, device=model.device)[None, :] + 4
+    whole = model(input_ids=ids).logits[0]
+    split = lm_logits(model, last_hidden_state(model, ids)[0])
+    model.train(was_training)
+    if not torch.allclose(whole, split, rtol=1e-3, atol=1e-3):
+        raise UserError(
+            f"model type {model.config.model_type!r} cannot be split into backbone and head; supported are bert, "
+            "roberta, xlm-roberta, distilbert, electra, modernbert, gpt2 and causal models with a plain linear head"
+        )
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Count the parameters, each tied weight once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def check_block_size(model: PreTrainedModel, block_size: int, *, name: str) -> None:
+    """Make sure that a block fits the model's positions.
+
+    Raises:
+        UserError: it does not.
+    """
+    limit = max_positions(model)
+    if block_size > limit:
+        raise UserError(
+            f"data.block_size={block_size}, but {name} has {limit} positions; set data.block_size={limit} or less"
+        )

@@ -1,0 +1,285 @@
+"""The LightningModule of distillation: teacher and student in, one weighted sum of terms out."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningModule
+from pytorch_lightning.strategies import FSDPStrategy
+from torch import Tensor
+from torch.optim import Optimizer
+from torchmetrics import MeanMetric
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+
+from distilkit import losses
+from distilkit.errors import UserError
+from distilkit.export import student_files
+from distilkit.language_model import Task
+from distilkit.objective import Batch, Objective, forward
+from distilkit.teacher import Teacher
+
+log = logging.getLogger(__name__)
+
+
+class DistillationModule(LightningModule):
+    """Train a student on the terms of an objective, beside a frozen teacher.
+
+    The loss is each term's sum over tokens, divided once by the tokens of the whole optimizer step, over all
+    micro-batches and ranks. ``optimizer`` builds one from parameter groups; ``scheduler`` is a name known to
+    ``transformers.get_scheduler``, warmed up over ``warmup_share`` of the optimizer steps. ``record`` goes into
+    checkpoints: what a reader of the student wants to know about the run.
+
+    Raises:
+        UserError: the objective does not fit the models, or ``warmup_share`` is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        student: PreTrainedModel,
+        teacher: Teacher | None,
+        tokenizer: PreTrainedTokenizerBase,
+        task: Task,
+        objective: Objective,
+        optimizer: Callable[[Iterable[dict[str, Any]]], Optimizer],
+        scheduler: str,
+        warmup_share: float,
+        seed: int,
+        record: Mapping[str, Any],
+    ) -> None:
+        """Wrap the models; the teacher is moved with the module but never saved with it."""
+        super().__init__()
+        if not 0 <= warmup_share <= 1:
+            raise UserError(
+                f"scheduler.warmup_share={warmup_share}, but it must be between 0 and 1; the paper's is 0.05"
+            )
+        objective.check_models(student=student, teacher=teacher.model if teacher else None, task=task)
+        self.student = student
+        self.teacher = teacher.model if teacher else None
+        self.teacher_sha256 = teacher.sha256 if teacher and objective.reads_teacher else None
+        self.teacher_name = teacher.name if teacher else None
+        self.tokenizer, self.task, self.objective = tokenizer, task, objective
+        self.optimizer, self.scheduler, self.warmup_share = optimizer, scheduler, warmup_share
+        self.seed = seed
+        self.record = dict(record)
+        self.tokens_seen = 0
+        self.step_terms: dict[str, Tensor] = {}
+        self.denominators: dict[str, Tensor] = {}
+        self.all_finite = torch.tensor(True)
+        self.val_metrics = torch.nn.ModuleDict()
+        self.save_hyperparameters(
+            {**vars(objective), "scheduler": scheduler, "warmup_share": warmup_share, "seed": seed}
+        )
+        self.train()  # models come from the hub in eval mode, and ``Trainer.fit`` leaves modes alone
+
+    def train(self, mode: bool = True) -> "DistillationModule":
+        """Switch the student between dropout and none; the teacher stays in eval mode."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the sum of each term over a batch."""
+        return self.objective.term_sums(self.student, self.teacher, batch, task=self.task)
+
+    def setup(self, stage: str) -> None:
+        """Make sure that all ranks train the same thing.
+
+        Raises:
+            UserError: another rank was started with another config.
+        """
+        mine = hashlib.sha256(json.dumps(self.record, sort_keys=True, default=str).encode()).hexdigest()
+        if self.trainer.world_size > 1 and self.trainer.strategy.broadcast(mine) != mine:
+            raise UserError(
+                f"rank {self.global_rank} was started with another config than rank 0; start all ranks with one command line"
+            )
+
+    # ---------------------------------------------------------------- training
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Make dropout a function of (seed, epoch, micro-batch, rank), so that a resumed run repeats it."""
+        counter = hash((self.seed, self.current_epoch, batch_idx, self.global_rank))
+        torch.manual_seed(counter % 2**63)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return this micro-batch's part of the step's loss, scaled against Lightning's own divisions."""
+        if batch["is_first"]:
+            counts = torch.stack([batch["num_tokens"], batch["num_labels"]]).to(self.device)
+            counts = self._sum_over_ranks(counts)
+            self.denominators = self.objective.denominators(num_tokens=counts[0], num_labels=counts[1], task=self.task)
+            self.step_terms = {}
+        terms = {name: total / self.denominators[name] for name, total in self(batch).items()}
+        loss = torch.stack([self.objective.weights[name] * term for name, term in terms.items()]).sum()
+        self.all_finite = self.all_finite.to(loss.device) & loss.detach().isfinite()
+        for name, term in {**terms, "": loss}.items():
+            self.step_terms[name] = self.step_terms.get(name, 0.0) + term.detach()
+        self.tokens_seen += batch["input_ids"].numel() * self.trainer.world_size
+        if batch["is_last"] and (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            self.check_finite()
+            self._log_step()
+        # Lightning divides by the accumulation and DDP by the ranks; our denominators hold both already.
+        return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    def _log_step(self) -> None:
+        for name, term in self.step_terms.items():
+            key = f"train/loss_{name}" if name else "train/loss"
+            self.log(key, self._sum_over_ranks(term), prog_bar=not name)
+        self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+
+    def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        if self.trainer.world_size == 1:
+            return tensor
+        reduced: Tensor = self.trainer.strategy.reduce(tensor.clone(), reduce_op="sum")
+        return reduced
+
+    def check_finite(self) -> None:
+        """Stop when a loss was not finite since the start.
+
+        Called where the host waits for the device anyway: when logging and before saving.
+
+        Raises:
+            UserError: a loss was infinite or not a number.
+        """
+        if not bool(self.all_finite):
+            values = ", ".join(f"{name or 'total'}={float(term):.4g}" for name, term in self.step_terms.items())
+            raise UserError(
+                f"the loss is not finite at step {self.trainer.global_step} ({values}); the last checkpoint is from "
+                "before. Lower optimizer.lr, lower trainer.gradient_clip_val, or set trainer.precision=32-true"
+            )
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the global norm, under FSDP too, where each rank holds only a part of it."""
+        if isinstance(self.trainer.strategy, FSDPStrategy) and gradient_clip_val is not None:
+            self.trainer.strategy.model.clip_grad_norm_(gradient_clip_val)
+            return
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def configure_optimizers(self) -> Any:
+        """Decay matrices only, and schedule over the real number of optimizer steps."""
+        trainable = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [parameter for parameter in trainable if parameter.ndim >= 2]},
+            {"params": [parameter for parameter in trainable if parameter.ndim < 2], "weight_decay": 0.0},
+        ]
+        optimizer = self.optimizer(groups)
+        num_steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = get_scheduler(
+            self.scheduler,
+            optimizer,
+            num_warmup_steps=round(self.warmup_share * num_steps),
+            num_training_steps=num_steps,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # -------------------------------------------------------------- validation
+
+    def on_validation_epoch_start(self) -> None:
+        """Start counting afresh."""
+        self.val_metrics = torch.nn.ModuleDict()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add up the objective's terms, and how well student and teacher predict the labelled tokens."""
+        labels = batch["labels"]
+        labelled = labels != losses.IGNORE_INDEX
+        real = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(labelled)
+        counts = self.objective.denominators(num_tokens=real.sum(), num_labels=labelled.sum(), task=self.task)
+        for name, total in self(batch).items():
+            self._count(f"loss_{name}", total, counts[name])
+
+        rows = labelled.flatten().nonzero().squeeze(1)
+        targets = labels.flatten()[rows]
+        predictions = {}
+        for prefix, model in (("", self.student), ("teacher_", self.teacher)):
+            if model is None:
+                continue
+            logits = forward(model, batch, real=torch.ones_like(real), rows=rows).logits
+            assert logits is not None
+            predictions[prefix] = logits.argmax(dim=-1)
+            count = labelled.sum()
+            self._count(f"{prefix}nll", losses.hard_target_cross_entropy(logits, targets), count)
+            self._count(f"{prefix}accuracy", (predictions[prefix] == targets).sum(), count)
+        if "teacher_" in predictions:
+            self._count("agreement", (predictions[""] == predictions["teacher_"]).sum(), labelled.sum())
+
+    def _count(self, name: str, total: Tensor, count: Tensor) -> None:
+        """Add a sum over ``count`` tokens to a metric; an empty batch adds nothing."""
+        if name not in self.val_metrics:
+            self.val_metrics[name] = MeanMetric().to(self.device)
+        weight = count.clamp(min=1)
+        self.val_metrics[name].update(total.detach().float() / weight, weight=count)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over all ranks, the weighted loss, and perplexities."""
+        values = {name: metric.compute() for name, metric in self.val_metrics.items()}
+        weights = self.objective.weights
+        values["loss"] = torch.stack([alpha * values[f"loss_{name}"] for name, alpha in weights.items()]).sum()
+        for prefix in ("", "teacher_"):
+            if f"{prefix}nll" in values:
+                values[f"{prefix}perplexity"] = values[f"{prefix}nll"].exp()
+        for name, value in values.items():
+            self.log(f"val/{name}", value, prog_bar=name in ("loss", "accuracy"))
+        self.val_metrics = torch.nn.ModuleDict()
+
+    # ------------------------------------------------------------- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the teacher out, and add what export and resume need.
+
+        Raises:
+            UserError: a weight of the student or a loss is not finite: such a checkpoint must not replace a good one.
+        """
+        self.check_finite()
+        state = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name.startswith("student.")}
+        broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+        if broken:
+            raise UserError(
+                f"{broken[0]} is not finite at step {self.trainer.global_step}; no checkpoint was written. Lower "
+                "optimizer.lr, or set trainer.precision=32-true"
+            )
+        checkpoint["state_dict"] = state
+        checkpoint["distilkit"] = {
+            "teacher": {"name": self.teacher_name, "sha256": self.teacher_sha256},
+            "objective": vars(self.objective),
+            "tokens_seen": self.tokens_seen,
+            "record": self.record,
+            "files": student_files(self.student, self.tokenizer),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the run goes on as it began, and put the live teacher back where strict loading looks for it.
+
+        Raises:
+            UserError: the checkpoint is no distilkit one, or of another teacher, objective or student.
+        """
+        saved = checkpoint.get("distilkit")
+        if saved is None:
+            raise UserError("the checkpoint was not written by distilkit; give ckpt_path of a run of distilkit.train")
+        cure = "resume with the same settings, or start afresh with student=hf student.name=<exported student>"
+        for name, value in vars(self.objective).items():
+            if saved["objective"][name] != value:
+                raise UserError(
+                    f"the checkpoint was trained with objective.{name}={saved['objective'][name]}, this run has {value}; {cure}"
+                )
+        if saved["teacher"]["sha256"] != self.teacher_sha256:
+            raise UserError(
+                f"the checkpoint was distilled from teacher {saved['teacher']['name']!r}, this run has "
+                f"{self.teacher_name!r} or other weights of it; {cure}"
+            )
+        shapes = {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()}
+        ours = {f"student.{name}": tensor.shape for name, tensor in self.student.state_dict().items()}
+        if shapes != ours:
+            differing = sorted(name for name in shapes | ours if shapes.get(name) != ours.get(name))
+            raise UserError(f"the checkpoint holds another student: {differing[0]} differs; {cure}")
+        self.tokens_seen = saved["tokens_seen"]
+        if self.teacher is not None:
+            live = {f"teacher.{name}": tensor for name, tensor in self.teacher.state_dict().items()}
+            checkpoint["state_dict"] = {**checkpoint["state_dict"], **live}

@@ -1,0 +1,26 @@
+"""Tokenize a corpus into the cache, without training: ``python -m distilkit.prepare data=text data.corpus.paths=...``."""
+
+import json
+
+import hydra
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from distilkit.entry import report_errors
+from distilkit.tokens import open_cache
+
+
+@hydra.main(version_base="1.3", config_path="pkg://distilkit.conf", config_name="prepare")
+@report_errors
+def main(cfg: DictConfig) -> None:
+    """Prepare the cache that ``distilkit.train`` with the same overrides will use, and say what is in it."""
+    tokenizer = instantiate(cfg.tokenizer)
+    data = instantiate(cfg.data, tokenizer=tokenizer, task="clm" if tokenizer.mask_token_id is None else "mlm")
+    cache = open_cache(data.prepare(), tokenizer)
+    print(
+        json.dumps({"cache": str(cache.folder), "documents": cache.meta["documents"], "tokens": cache.meta["tokens"]})
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""The record of a finished run: summary.json and the loss curves."""
+
+import csv
+import json
+import platform
+import resource
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning import Trainer
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from distilkit.callbacks import Throughput
+from distilkit.export import write_student
+from distilkit.language_model import num_parameters
+from distilkit.module import DistillationModule
+from distilkit.objective import Objective
+from distilkit.teacher import Teacher
+
+_PACKAGES = ("distilkit", "torch", "pytorch-lightning", "transformers", "tokenizers", "datasets", "hydra-core", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that decide a result."""
+    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+
+
+def peak_memory_mb(device: torch.device) -> dict[str, float]:
+    """Return the peak resident memory of this process and, on CUDA, of its tensors, in megabytes."""
+    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    if device.type == "cuda":
+        peak["device"] = torch.cuda.max_memory_allocated(device) / 2**20
+    return {name: round(value, 1) for name, value in peak.items()}
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON beside its place and rename it, so that a reader finds all of it or none."""
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", "utf-8")
+    temporary.replace(file)
+
+
+def read_metrics(file: Path) -> dict[str, list[tuple[int, float]]]:
+    """Read Lightning's metrics.csv: for each metric, its steps and values."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    with file.open(newline="", encoding="utf-8") as stream:
+        for row in csv.DictReader(stream):
+            for name, value in row.items():
+                if name not in ("step", "epoch") and value:
+                    curves.setdefault(name, []).append((int(row["step"]), float(value)))
+    return curves
+
+
+def plot_curves(metrics_file: Path, out: Path, *, title: str) -> None:
+    """Draw the training loss and its terms, and the held-out cross-entropy and accuracy, over optimizer steps."""
+    curves = read_metrics(metrics_file)
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    names = {"train/loss": "weighted sum", "train/loss_ce": "soft-target KL", "train/loss_mlm": "masked LM",
+             "train/loss_clm": "causal LM", "train/loss_cos": "1 - cosine", "train/loss_mse": "logit MSE"}  # fmt: skip
+    for name, label in names.items():
+        if name in curves:
+            left.plot(*zip(*curves[name], strict=True), label=label, linewidth=2 if name == "train/loss" else 1)
+    left.set(title="training", xlabel="optimizer step", ylabel="loss (nats per token; see terms)", yscale="log")
+    for name, label, style in (("val/nll", "student", "o-"), ("val/teacher_nll", "teacher", "--")):
+        if name in curves:
+            right.plot(*zip(*curves[name], strict=True), style, color="tab:blue", label=f"{label}, cross-entropy")
+    right.set(title="held-out documents", xlabel="optimizer step", ylabel="cross-entropy (nats per token)")
+    right.yaxis.label.set_color("tab:blue")
+    accuracy = right.twinx()
+    for name, label, style in (("val/accuracy", "student", "s-"), ("val/teacher_accuracy", "teacher", "--")):
+        if name in curves:
+            accuracy.plot(*zip(*curves[name], strict=True), style, color="tab:orange", label=f"{label}, accuracy")
+    accuracy.set(ylabel="accuracy (share of labelled tokens)", ylim=(0, None))
+    accuracy.yaxis.label.set_color("tab:orange")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    lines = right.get_lines() + accuracy.get_lines()
+    if left.get_lines():
+        left.legend()
+    if lines:
+        right.legend(lines, [str(line.get_label()) for line in lines], loc="center right")
+    figure.suptitle(title)
+    figure.savefig(out, dpi=120)
+
+
+def describe(
+    cfg: DictConfig, *, objective: Objective, teacher: Teacher | None, student: PreTrainedModel
+) -> dict[str, Any]:
+    """Collect what a reader of the student wants to know of its making, as JSON."""
+    origin = None
+    if teacher is not None:
+        origin = {
+            "name": teacher.name,
+            "revision": teacher.revision,
+            "sha256": teacher.sha256,
+            "parameters": num_parameters(teacher.model),
+        }
+    return {
+        "name": cfg.name,
+        "version": version("distilkit"),
+        "teacher": origin,
+        "objective": {f"alpha_{name}": alpha for name, alpha in objective.weights.items()}
+        | (
+            {"temperature": objective.temperature, "soft_targets": objective.soft_targets}
+            if objective.reads_teacher_logits
+            else {}
+        ),
+        "architecture": type(student).__name__,
+        "layers": student.config.distilkit_layers,
+        "data": cfg.data.description,
+        "block_size": cfg.data.block_size,
+        "global_batch_size": cfg.data.global_batch_size,
+        "config": OmegaConf.to_container(cfg, resolve=True),
+    }
+
+
+def finish(
+    trainer: Trainer, module: DistillationModule, *, out: Path, before: Mapping[str, float], after: Mapping[str, float]
+) -> None:
+    """Write student/, summary.json and loss_curves.png into a run's folder, and print where they are."""
+    checkpoint = torch.load(out / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True, mmap=True)
+    saved = checkpoint["distilkit"]
+    student = write_student(
+        out / "student",
+        state={name.removeprefix("student."): tensor for name, tensor in checkpoint["state_dict"].items()},
+        files=saved["files"],
+        record=saved["record"],
+        results=after,
+        tokens_seen=saved["tokens_seen"],
+    )
+    throughput = next((callback for callback in trainer.callbacks if isinstance(callback, Throughput)), None)
+    record = {name: value for name, value in module.record.items() if name != "config"}
+    write_json(
+        out / "summary.json",
+        {
+            **record,
+            "student_parameters": num_parameters(student),
+            "teacher_parameters": record["teacher"]["parameters"] if record["teacher"] else None,
+            "optimizer_steps": trainer.global_step,
+            "tokens_seen": saved["tokens_seen"],
+            "tokens_per_second": round(throughput.tokens_per_second, 1) if throughput else None,
+            "wall_seconds": round(throughput.seconds, 1) if throughput else None,
+            "peak_memory_mb": peak_memory_mb(module.device),
+            "before": dict(before),
+            "after": dict(after),
+            "versions": versions(),
+        },
+    )
+    if (out / "metrics.csv").is_file():
+        plot_curves(out / "metrics.csv", out / "loss_curves.png", title=record["name"])
+    _print_result(out, before=before, after=after)
+
+
+def _print_result(out: Path, *, before: Mapping[str, float], after: Mapping[str, float]) -> None:
+    """Show the held-out metrics before and after training, and the path of the student."""
+    table = Table(title="held-out documents", title_justify="left")
+    for column in ("metric", "before", "after"):
+        table.add_column(column, justify="left" if column == "metric" else "right")
+    for name, value in after.items():
+        first = f"{before[name]:.4f}" if name in before else "-"
+        table.add_row(name.removeprefix("val/"), first, f"{value:.4f}")
+    console = Console()
+    console.print(table)
+    console.print(f"student: {out / 'student'}", soft_wrap=True, highlight=False)
