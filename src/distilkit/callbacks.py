@@ -1,15 +1,17 @@
 """What Lightning has not: validation counted in optimizer steps, and throughput in tokens per second."""
 
+import math
 import time
 from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import RichProgressBar
+from pytorch_lightning.trainer.states import TrainerFn
 
 
 class ValidateEvery(Callback):
-    """Validate every ``optimizer_steps``; Lightning's own interval counts micro-batches.
+    """Validate at least every ``optimizer_steps``, evenly over the run; Lightning's own interval counts micro-batches.
 
     The trainer needs ``check_val_every_n_epoch=None``, so that the count runs across epochs.
     """
@@ -19,8 +21,11 @@ class ValidateEvery(Callback):
         self.optimizer_steps = optimizer_steps
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the interval, once the data module has set the accumulation."""
-        trainer.val_check_interval = self.optimizer_steps * trainer.accumulate_grad_batches
+        """Set the interval, once the data module has set the accumulation; spread evenly, so that the end is scored."""
+        total = int(trainer.estimated_stepping_batches)
+        interval = max(1, total // math.ceil(total / self.optimizer_steps))
+        # The estimate has set the loaders up, so that the batch count has to follow.
+        trainer.val_check_interval = trainer.val_check_batch = interval * trainer.accumulate_grad_batches
 
 
 class Throughput(Callback):
@@ -30,7 +35,7 @@ class Throughput(Callback):
         """Start at zero."""
         self.tokens = self.window_tokens = 0
         self.seconds = self.window_seconds = 0.0
-        self.started = 0.0
+        self.started: float | None = None  # None: the clock stands still
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
@@ -41,8 +46,9 @@ class Throughput(Callback):
         self._stop()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock again."""
-        self.started = time.perf_counter()
+        """Start the clock again, when training goes on."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.started = time.perf_counter()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock, when the device has finished."""
@@ -66,9 +72,11 @@ class Throughput(Callback):
             self.window_tokens, self.window_seconds = 0, 0.0
 
     def _stop(self) -> None:
-        elapsed = time.perf_counter() - self.started
-        self.seconds += elapsed
-        self.window_seconds += elapsed
+        if self.started is not None:
+            elapsed = time.perf_counter() - self.started
+            self.seconds += elapsed
+            self.window_seconds += elapsed
+            self.started = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -77,7 +85,18 @@ class Throughput(Callback):
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's rich bar without the version number."""
+    """Lightning's rich bar, counting to where ``max_steps`` will stop it."""
+
+    @property
+    def total_train_batches(self) -> int | float:
+        """Count the micro-batches of this epoch that will be trained."""
+        total = super().total_train_batches
+        max_steps = self.trainer.max_steps
+        if max_steps < 0:
+            return total
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        left = (max_steps - self.trainer.global_step) * self.trainer.accumulate_grad_batches
+        return min(total, progress.completed + left)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Show losses and tokens/s; the run's folder is its version."""

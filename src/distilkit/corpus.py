@@ -178,7 +178,8 @@ def _find(path: str) -> list[Path]:
     if expanded.is_dir():
         found = sorted(file for file in expanded.rglob("*") if file.is_file() and _format(file) in _FORMATS)
     else:
-        found = sorted(Path(match) for match in glob.glob(str(expanded), recursive=True) if Path(match).is_file())
+        matches = glob.glob(str(expanded), recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
+        found = sorted(Path(match) for match in matches if Path(match).is_file())
     if not found:
         raise UserError(
             f"data.corpus.paths: {path!r} matches no file; known formats are {', '.join(_FORMATS)}, plain "

@@ -29,13 +29,13 @@ def ranks_on_config(config_file: Path) -> Iterator[None]:
     hydra_config = HydraConfig.instance().cfg
     assert hydra_config is not None
     run_dir = hydra_config.hydra.run.dir
-    with flag_override(hydra_config, "readonly", False):
+    with flag_override(hydra_config.hydra, "readonly", False):
         hydra_config.hydra.run.dir = str(config_file.parent.resolve())  # Lightning hands it to the children
     try:
         yield
     finally:
         sys.argv[1:] = arguments
-        with flag_override(hydra_config, "readonly", False):
+        with flag_override(hydra_config.hydra, "readonly", False):
             hydra_config.hydra.run.dir = run_dir
         launched_here = before["LOCAL_RANK"] is None
         if launched_here:

@@ -219,12 +219,13 @@ class DistillationModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over all ranks, the weighted loss, and perplexities."""
-        values = {name: metric.compute() for name, metric in self.val_metrics.items()}
-        weights = self.objective.weights
-        values["loss"] = torch.stack([alpha * values[f"loss_{name}"] for name, alpha in weights.items()]).sum()
-        for prefix in ("", "teacher_"):
-            if f"{prefix}nll" in values:
-                values[f"{prefix}perplexity"] = values[f"{prefix}nll"].exp()
+        means = {name: metric.compute() for name, metric in self.val_metrics.items()}
+        weighted = [alpha * means[f"loss_{name}"] for name, alpha in self.objective.weights.items()]
+        values = {"loss": torch.stack(weighted).sum()}
+        for name, mean in means.items():
+            values[name] = mean
+            if name.endswith("nll"):
+                values[name.replace("nll", "perplexity")] = mean.exp()
         for name, value in values.items():
             self.log(f"val/{name}", value, prog_bar=name in ("loss", "accuracy"))
         self.val_metrics = torch.nn.ModuleDict()

@@ -12,6 +12,7 @@ import json
 import logging
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -22,7 +23,7 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerBase
 
 from distilkit.corpus import Corpus
@@ -89,7 +90,7 @@ def prepare(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, cache_dir: st
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if folder.exists():
-            log.info("token cache %s is ready", folder)
+            log.debug("token cache %s is ready", folder)
             return folder
         for left_over in folder.parent.glob(f"{folder.name}.tmp*"):
             shutil.rmtree(left_over)  # of a process that was killed: we hold the lock, so nobody writes there
@@ -193,15 +194,17 @@ def _write(folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, 
     progress = Progress(
         SpinnerColumn(),
         TextColumn("[progress.description]{task.description}"),
-        BarColumn(bar_width=20),
-        TextColumn("{task.fields[documents]:,} documents, {task.completed:,.0f} tokens, {task.speed:,.0f} tokens/s"),
+        TextColumn(
+            "{task.fields[documents]:,} documents, {task.completed:,.0f} tokens, {task.fields[rate]:,.0f} tokens/s"
+        ),
         TimeElapsedColumn(),
         console=Console(stderr=True),
     )
     with contextlib.ExitStack() as stack:
         files = {split: stack.enter_context((folder / f"{split}.bin").open("wb")) for split in ("train", "val")}
         bar = stack.enter_context(progress)
-        task = bar.add_task("tokenizing", total=None, documents=0)
+        task = bar.add_task("tokenizing", total=None, documents=0, rate=0.0)
+        start = time.perf_counter()
         for batch in _batches(corpus.documents()):
             by_split: dict[str, list[str]] = {"train": [], "val": []}
             for document in batch:
@@ -216,7 +219,8 @@ def _write(folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, 
                 if split == "train":
                     counts += np.bincount(ids, minlength=len(counts))
             done = sum(num_tokens.values())
-            bar.update(task, completed=done, documents=sum(num_documents.values()))
+            rate = done / (time.perf_counter() - start)
+            bar.update(task, completed=done, documents=sum(num_documents.values()), rate=rate)
     if not sum(num_documents.values()):
         raise UserError("the corpus is empty: it has no document with text in it; check data.corpus")
     counts.tofile(folder / "counts.bin")

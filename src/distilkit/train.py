@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import transformers
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Trainer, seed_everything
@@ -15,6 +16,7 @@ from distilkit.entry import report_errors
 from distilkit.errors import UserError
 from distilkit.language_model import check_block_size, num_parameters, task_of
 from distilkit.launch import ranks_on_config
+from distilkit.malloc import keep_large_buffers
 from distilkit.module import DistillationModule
 from distilkit.summary import describe, finish
 
@@ -82,13 +84,12 @@ def train(cfg: DictConfig) -> float:
         if not isinstance(logger, CSVLogger):
             logger.log_hyperparams(record["config"])
 
-    warnings.filterwarnings("ignore", message="Found .* module\\(s\\) in eval mode")  # the teacher, on purpose
     with ranks_on_config(out / "config.yaml"):
         before = _validate(trainer, module, data) if cfg.validate_first and checkpoint is None else {}
         if trainer.is_global_zero:
             log.info("a masked training block: %.300s", data.decoded_sample()) if data.train_blocks else None
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
-        trainer.save_checkpoint(out / "checkpoints" / "last.ckpt")
+        trainer.save_checkpoint(out / "checkpoints" / "last.ckpt", weights_only=False)
         after = _validate(trainer, module, data)
         if trainer.is_global_zero:
             finish(trainer, module, out=out, before=before, after=after)
@@ -104,6 +105,12 @@ def _validate(trainer: Trainer, module: DistillationModule, data: Any) -> dict[s
 @report_errors
 def main(cfg: DictConfig) -> float:
     """Run one job, and return the metric that sweepers minimise."""
+    keep_large_buffers()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message="Found .* module\\(s\\) in eval mode")  # the teacher, on purpose
+    warnings.filterwarnings("ignore", message="Experiment logs directory .* exists")  # the run's folder, on purpose
+    warnings.filterwarnings("ignore", message=".*LeafSpec")  # Lightning's own use of torch
+    warnings.filterwarnings("ignore", message=".*does not have many workers")  # batches are cut from a memory map
     return train(cfg)
 
 
