@@ -25,7 +25,8 @@ from transformers import (
 from distilkit.language_model import task_of
 from distilkit.teacher import Teacher, weight_hash
 
-WORDS = [f"{start}{end}" for start in "b d f g k l m n p r s t".split() for end in "a e i o u al en or".split()]
+_STARTS, _ENDS = "b d f g k l m n p r s t", "a e i o u al en or"
+WORDS = [f"{start}{end}" for start in _STARTS.split() for end in _ENDS.split()]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 VOCABULARY = [*SPECIAL, *WORDS, *(f"##{word}" for word in WORDS[:24]), "."]
 

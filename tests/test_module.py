@@ -1,0 +1,374 @@
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from conftest import build_teacher
+from distilkit.callbacks import Throughput
+from distilkit.data import split_step
+from distilkit.errors import UserError
+from distilkit.losses import IGNORE_INDEX
+from distilkit.module import DistillationModule
+from distilkit.objective import Batch, Objective
+from distilkit.student import cut_student
+from distilkit.teacher import Teacher
+
+DISTILBERT = {"alpha_ce": 5.0, "alpha_mlm": 2.0, "alpha_clm": 0.0, "alpha_cos": 1.0, "alpha_mse": 0.0}
+DISTILGPT2 = {**DISTILBERT, "alpha_mlm": 0.0, "alpha_clm": 2.0}
+PLAIN_SGD = functools.partial(torch.optim.SGD, lr=1.0)
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+NO_GPT2_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+
+def build_module(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    teacher: Teacher | None = None,
+    alphas: dict[str, float] | None = None,
+    soft_targets: Any = "all",
+    optimizer: Any = PLAIN_SGD,
+    **changes: Any,
+) -> DistillationModule:
+    teacher = teacher or build_teacher("bert", num_layers=2, **NO_DROPOUT)
+    alphas = alphas or (DISTILBERT if teacher.task == "mlm" else DISTILGPT2)
+    torch.manual_seed(1)
+    settings: dict[str, Any] = {"scheduler": "constant", "warmup_share": 0.0, "seed": 0, "record": {"config": {}}}
+    return DistillationModule(
+        student=cut_student(teacher=teacher, tokenizer=tokenizer, layers="half"),
+        teacher=teacher,
+        tokenizer=tokenizer,
+        task=teacher.task,
+        objective=Objective(**alphas, temperature=2.0, soft_targets=soft_targets),
+        optimizer=optimizer,
+        **{**settings, **changes},
+    )
+
+
+def uneven_step(*, task: str, seed: int = 0, size: int = 32) -> Batch:
+    """Make one optimizer step whose samples have very different numbers of tokens and of labels."""
+    rng = np.random.default_rng(seed)
+    ids = torch.from_numpy(rng.integers(5, 120, (size, 16)))
+    real = torch.arange(16) < torch.from_numpy(rng.integers(2, 17, size))[:, None]
+    ids[~real] = 0
+    labels = torch.full_like(ids, IGNORE_INDEX)
+    if task == "mlm":
+        chosen = real & (torch.from_numpy(rng.random((size, 16))) < torch.linspace(0.05, 0.9, size)[:, None])
+        labels[chosen] = ids[chosen]
+        ids[chosen] = 4
+    else:
+        labels[:, :-1] = torch.where(real[:, 1:], ids[:, 1:], IGNORE_INDEX)
+    return {"input_ids": ids, "labels": labels, "attention_mask": real.long()}
+
+
+class Steps:
+    """A loader of fixed optimizer steps, split into micro-batches as the data module does."""
+
+    def __init__(self, steps: list[Batch], micro_batch_size: int) -> None:
+        self.batches = [batch for step in steps for batch in split_step(step, micro_batch_size)]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+
+def fit(module: DistillationModule, steps: list[Batch], *, micro_batch_size: int, **settings: Any) -> Trainer:
+    accumulate = -(-len(steps[0]["input_ids"]) // micro_batch_size)
+    defaults: dict[str, Any] = {
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "callbacks": [],
+    }
+    trainer = Trainer(
+        accelerator="cpu",
+        accumulate_grad_batches=accumulate,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        **{**defaults, **settings},
+    )
+    trainer.fit(module, Steps(steps, micro_batch_size))
+    return trainer
+
+
+class Gradients(Callback):
+    """Keep the gradient of each optimizer step."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        student = pl_module.get_submodule("student")
+        self.steps.append({name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None})
+
+
+@pytest.mark.parametrize("soft_targets", ["all", "masked"])
+@pytest.mark.parametrize("model_type", ["bert", "gpt2"])
+def test_accumulation_changes_neither_loss_nor_gradient(
+    model_type: str, soft_targets: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    fields = NO_DROPOUT if model_type == "bert" else NO_GPT2_DROPOUT
+    teacher = build_teacher(model_type, num_layers=2, **fields)
+    results = {}
+    for micro_batch_size in (32, 4, 5):
+        module = build_module(tokenizer, teacher=teacher, soft_targets=soft_targets)
+        gradients = Gradients()
+        steps = [uneven_step(task=teacher.task)]
+        trainer = fit(module, steps, micro_batch_size=micro_batch_size, callbacks=[gradients])
+        assert trainer.global_step == 1
+        results[micro_batch_size] = (trainer.callback_metrics, gradients.steps[0])
+    whole_metrics, whole = results[32]
+    assert {"train/loss", "train/loss_ce", "train/loss_cos"} < set(whole_metrics)
+    for metrics, gradient in (results[4], results[5]):
+        for name in whole_metrics:
+            torch.testing.assert_close(metrics[name], whole_metrics[name], rtol=1e-5, atol=1e-6)
+        assert gradient.keys() == whole.keys()
+        scale = torch.stack([g.norm() for g in whole.values()]).norm()
+        error = torch.stack([(gradient[name] - whole[name]).norm() for name in whole]).norm()
+        assert error / scale < 1e-5
+
+
+def test_the_smaller_last_step_of_an_epoch_is_taken_by_itself(tokenizer: PreTrainedTokenizerBase) -> None:
+    steps = [uneven_step(task="mlm", seed=seed, size=size) for seed, size in ((0, 32), (1, 32), (2, 11))]
+    module, gradients = build_module(tokenizer), Gradients()
+    trainer = fit(module, steps, micro_batch_size=4, callbacks=[gradients])
+    assert trainer.global_step == 3
+
+    alone, last = build_module(tokenizer, optimizer=functools.partial(torch.optim.SGD, lr=0.0)), Gradients()
+    alone.student.load_state_dict(module.student.state_dict())
+    with torch.no_grad():  # undo the last step: the learning rate is 1
+        for name, parameter in alone.student.named_parameters():
+            parameter.add_(gradients.steps[2][name])
+    fit(alone, [steps[2]], micro_batch_size=11, callbacks=[last])
+    for name, gradient in last.steps[0].items():
+        torch.testing.assert_close(gradients.steps[2][name], gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_only_weighted_terms_are_logged(tokenizer: PreTrainedTokenizerBase) -> None:
+    module = build_module(tokenizer, alphas={**DISTILBERT, "alpha_ce": 0.0})
+    trainer = fit(module, [uneven_step(task="mlm")], micro_batch_size=32)
+    assert {name for name in trainer.callback_metrics if "loss" in name} == {
+        "train/loss",
+        "train/loss_mlm",
+        "train/loss_cos",
+    }
+
+
+def test_the_student_trains_with_dropout_and_the_teacher_without(tokenizer: PreTrainedTokenizerBase) -> None:
+    modes: list[tuple[bool, bool]] = []
+
+    class Modes(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+            student, teacher = pl_module.get_submodule("student"), pl_module.get_submodule("teacher")
+            modes.append((all(m.training for m in student.modules()), any(m.training for m in teacher.modules())))
+
+    module = build_module(tokenizer, teacher=build_teacher("bert", num_layers=2))
+    step = uneven_step(task="mlm")
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        val_check_interval=1,
+        callbacks=[Modes()],
+    )
+    trainer.validate(module, DataLoader([step], batch_size=None), verbose=False)
+    trainer.fit(module, Steps([step, step], 32), DataLoader([step], batch_size=None))
+    assert modes == [(True, False), (True, False)]
+
+
+def test_the_teacher_gets_no_gradient_and_does_not_change(tokenizer: PreTrainedTokenizerBase) -> None:
+    teacher = build_teacher("bert", num_layers=2)
+    before = {name: tensor.clone() for name, tensor in teacher.model.state_dict().items()}
+    fit(build_module(tokenizer, teacher=teacher), [uneven_step(task="mlm")], micro_batch_size=8)
+    assert all(parameter.grad is None for parameter in teacher.model.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.model.state_dict().items())
+
+
+def test_vectors_are_not_decayed_and_matrices_are(tokenizer: PreTrainedTokenizerBase) -> None:
+    optimizer = functools.partial(torch.optim.AdamW, lr=0.0, weight_decay=0.1)
+    module = build_module(tokenizer, optimizer=optimizer)
+    trainer = fit(module, [uneven_step(task="mlm")], micro_batch_size=32)
+    decayed, free = trainer.optimizers[0].param_groups
+    assert decayed["weight_decay"] == 0.1
+    assert free["weight_decay"] == 0.0
+    assert {p.ndim for p in decayed["params"]} == {2}
+    assert {p.ndim for p in free["params"]} == {1}
+    assert sum(p.numel() for p in decayed["params"] + free["params"]) == sum(
+        p.numel() for p in module.student.parameters()
+    )
+
+
+def test_the_schedule_warms_up_and_decays_to_zero_over_the_optimizer_steps(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    rates: list[float] = []
+
+    class Rates(Callback):
+        def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    module = build_module(
+        tokenizer, optimizer=functools.partial(torch.optim.SGD, lr=0.8), scheduler="linear", warmup_share=0.2
+    )
+    steps = [uneven_step(task="mlm", seed=seed, size=8) for seed in range(10)]
+    fit(module, steps, micro_batch_size=2, callbacks=[Rates()])
+    assert rates == pytest.approx([0.0, 0.4, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
+
+
+def test_validation_metrics_are_the_plain_formulas_over_all_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+    module = build_module(tokenizer)
+    steps = [uneven_step(task="mlm", seed=seed, size=size) for seed, size in ((0, 8), (1, 3))]
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    (got,) = trainer.validate(module, DataLoader(steps, batch_size=None), verbose=False)
+
+    models = {"": module.student.eval(), "teacher_": module.teacher}
+    logits: dict[str, list[torch.Tensor]] = {"": [], "teacher_": []}
+    labels, kl, tokens = [], torch.tensor(0.0), 0
+    with torch.no_grad():
+        for step in steps:
+            rows = step["labels"] != IGNORE_INDEX
+            real = step["attention_mask"].bool()
+            both = {
+                name: m(step["input_ids"], attention_mask=step["attention_mask"]).logits for name, m in models.items()
+            }
+            labels.append(step["labels"][rows])
+            for name, value in both.items():
+                logits[name].append(value[rows])
+            q, p = ((both[name][real] / 2).log_softmax(-1) for name in ("", "teacher_"))
+            kl += 4 * (p.exp() * (p - q)).sum()
+            tokens += int(real.sum())
+    target = torch.cat(labels)
+    for name in models:
+        every = torch.cat(logits[name])
+        nll = float(torch.nn.functional.cross_entropy(every, target))
+        assert got[f"val/{name}nll"] == pytest.approx(nll, rel=1e-5)
+        assert got[f"val/{name}perplexity"] == pytest.approx(np.exp(nll), rel=1e-4)
+        assert got[f"val/{name}accuracy"] == pytest.approx(float((every.argmax(-1) == target).float().mean()))
+    same = torch.cat(logits[""]).argmax(-1) == torch.cat(logits["teacher_"]).argmax(-1)
+    assert got["val/agreement"] == pytest.approx(float(same.float().mean()))
+    assert got["val/loss_ce"] == pytest.approx(float(kl) / tokens, rel=1e-4)
+    weighted = 5 * got["val/loss_ce"] + 2 * got["val/loss_mlm"] + got["val/loss_cos"]
+    assert got["val/loss"] == pytest.approx(weighted, rel=1e-5)
+
+
+def saved_checkpoint(module: DistillationModule, folder: Path) -> tuple[Path, dict[str, Any]]:
+    trainer = fit(module, [uneven_step(task="mlm")], micro_batch_size=32)
+    file = folder / "a.ckpt"
+    trainer.save_checkpoint(file)
+    return file, torch.load(file, weights_only=True)
+
+
+def test_checkpoints_hold_the_student_and_not_the_teacher(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    module = build_module(tokenizer)
+    _, saved = saved_checkpoint(module, tmp_path)
+    assert set(saved["state_dict"]) == {f"student.{name}" for name in module.student.state_dict()}
+    assert saved["hyper_parameters"]["temperature"] == 2.0
+    assert saved["hyper_parameters"]["alpha_ce"] == 5.0
+    assert {"config.json", "tokenizer.json"} <= set(saved["distilkit"]["files"])
+
+
+def resume(module: DistillationModule, file: Path, *callbacks: Callback) -> None:
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=list(callbacks),
+    )
+    trainer.fit(module, Steps([uneven_step(task="mlm")], 32), ckpt_path=file)
+
+
+def test_resuming_puts_the_student_back_and_goes_on(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    restored: dict[str, torch.Tensor] = {}
+
+    class Start(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            restored.update({name: tensor.clone() for name, tensor in pl_module.state_dict().items()})
+
+    module = build_module(tokenizer)
+    file, saved = saved_checkpoint(module, tmp_path)
+    again = build_module(tokenizer)
+    resume(again, file, Start())
+    for name, tensor in saved["state_dict"].items():
+        assert torch.equal(restored[name], tensor)
+    assert again.tokens_seen == 2 * module.tokens_seen
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    file, saved = saved_checkpoint(build_module(tokenizer), tmp_path)
+    with pytest.raises(
+        UserError, match=r"trained with objective.alpha_cos=1.0, this run has 0.5; resume with the same"
+    ):
+        resume(build_module(tokenizer, alphas={**DISTILBERT, "alpha_cos": 0.5}), file)
+    with pytest.raises(
+        UserError, match=r"distilled from teacher 'tiny-bert', this run has 'tiny-bert' or other weights"
+    ):
+        resume(build_module(tokenizer, teacher=build_teacher("bert", num_layers=2, seed=7, **NO_DROPOUT)), file)
+    saved["state_dict"]["student.vocab_projector.bias"] = torch.zeros(3)
+    torch.save(saved, file)
+    with pytest.raises(UserError, match=r"the checkpoint holds another student: student.vocab_projector.bias differs"):
+        resume(build_module(tokenizer), file)
+    del saved["distilkit"]
+    torch.save(saved, file)
+    with pytest.raises(UserError, match="the checkpoint was not written by distilkit; give ckpt_path of a run"):
+        resume(build_module(tokenizer), file)
+
+
+def test_a_loss_that_is_not_finite_stops_training(tokenizer: PreTrainedTokenizerBase) -> None:
+    module = build_module(tokenizer)
+    with torch.no_grad():
+        module.student.vocab_projector.bias[7] = float("nan")
+    with pytest.raises(UserError, match=r"the loss is not finite at step 0 .*Lower optimizer.lr"):
+        fit(module, [uneven_step(task="mlm")], micro_batch_size=32)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    module = build_module(tokenizer)
+    trainer = fit(module, [uneven_step(task="mlm")], micro_batch_size=32)
+    with torch.no_grad():
+        module.student.vocab_transform.weight[0, 0] = float("inf")
+    with pytest.raises(UserError, match=r"student.vocab_transform.weight is not finite at step 1; no checkpoint"):
+        trainer.save_checkpoint(tmp_path / "bad.ckpt")
+    assert not (tmp_path / "bad.ckpt").exists()
+
+
+def test_dropout_depends_on_the_step_and_not_on_what_was_drawn_before(tokenizer: PreTrainedTokenizerBase) -> None:
+    step = uneven_step(task="mlm")
+    teacher = build_teacher("bert", num_layers=2, hidden_dropout_prob=0.5)
+    losses = []
+    for draws in (0, 3):
+        module = build_module(tokenizer, teacher=teacher)
+        torch.randn(draws)
+        trainer = fit(module, [step], micro_batch_size=32)
+        losses.append(float(trainer.callback_metrics["train/loss"]))
+    assert losses[0] == losses[1]
+
+
+def test_tokens_are_counted_over_the_whole_run(tokenizer: PreTrainedTokenizerBase) -> None:
+    module, throughput = build_module(tokenizer), Throughput()
+    steps = [uneven_step(task="mlm", seed=seed) for seed in range(3)]
+    trainer = fit(module, steps, micro_batch_size=4, callbacks=[throughput])
+    assert module.tokens_seen == throughput.tokens == 3 * 32 * 16
+    assert trainer.callback_metrics["throughput/tokens_per_second"] > 0
+    assert throughput.tokens_per_second == pytest.approx(throughput.tokens / throughput.seconds)
+
+
+def test_a_wrong_warm_up_is_an_error(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(
+        UserError, match=r"scheduler.warmup_share=1.5, but it must be between 0 and 1; the paper's is 0.05"
+    ):
+        build_module(tokenizer, warmup_share=1.5)

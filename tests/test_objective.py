@@ -1,0 +1,195 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+
+from conftest import build_model
+from distilkit.errors import UserError
+from distilkit.language_model import Task
+from distilkit.losses import IGNORE_INDEX
+from distilkit.objective import Batch, Objective
+
+PARITY = Path(__file__).parent / "fixtures" / "parity"
+EXPECTED = json.loads((PARITY / "expected.json").read_text())
+
+
+def objective(**changes: Any) -> Objective:
+    defaults: dict[str, Any] = {
+        "alpha_ce": 0.0,
+        "alpha_mlm": 0.0,
+        "alpha_clm": 0.0,
+        "alpha_cos": 0.0,
+        "alpha_mse": 0.0,
+        "temperature": 2.0,
+        "soft_targets": "all",
+    }
+    return Objective(**{**defaults, **changes})
+
+
+def weighted_terms(
+    chosen: Objective, student: PreTrainedModel, teacher: PreTrainedModel | None, batch: Batch, task: Task
+) -> dict[str, torch.Tensor]:
+    real = batch.get("attention_mask", torch.ones_like(batch["labels"]))
+    counts = chosen.denominators(num_tokens=real.sum(), num_labels=(batch["labels"] != IGNORE_INDEX).sum(), task=task)
+    sums = chosen.term_sums(student, teacher, batch, task=task)
+    return {name: total / counts[name] for name, total in sums.items()}
+
+
+def load_parity_model(name: str) -> PreTrainedModel:
+    config = AutoConfig.for_model(**json.loads((PARITY / f"{name}.config.json").read_text()))
+    auto = AutoModelForCausalLM if config.model_type == "gpt2" else AutoModelForMaskedLM
+    model = auto.from_config(config, dtype=torch.float32)
+    missing, unexpected = model.load_state_dict(load_file(PARITY / f"{name}.safetensors"), strict=False)
+    assert not unexpected
+    assert all("decoder" in key or "lm_head" in key or "projector" in key for key in missing)  # tied
+    return model.train()  # dropout is 0 in these configs
+
+
+@pytest.mark.parametrize("case", EXPECTED, ids=lambda case: f"{case['mode']}-restricted={case['restrict_ce_to_mask']}")
+def test_losses_and_gradient_are_those_of_the_original_training_step(case: dict[str, Any]) -> None:
+    mlm = case["mode"] == "mlm"
+    student = load_parity_model("distilbert_student" if mlm else "gpt2_student")
+    teacher = load_parity_model("bert_teacher" if mlm else "gpt2_teacher").eval()
+    inputs = load_file(PARITY / "inputs.safetensors")
+    batch: Batch = {"input_ids": inputs[f"{case['mode']}_input_ids"], "labels": inputs[f"{case['mode']}_labels"]}
+    batch["attention_mask"] = inputs["attention_mask"]
+    if not mlm:  # our causal labels are shifted when the batch is made; the original shifts in the loss
+        batch["labels"] = torch.cat([batch["labels"][:, 1:], torch.full((len(batch["labels"]), 1), IGNORE_INDEX)], 1)
+    chosen = Objective(
+        **{f"alpha_{name}": alpha for name, alpha in case["alpha"].items()},
+        temperature=case["temperature"],
+        soft_targets="masked" if case["restrict_ce_to_mask"] else "all",
+    )
+
+    terms = weighted_terms(chosen, student, teacher, batch, case["mode"])
+    total = torch.stack([chosen.weights[name] * term for name, term in terms.items()]).sum()
+    total.backward()
+    norm = torch.stack([p.grad.double().norm() for p in student.parameters() if p.grad is not None]).norm()
+
+    for name, term in terms.items():
+        assert float(term.detach()) == pytest.approx(case[f"loss_{name}"], rel=1e-5), name
+    assert float(total.detach()) == pytest.approx(case["total"], rel=1e-5)
+    assert float(norm) == pytest.approx(case["grad_l2"], rel=1e-5)
+
+
+def padded_batch(*, labelled: bool = True) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 120, (3, 12), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = 0
+    mask[2, 4:] = 0
+    ids[mask == 0] = 0
+    labels = torch.full_like(ids, IGNORE_INDEX)
+    if labelled:
+        labels[0, [2, 7]], labels[1, 3], labels[2, 1] = torch.tensor([9, 50]), 77, 31
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+def test_restricting_soft_targets_takes_masked_rows_only() -> None:
+    student, teacher = build_model("bert", seed=1, num_layers=2), build_model("bert", num_layers=2)
+    batch = padded_batch()
+    chosen = objective(alpha_ce=1.0, alpha_mse=1.0, soft_targets="masked")
+    got = weighted_terms(chosen, student, teacher, batch, "mlm")
+    with torch.no_grad():
+        s, t = (
+            m(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits for m in (student, teacher)
+        )
+    rows = batch["labels"] != IGNORE_INDEX
+    q, p = (s[rows] / 2).softmax(-1).double(), (t[rows] / 2).softmax(-1).double()
+    assert float(got["ce"].detach()) == pytest.approx(float(4 * (p * (p / q).log()).sum() / 4), rel=1e-4)
+    assert float(got["mse"].detach()) == pytest.approx(float(((s[rows] - t[rows]) ** 2).sum() / 4), rel=1e-4)
+
+
+def test_padding_changes_no_term() -> None:
+    student, teacher = build_model("bert", seed=1, num_layers=2), build_model("bert", num_layers=2)
+    chosen = objective(alpha_ce=5.0, alpha_mlm=2.0, alpha_cos=1.0, alpha_mse=0.1)
+    batch = padded_batch()
+    wider = {name: torch.nn.functional.pad(batch[name], (0, 7), value=0) for name in ("input_ids", "attention_mask")}
+    wider["labels"] = torch.nn.functional.pad(batch["labels"], (0, 7), value=IGNORE_INDEX)
+    narrow = weighted_terms(chosen, student, teacher, batch, "mlm")
+    padded = weighted_terms(chosen, student, teacher, wider, "mlm")
+    for name in narrow:
+        torch.testing.assert_close(narrow[name], padded[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_without_labels_has_a_zero_masked_lm_loss() -> None:
+    student = build_model("bert", num_layers=1).train()
+    terms = weighted_terms(objective(alpha_mlm=1.0), student, None, padded_batch(labelled=False), "mlm")
+    terms["mlm"].backward()
+    assert float(terms["mlm"].detach()) == 0.0
+
+
+@pytest.mark.parametrize("alpha", ["ce", "mlm", "cos", "mse"])
+def test_only_weighted_terms_are_computed(alpha: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    functions = {"ce": "soft_target_kl", "mlm": "hard_target_cross_entropy", "cos": "hidden_cosine", "mse": "logit_mse"}
+    for name, function in functions.items():
+        if name != alpha:
+            monkeypatch.setattr(f"distilkit.losses.{function}", pytest.fail)
+    student, teacher = build_model("bert", seed=1, num_layers=1), build_model("bert", num_layers=1)
+    terms = weighted_terms(objective(**{f"alpha_{alpha}": 1.0}), student, teacher, padded_batch(), "mlm")
+    assert list(terms) == [alpha]
+
+
+def calls_of(model: PreTrainedModel, counted: list[str]) -> Callable[..., None]:
+    def hook(*_: object) -> None:
+        counted.append(model.config.model_type)
+
+    return hook
+
+
+def test_the_teacher_does_not_run_without_a_term_that_reads_it() -> None:
+    student, teacher = build_model("distilbert", num_layers=1), build_model("bert", num_layers=1)
+    counted: list[str] = []
+    teacher.base_model.register_forward_hook(calls_of(teacher, counted))
+    weighted_terms(objective(alpha_mlm=1.0), student, teacher, padded_batch(), "mlm")
+    assert counted == []
+    weighted_terms(objective(alpha_mlm=1.0, alpha_cos=1.0), student, teacher, padded_batch(), "mlm")
+    assert counted == ["bert"]
+
+
+@pytest.mark.parametrize("soft_targets, rows", [("all", 25), ("masked", 4)])
+def test_logits_are_made_for_the_rows_that_count(soft_targets: str, rows: int) -> None:
+    student, teacher = build_model("bert", seed=1, num_layers=1), build_model("bert", num_layers=1)
+    seen: list[int] = []
+    student.get_output_embeddings().register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    chosen = objective(alpha_ce=1.0, alpha_mlm=1.0, soft_targets=soft_targets)
+    weighted_terms(chosen, student, teacher, padded_batch(), "mlm")
+    assert seen == [rows]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"alpha_mlm": -1.0}, r"objective.alpha_mlm=-1.0, but it must be a finite number of at least 0"),
+        ({"alpha_ce": float("nan")}, r"objective.alpha_ce=nan, but"),
+        ({"alpha_ce": "five"}, r"objective.alpha_ce=five, but it must be a finite number"),
+        ({"alpha_ce": 1.0, "temperature": 0.0}, r"objective.temperature=0.0, but it must be above 0; the paper uses 2"),
+        ({"alpha_ce": 1.0, "temperature": -2.0}, r"objective.temperature=-2.0, but it must be"),
+        ({}, r"all alphas of the objective are 0.*set at least one above 0"),
+        ({"alpha_mlm": 1.0, "alpha_clm": 1.0}, r"both set.*set one of them to 0"),
+        ({"alpha_ce": 1.0, "soft_targets": "some"}, r"objective.soft_targets is 'some'; it takes all or masked"),
+    ],
+)
+def test_a_wrong_objective_is_an_error(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        objective(**changes)
+
+
+def test_models_that_do_not_fit_the_objective_are_an_error() -> None:
+    bert, gpt2 = build_model("bert", num_layers=1), build_model("gpt2", num_layers=1)
+    narrow = build_model("bert", num_layers=1, hidden_size=16)
+    with pytest.raises(UserError, match=r"objective.alpha_clm=1.0 on a masked language model \(bert\); set objective="):
+        objective(alpha_clm=1.0).check_models(student=bert, teacher=bert, task="mlm")
+    with pytest.raises(UserError, match=r"objective.alpha_mlm=1.0 on a causal language model \(gpt2\); set objective="):
+        objective(alpha_mlm=1.0).check_models(student=gpt2, teacher=gpt2, task="clm")
+    with pytest.raises(
+        UserError, match=r"objective.alpha_ce=5.0, objective.alpha_cos=1.0 need a teacher, but teacher=none"
+    ):
+        objective(alpha_ce=5.0, alpha_cos=1.0).check_models(student=bert, teacher=None, task="mlm")
+    with pytest.raises(UserError, match=r"the student is 16 wide and the teacher 32; set objective.alpha_cos=0"):
+        objective(alpha_cos=1.0).check_models(student=narrow, teacher=bert, task="mlm")

@@ -1,0 +1,235 @@
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import DistilBertForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from conftest import ARCHITECTURES, build_model, build_teacher
+from distilkit.errors import UserError
+from distilkit.language_model import num_parameters
+from distilkit.student import choose_layers, cut_student, keep_layers, new_student, pretrained_student
+from distilkit.teacher import Teacher
+
+LAYERS = {  # where each architecture keeps its layers
+    "bert": "bert.encoder.layer",
+    "roberta": "roberta.encoder.layer",
+    "xlm-roberta": "roberta.encoder.layer",
+    "distilbert": "distilbert.transformer.layer",
+    "electra": "electra.encoder.layer",
+    "modernbert": "model.layers",
+    "gpt2": "transformer.h",
+}
+
+
+def prune_by_hand(model: PreTrainedModel, layers: list[int]) -> PreTrainedModel:
+    """Remove layers from a copy of the model itself: an oracle that shares no code with the library."""
+    pruned = copy.deepcopy(model)
+    parent_name, _, name = LAYERS[model.config.model_type].rpartition(".")
+    parent = pruned.get_submodule(parent_name)
+    setattr(parent, name, nn.ModuleList([getattr(parent, name)[layer] for layer in layers]))
+    pruned.config.num_hidden_layers = len(layers)
+    pruned.config.use_cache = False  # its layers still carry their old numbers
+    return pruned
+
+
+def ids_of(*shape: int) -> torch.Tensor:
+    return torch.randint(5, 120, shape, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(params=sorted(ARCHITECTURES))
+def teacher(request: pytest.FixtureRequest) -> Teacher:
+    return build_teacher(request.param)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layers", [[0, 1, 2, 3, 4, 5], [0, 2, 5], [0], [0, 1, 4]])
+def test_a_student_is_its_teacher_pruned_by_hand(
+    teacher: Teacher, layers: list[int], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    student = cut_student(teacher=teacher, tokenizer=tokenizer, layers=layers)
+    expected = prune_by_hand(teacher.model, layers)(input_ids=ids_of(2, 24)).logits
+    assert student.config.num_hidden_layers == len(layers)
+    torch.testing.assert_close(student.eval()(input_ids=ids_of(2, 24)).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_student_with_all_layers_is_its_teacher(teacher: Teacher, tokenizer: PreTrainedTokenizerBase) -> None:
+    student = cut_student(teacher=teacher, tokenizer=tokenizer, layers=list(range(6))).eval()
+    mask = torch.ones(2, 24, dtype=torch.long)
+    mask[1, 15:] = 0
+    ours, theirs = (model(input_ids=ids_of(2, 24), attention_mask=mask).logits for model in (student, teacher.model))
+    torch.testing.assert_close(ours[mask.bool()], theirs[mask.bool()], rtol=1e-5, atol=1e-5)
+
+
+def test_a_bert_becomes_a_distilbert_and_others_keep_their_class(
+    teacher: Teacher, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    student = cut_student(teacher=teacher, tokenizer=tokenizer, layers="half")
+    kept = DistilBertForMaskedLM if teacher.model.config.model_type == "bert" else type(teacher.model)
+    assert type(student) is kept
+    assert student.config.architectures == [kept.__name__]
+    if kept is DistilBertForMaskedLM:
+        assert not [name for name in student.state_dict() if "token_type" in name or "pooler" in name]
+
+
+def test_a_bert_keeps_its_class_when_asked(tokenizer: PreTrainedTokenizerBase) -> None:
+    teacher = build_teacher("bert")
+    student = cut_student(teacher=teacher, tokenizer=tokenizer, layers="half", bert_class="same")
+    assert type(student) is type(teacher.model)
+
+
+def test_students_train_with_dropout_on_and_leave_the_teacher_alone(
+    teacher: Teacher, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    before = copy.deepcopy(teacher.model.state_dict())
+    student = cut_student(teacher=teacher, tokenizer=tokenizer, layers="half")
+    assert student.training
+    assert all(module.training for module in student.modules())
+    assert all(parameter.requires_grad and parameter.dtype == torch.float32 for parameter in student.parameters())
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(1.0)
+    for name, tensor in teacher.model.state_dict().items():
+        assert torch.equal(tensor, before[name]), f"{name} is shared with the student"
+
+
+def test_dropout_of_the_teacher_is_carried_over(tokenizer: PreTrainedTokenizerBase) -> None:
+    teacher = build_teacher("bert", hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.2)
+    student = cut_student(teacher=teacher, tokenizer=tokenizer, layers="half")
+    assert (student.config.dropout, student.config.attention_dropout) == (0.3, 0.2)
+
+
+@pytest.mark.parametrize(
+    "teacher_layers, student_layers, expected",
+    [
+        (12, 6, [0, 2, 4, 7, 9, 11]),
+        (12, 4, [0, 4, 7, 11]),
+        (12, 12, list(range(12))),
+        (6, 3, [0, 2, 5]),
+        (4, 2, [0, 3]),
+        (5, 1, [0]),
+        (24, 12, [0, 2, 4, 6, 8, 10, 13, 15, 17, 19, 21, 23]),
+    ],
+)
+def test_layers_are_spread_from_the_first_to_the_last(
+    teacher_layers: int, student_layers: int, expected: list[int]
+) -> None:
+    assert choose_layers(teacher_layers, student_layers) == expected
+
+
+def test_every_depth_gives_increasing_layers() -> None:
+    for depth in range(1, 49):
+        for kept in range(1, depth + 1):
+            layers = choose_layers(depth, kept)
+            assert layers == sorted(set(layers))
+            assert layers[0] == 0
+            assert kept == 1 or layers[-1] == depth - 1
+
+
+@pytest.mark.parametrize("name, depth, expected", [("half", 12, 6), ("half", 1, 1), ("half", 7, 3), ("third", 12, 4)])
+def test_named_depths(name: str, depth: int, expected: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    teacher = build_teacher("bert", num_layers=depth)
+    student = cut_student(teacher=teacher, tokenizer=tokenizer, layers=name)  # type: ignore[arg-type]
+    assert student.config.num_hidden_layers == expected
+
+
+def test_two_digit_layers_are_renumbered_as_numbers() -> None:
+    state = {f"h.{layer}.weight": torch.tensor(layer) for layer in range(12)} | {"ln.weight": torch.tensor(-1)}
+    kept = keep_layers(state, [0, 2, 10, 11])
+    assert {name: int(tensor) for name, tensor in kept.items()} == {
+        "h.0.weight": 0,
+        "h.1.weight": 2,
+        "h.2.weight": 10,
+        "h.3.weight": 11,
+        "ln.weight": -1,
+    }
+
+
+@torch.no_grad()
+def test_a_random_student_has_the_shape_and_none_of_the_weights(
+    teacher: Teacher, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    cut = cut_student(teacher=teacher, tokenizer=tokenizer, layers="half")
+    fresh = cut_student(teacher=teacher, tokenizer=tokenizer, layers="half", init="random")
+    assert type(fresh) is type(cut)
+    shapes = {name: tensor.shape for name, tensor in cut.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in fresh.state_dict().items()} == shapes
+    for name, tensor in fresh.state_dict().items():
+        if tensor.ndim == 2:
+            assert not torch.allclose(tensor, cut.state_dict()[name], atol=1e-3), name
+    assert fresh.config.distilkit_layers is None
+
+
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "roberta", "gpt2", "electra"])
+def test_the_position_table_can_be_frozen(model_type: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    teacher = build_teacher(model_type)
+    student = cut_student(teacher=teacher, tokenizer=tokenizer, layers="half", train_position_embeddings=False)
+    frozen = [name for name, parameter in student.named_parameters() if not parameter.requires_grad]
+    assert len(frozen) == 1
+    assert "position_embeddings" in frozen[0] or "wpe" in frozen[0]
+
+
+@pytest.mark.parametrize(
+    "layers, message",
+    [
+        ([0, 12], r"student keeps layer 12, but tiny-bert has layers 0 to 5; set student.layers within that range"),
+        ([-1, 2], r"student keeps layer -1, but tiny-bert has layers 0 to 5"),
+        ([0, 2, 2], r"student.layers=\[0, 2, 2\] repeats a layer or is not increasing; give each layer once"),
+        ([3, 1], r"student.layers=\[3, 1\] repeats a layer or is not increasing"),
+        ([], r"student.layers is empty, but a student keeps at least one of layers 0 to 5 of tiny-bert"),
+        (["a"], r"student keeps layer a, but tiny-bert has layers 0 to 5"),
+        ("quarter", r"student.layers is 'quarter'; it takes half, third or a list"),
+    ],
+)
+def test_wrong_layers_are_an_error(layers: Any, message: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(UserError, match=message):
+        cut_student(teacher=build_teacher("bert"), tokenizer=tokenizer, layers=layers)
+
+
+def test_other_wrong_students_are_an_error(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(UserError, match="cannot be cut from teacher=none; set student=new, or choose a teacher"):
+        cut_student(teacher=None, tokenizer=tokenizer, layers="half")
+    with pytest.raises(UserError, match=r"drops layer 0, but ModernBERT's first layer .* keep layer 0"):
+        cut_student(teacher=build_teacher("modernbert"), tokenizer=tokenizer, layers=[1, 3])
+    with pytest.raises(UserError, match="student.init is 'zeros'; it takes teacher or random"):
+        cut_student(teacher=build_teacher("bert"), tokenizer=tokenizer, layers="half", init="zeros")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"gelu and relu, but the teacher has 'silu'; set student.bert_class=same"):
+        cut_student(teacher=build_teacher("bert", hidden_act="silu"), tokenizer=tokenizer, layers="half")
+    with pytest.raises(UserError, match=r"the tokenizer has 126 ids, but tiny-bert embeds 100; use the tokenizer"):
+        cut_student(teacher=build_teacher("bert", vocab_size=100), tokenizer=tokenizer, layers="half")
+
+
+def test_a_new_model_takes_its_vocabulary_and_special_ids_from_the_tokenizer(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    fields = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    student = new_student(teacher=None, tokenizer=tokenizer, model_type="roberta", config=fields)
+    assert student.get_output_embeddings().weight.shape == (len(tokenizer), 16)
+    assert student.config.pad_token_id == tokenizer.pad_token_id
+    assert student.training
+    assert num_parameters(student) > 0
+
+
+@pytest.mark.parametrize(
+    "model_type, config, message",
+    [
+        ("bart-large", {}, r"student.model_type='bart-large' is unknown to transformers; try bert, roberta or gpt2"),
+        ("bert", {"hiden_size": 16}, r"student.config has hiden_size, which a bert config does not have"),
+    ],
+)
+def test_a_wrong_new_model_is_an_error(
+    model_type: str, config: dict[str, Any], message: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    with pytest.raises(UserError, match=message):
+        new_student(teacher=None, tokenizer=tokenizer, model_type=model_type, config=config)
+
+
+def test_an_existing_student_needs_the_vocabulary_of_its_teacher(
+    tmp_path: Any, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    build_model("distilbert", num_layers=2).save_pretrained(tmp_path)
+    assert pretrained_student(teacher=build_teacher("bert"), tokenizer=tokenizer, name=str(tmp_path)).training
+    with pytest.raises(UserError, match="has 126 words and the teacher 200; soft targets need one vocabulary"):
+        pretrained_student(teacher=build_teacher("bert", vocab_size=200), tokenizer=tokenizer, name=str(tmp_path))
