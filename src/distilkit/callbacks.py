@@ -9,6 +9,8 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.trainer.states import TrainerFn
 
+from distilkit.errors import UserError
+
 
 class ValidateEvery(Callback):
     """Validate at least every ``optimizer_steps``, evenly over the run; Lightning's own interval counts micro-batches.
@@ -17,7 +19,13 @@ class ValidateEvery(Callback):
     """
 
     def __init__(self, *, optimizer_steps: int) -> None:
-        """Take the interval in optimizer steps."""
+        """Take the interval in optimizer steps.
+
+        Raises:
+            UserError: it is not positive.
+        """
+        if optimizer_steps < 1:
+            raise UserError(f"callbacks.validation.optimizer_steps={optimizer_steps}, but it must be at least 1")
         self.optimizer_steps = optimizer_steps
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -63,7 +71,8 @@ class Throughput(Callback):
         tokens = batch["input_ids"].numel() * trainer.world_size
         self.tokens += tokens
         self.window_tokens += tokens
-        if batch["is_last"] and trainer.global_step % trainer.log_every_n_steps == 0:
+        log_every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by one of its connectors
+        if batch["is_last"] and trainer.global_step % log_every == 0:
             self._stop()
             self.started = time.perf_counter()
             rate = self.window_tokens / max(self.window_seconds, 1e-9)

@@ -3,7 +3,7 @@
 The split lets the objective compute vocabulary-wide logits for chosen tokens only, before the head's transform.
 """
 
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +78,7 @@ def last_hidden_state(
     ``attention_mask`` is (batch, length) with 0 on padding, and None when there is none: a mask of ones would cost a
     host sync in every forward. ``document_ids`` keeps packed documents from attending to each other.
     """
-    arguments: dict[str, object] = {"attention_mask": attention_mask}
+    arguments: dict[str, Any] = {"attention_mask": attention_mask}
     if document_ids is not None:
         # Padding has a document id of its own, so the document mask covers it as well.
         arguments["attention_mask"], arguments["position_ids"] = _document_masks(model, document_ids)
@@ -89,18 +89,19 @@ def last_hidden_state(
 
 def head_transform(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Apply what stands between the last hidden state and the output embeddings: (tokens, width) -> (tokens, width)."""
+    parts: Any = model  # each family names its own
     match model.config.model_type:
         case "bert" if hasattr(model, "cls"):
-            output = model.cls.predictions.transform(hidden)
+            output = parts.cls.predictions.transform(hidden)
         case "roberta" | "xlm-roberta" if hasattr(model, "lm_head"):
-            head = model.lm_head
+            head = parts.lm_head
             output = head.layer_norm(nn.functional.gelu(head.dense(hidden)))
         case "distilbert":
-            output = model.vocab_layer_norm(model.activation(model.vocab_transform(hidden)))
+            output = parts.vocab_layer_norm(parts.activation(parts.vocab_transform(hidden)))
         case "electra":
-            output = model.generator_predictions(hidden)
+            output = parts.generator_predictions(hidden)
         case "modernbert":
-            output = model.head(hidden)
+            output = parts.head(hidden)
         case _:
             output = hidden
     return cast(Tensor, output)

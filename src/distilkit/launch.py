@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -26,8 +27,7 @@ def ranks_on_config(config_file: Path) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in _RANK_VARIABLES}
     arguments = sys.argv[1:]
     sys.argv[1:] = [f"--config-path={config_file.parent.resolve()}", f"--config-name={config_file.stem}"]
-    hydra_config = HydraConfig.instance().cfg
-    assert hydra_config is not None
+    hydra_config: Any = HydraConfig.instance().cfg
     run_dir = hydra_config.hydra.run.dir
     with flag_override(hydra_config.hydra, "readonly", False):
         hydra_config.hydra.run.dir = str(config_file.parent.resolve())  # Lightning hands it to the children

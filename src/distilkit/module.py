@@ -69,7 +69,7 @@ class DistillationModule(LightningModule):
         self.step_terms: dict[str, Tensor] = {}
         self.denominators: dict[str, Tensor] = {}
         self.all_finite = torch.tensor(True)
-        self.val_metrics = torch.nn.ModuleDict()
+        self.val_metrics: dict[str, MeanMetric] = {}
         self.save_hyperparameters(
             {**vars(objective), "scheduler": scheduler, "warmup_share": warmup_share, "seed": seed}
         )
@@ -118,7 +118,8 @@ class DistillationModule(LightningModule):
         for name, term in {**terms, "": loss}.items():
             self.step_terms[name] = self.step_terms.get(name, 0.0) + term.detach()
         self.tokens_seen += batch["input_ids"].numel() * self.trainer.world_size
-        if batch["is_last"] and (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        log_every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by one of its connectors
+        if batch["is_last"] and (self.trainer.global_step + 1) % log_every == 0:
             self.check_finite()
             self._log_step()
         # Lightning divides by the accumulation and DDP by the ranks; our denominators hold both already.
@@ -159,14 +160,15 @@ class DistillationModule(LightningModule):
     ) -> None:
         """Clip by the global norm, under FSDP too, where each rank holds only a part of it."""
         if isinstance(self.trainer.strategy, FSDPStrategy) and gradient_clip_val is not None:
-            self.trainer.strategy.model.clip_grad_norm_(gradient_clip_val)
+            sharded: Any = self.trainer.strategy.model
+            sharded.clip_grad_norm_(gradient_clip_val)
             return
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def configure_optimizers(self) -> Any:
         """Decay matrices only, and schedule over the real number of optimizer steps."""
         trainable = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [parameter for parameter in trainable if parameter.ndim >= 2]},
             {"params": [parameter for parameter in trainable if parameter.ndim < 2], "weight_decay": 0.0},
         ]
@@ -184,7 +186,7 @@ class DistillationModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start counting afresh."""
-        self.val_metrics = torch.nn.ModuleDict()
+        self.val_metrics = {}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add up the objective's terms, and how well student and teacher predict the labelled tokens."""
@@ -228,7 +230,7 @@ class DistillationModule(LightningModule):
                 values[name.replace("nll", "perplexity")] = mean.exp()
         for name, value in values.items():
             self.log(f"val/{name}", value, prog_bar=name in ("loss", "accuracy"))
-        self.val_metrics = torch.nn.ModuleDict()
+        self.val_metrics = {}
 
     # ------------------------------------------------------------- checkpoints
 

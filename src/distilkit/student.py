@@ -8,9 +8,9 @@ import copy
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -188,7 +188,7 @@ def cut_student(
     for name, parameter in student.named_parameters():
         if re.search(r"position_embeddings|\.wpe\.", name):
             parameter.requires_grad_(train_position_embeddings)
-    return student.float().train()
+    return cast(PreTrainedModel, student.float().train())
 
 
 def new_student(
@@ -228,7 +228,7 @@ def new_student(
     student.config.distilkit_layers = None
     check_vocabulary(student, tokenizer, name="the student")
     check_split(student)
-    return student.float().train()
+    return cast(PreTrainedModel, student.float().train())
 
 
 def pretrained_student(
@@ -255,7 +255,7 @@ def pretrained_student(
     check_vocabulary(student, tokenizer, name=name)
     check_split(student)
     student.config.distilkit_layers = None
-    return student.train()
+    return cast(PreTrainedModel, student.train())
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
@@ -264,7 +264,7 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     Raises:
         UserError: the tokenizer knows more ids than the model.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     if len(tokenizer) > rows:
         raise UserError(
             f"the tokenizer has {len(tokenizer)} ids, but {name} embeds {rows}; use the tokenizer the model was trained with"

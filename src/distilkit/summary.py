@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning import Trainer
+from pytorch_lightning import Callback, Trainer
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
@@ -95,6 +95,8 @@ def describe(
     cfg: DictConfig, *, objective: Objective, teacher: Teacher | None, student: PreTrainedModel
 ) -> dict[str, Any]:
     """Collect what a reader of the student wants to know of its making, as JSON."""
+    anywhere = cfg.copy()
+    anywhere.output_dir = "."  # each rank of torchrun or srun has a folder of its own, and the same config all the same
     origin = None
     if teacher is not None:
         origin = {
@@ -118,7 +120,7 @@ def describe(
         "data": cfg.data.description,
         "block_size": cfg.data.block_size,
         "global_batch_size": cfg.data.global_batch_size,
-        "config": OmegaConf.to_container(cfg, resolve=True),
+        "config": OmegaConf.to_container(anywhere, resolve=True),
     }
 
 
@@ -136,7 +138,8 @@ def finish(
         results=after,
         tokens_seen=saved["tokens_seen"],
     )
-    throughput = next((callback for callback in trainer.callbacks if isinstance(callback, Throughput)), None)
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by one of its connectors
+    throughput = next((callback for callback in callbacks if isinstance(callback, Throughput)), None)
     record = {name: value for name, value in module.record.items() if name != "config"}
     write_json(
         out / "summary.json",
