@@ -25,6 +25,8 @@ from transformers import (
 from distilkit.language_model import task_of
 from distilkit.teacher import Teacher, weight_hash
 
+torch.set_num_threads(1)  # tiny models: more threads only wait for each other
+
 _STARTS, _ENDS = "b d f g k l m n p r s t", "a e i o u al en or"
 WORDS = [f"{start}{end}" for start in _STARTS.split() for end in _ENDS.split()]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

@@ -1,6 +1,7 @@
 """What Lightning has not: validation counted in optimizer steps, and throughput in tokens per second."""
 
 import math
+import sys
 import time
 from typing import Any
 
@@ -15,7 +16,8 @@ from distilkit.errors import UserError
 class ValidateEvery(Callback):
     """Validate at least every ``optimizer_steps``, evenly over the run; Lightning's own interval counts micro-batches.
 
-    The trainer needs ``check_val_every_n_epoch=None``, so that the count runs across epochs.
+    The last step of an epoch may have fewer of them, so that a fixed interval would drift into the middle of a step,
+    where a checkpoint holds half of a gradient. The trainer needs ``check_val_every_n_epoch=None``.
     """
 
     def __init__(self, *, optimizer_steps: int) -> None:
@@ -26,14 +28,27 @@ class ValidateEvery(Callback):
         """
         if optimizer_steps < 1:
             raise UserError(f"callbacks.validation.optimizer_steps={optimizer_steps}, but it must be at least 1")
-        self.optimizer_steps = optimizer_steps
+        self.optimizer_steps = self.interval = optimizer_steps
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the interval, once the data module has set the accumulation; spread evenly, so that the end is scored."""
+        """Spread the validations evenly, so that the end is scored; the data module has set the accumulation by now."""
         total = int(trainer.estimated_stepping_batches)
-        interval = max(1, total // math.ceil(total / self.optimizer_steps))
-        # The estimate has set the loaders up, so that the batch count has to follow.
-        trainer.val_check_interval = trainer.val_check_batch = interval * trainer.accumulate_grad_batches
+        self.interval = max(1, total // math.ceil(total / self.optimizer_steps))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell a resumed run whether its checkpoint came from a validation."""
+        self._ask(trainer, due=trainer.global_step > 0)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Ask for a validation when a whole step is done and it is time."""
+        self._ask(trainer, due=batch["is_last"])
+
+    def _ask(self, trainer: Trainer, *, due: bool) -> None:
+        """Let Lightning, which validates at multiples of an interval of micro-batches, do it now or not yet."""
+        now = due and trainer.global_step % self.interval == 0
+        trainer.val_check_batch = trainer.fit_loop.total_batch_idx + 1 if now else sys.maxsize
 
 
 class Throughput(Callback):

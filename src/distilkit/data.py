@@ -95,9 +95,8 @@ class Blocks(Dataset[Batch]):
         after_separator = np.zeros_like(input_ids)
         after_separator[:, 1:] = input_ids[:, :-1] == self.separator
         after_separator[:, 1 : len(self.opening) + 1] = 0  # an opening token may be the separator's twin
-        if self.closing:  # the closing tokens go with the last document, not with one of their own
-            last = real.sum(axis=1) - len(self.closing)
-            after_separator[np.arange(len(input_ids)), last] = 0
+        ends = real.sum(axis=1, keepdims=True) - len(self.closing)
+        after_separator[np.arange(self.block_size) >= ends] = 0  # the closing tokens go with the last document
         return np.where(real, np.cumsum(after_separator, axis=1), -1)
 
 
@@ -137,8 +136,8 @@ class StepSampler(Sampler[Draw]):
 
     def starting_at(self, step: int) -> Iterator[Draw]:
         """Yield the steps from ``step`` on, as after a resume."""
-        key = int(mix(np.array([self.seed % 2**64], dtype=np.uint64) ^ np.uint64(self.epoch))[0])
-        order = np.random.default_rng(key).permutation(self.num_blocks)
+        key = mix(mix(np.array([self.seed % 2**64], dtype=np.uint64)) ^ np.uint64(self.epoch))
+        order = np.random.default_rng(int(key[0])).permutation(self.num_blocks)
         for begin in range(step * self.global_batch_size, self.num_blocks, self.global_batch_size):
             chunk = order[begin : begin + self.global_batch_size]
             yield self.epoch, chunk[self.rank :: self.world_size]
@@ -277,6 +276,8 @@ class DistillationDataModule(LightningDataModule):
         self.cache: TokenCache | None = None
         self.train_blocks: Blocks | None = None
         self.val_blocks: Blocks | None = None
+        self.train_loader: MicroBatches | None = None
+        self.resume_state: dict[str, int] = {}
 
     def prepare_data(self) -> None:
         """Tokenize the corpus into the cache, on one process of each node."""
@@ -345,20 +346,40 @@ class DistillationDataModule(LightningDataModule):
             world_size=world_size,
             seed=self.seed,
         )
-        return MicroBatches(
+        self.train_loader = MicroBatches(
             self.train_blocks,
             sampler=sampler,
             micro_batch_size=self.micro_batch_size,
             num_workers=self.num_workers,
             pin_memory=cuda,
         )
+        self.load_state_dict(self.resume_state)
+        return self.train_loader
+
+    def state_dict(self) -> dict[str, int]:
+        """Return where in its epoch the training loader is.
+
+        Lightning restores a loader's own state only when it makes the loader, which is before it reads a checkpoint's:
+        the schedule asks for the number of steps. So the state travels with the data module.
+        """
+        return self.train_loader.state_dict() if self.train_loader else {}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on within the epoch where the state was taken; the loader is made before or after, as the strategy has it."""
+        self.resume_state = state_dict
+        if self.train_loader is not None and state_dict:
+            self.train_loader.load_state_dict(state_dict)
+            self.resume_state = {}
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Serve the held-out blocks in order, with the same masks every time."""
         assert self.val_blocks is not None
         rank, world_size, _ = self._process()
         count = min(len(self.val_blocks), self.max_val_blocks)
-        mine = np.arange(count - count % world_size if count >= world_size else count)[rank::world_size]
+        # Spread over all held-out documents; too few to share, every rank takes all, for none may stay away.
+        mine = np.linspace(0, len(self.val_blocks) - 1, count).round().astype(np.int64)
+        if count >= world_size:
+            mine = mine[: count - count % world_size][rank::world_size]
         batches = [mine[begin : begin + self.micro_batch_size] for begin in range(0, len(mine), self.micro_batch_size)]
         draws = [(VALIDATION_EPOCH, blocks) for blocks in batches]
         return DataLoader(self.val_blocks, sampler=draws, batch_size=None)

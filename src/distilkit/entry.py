@@ -1,12 +1,15 @@
 """How the command lines report what a user can mend: one message, exit status 1, no traceback."""
 
 import functools
+import inspect
 import os
 import sys
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, ParamSpec, TypeVar
 
 from hydra.errors import InstantiationException
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
 
 from distilkit.errors import UserError
 
@@ -25,6 +28,34 @@ def _cause(error: Exception) -> Exception | None:
         if isinstance(cause, TypeError) and "argument" in str(cause):  # a key that the target does not take
             return error
     return None
+
+
+def check_names(names: Iterable[Any], known: Iterable[str], *, path: str) -> None:
+    """Make sure that the keys of the config node at ``path`` are known ones.
+
+    Raises:
+        UserError: one is not.
+    """
+    for name in names:
+        if name not in known:
+            raise UserError(f"{path}.{name} is unknown; {path} takes {', '.join(known)}")
+
+
+def check_keys(node: DictConfig, *, path: str = "") -> None:
+    """Make sure that each target below ``node`` takes the keys it is given, before anything is loaded.
+
+    Raises:
+        UserError: a key is unknown to its target.
+    """
+    if "_target_" in node:
+        parameters = inspect.signature(get_object(node["_target_"])).parameters
+        if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters.values()):
+            check_names(set(node) - {"_target_", "_partial_"}, parameters, path=path)
+    for name in map(str, node):
+        if not OmegaConf.is_missing(node, name) and not OmegaConf.is_interpolation(node, name):
+            child = node[name]
+            if isinstance(child, DictConfig):
+                check_keys(child, path=f"{path}.{name}".lstrip("."))
 
 
 def report_errors(entry: Callable[P, R]) -> Callable[P, R]:

@@ -114,6 +114,23 @@ def write_student(
     return model
 
 
+def read_checkpoint(file: Path) -> dict[str, Any]:
+    """Map a checkpoint of a distilkit run into memory.
+
+    Raises:
+        UserError: the file is no such checkpoint, or it is cut short.
+    """
+    try:
+        checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint["distilkit"]
+    except (RuntimeError, KeyError, TypeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"{file} is not a checkpoint of distilkit.train, or it is cut short; give another one of the run, best.ckpt or "
+            "last.ckpt"
+        ) from error
+    return checkpoint
+
+
 def export_checkpoint(ckpt: str | Path, out: str | Path) -> PreTrainedModel:
     """Turn any checkpoint of a distilkit run into a Hugging Face folder.
 
@@ -123,11 +140,8 @@ def export_checkpoint(ckpt: str | Path, out: str | Path) -> PreTrainedModel:
     file = Path(ckpt).expanduser()
     if not file.is_file():
         raise UserError(f"ckpt={str(ckpt)!r} is no file; give the path of a .ckpt below outputs/.../checkpoints")
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        saved = checkpoint["distilkit"]
-    except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{file} is not a checkpoint of distilkit.train, or it is cut short") from error
+    checkpoint = read_checkpoint(file)
+    saved = checkpoint["distilkit"]
     state = {name.removeprefix("student."): tensor for name, tensor in checkpoint["state_dict"].items()}
     return write_student(
         Path(out).expanduser(),

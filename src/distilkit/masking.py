@@ -37,7 +37,7 @@ def random_bits(seed: int, epoch: int, samples: Ids, length: int) -> Random:
 
 def to_uniform(bits: Random) -> NDArray[np.float64]:
     """Map random bits to uniform numbers in (0, 1)."""
-    return ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52  # 53 bits and a half would round up to 1
 
 
 def continues_word(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.bool_]:
@@ -46,17 +46,15 @@ def continues_word(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.bool_]:
     Raises:
         UserError: the tokenizer marks neither the start nor the continuation of a word.
     """
-    tokens = [token or "" for token in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))]
+    tokens = [token or "" for token in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
     backend = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     if backend["type"] == "WordPiece":
         prefix = backend["continuing_subword_prefix"]
-        flags = [token.startswith(prefix) for token in tokens]
+        flags = np.array([token.startswith(prefix) for token in tokens])
     else:
-        starts = [token.startswith(("Ġ", "▁")) for token in tokens]
-        if not any(starts):
+        flags = np.array([not token.startswith(("Ġ", "▁")) for token in tokens])
+        if flags.all():
             raise UserError("data.masking.whole_word=true, but this tokenizer marks no word starts; set it to false")
-        flags = [not start for start in starts]
-    flags = np.array(flags, dtype=bool)
     flags[tokenizer.all_special_ids] = False
     return flags
 
@@ -125,8 +123,8 @@ class Masker:
         """
         batch, length = input_ids.shape
         bits = random_bits(self.seed, epoch, samples, length)
-        special = self.is_special[input_ids]
         real = np.full(batch, length) if lengths is None else lengths
+        special = self.is_special[input_ids] | (np.arange(length) >= real[:, None])
         budget = np.maximum(1, np.round(self.masking.mlm_probability * real)).astype(np.int64)
         if self.continues is None:
             chosen = self._choose_tokens(input_ids, bits, special, budget)
@@ -150,7 +148,7 @@ class Masker:
     def _choose_words(self, input_ids: Ids, bits: Random, special: NDArray[np.bool_], budget: Ids) -> NDArray[np.bool_]:
         """Take whole words in random order while they fit, passing over one that is too long (as BERT did)."""
         assert self.continues is not None
-        starts = ~self.continues[input_ids]
+        starts = ~self.continues[input_ids] | special
         starts[:, 1:] |= special[:, :-1]
         starts[:, 0] = True
         word = np.cumsum(starts, axis=1) - 1

@@ -6,7 +6,7 @@ import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from distilkit.entry import report_errors
+from distilkit.entry import check_keys, report_errors
 from distilkit.tokens import open_cache
 
 
@@ -14,6 +14,7 @@ from distilkit.tokens import open_cache
 @report_errors
 def main(cfg: DictConfig) -> None:
     """Prepare the cache that ``distilkit.train`` with the same overrides will use, and say what is in it."""
+    check_keys(cfg)
     tokenizer = instantiate(cfg.tokenizer)
     data = instantiate(cfg.data, tokenizer=tokenizer, task="clm" if tokenizer.mask_token_id is None else "mlm")
     cache = open_cache(data.prepare(), tokenizer)

@@ -24,8 +24,13 @@ log = logging.getLogger(__name__)
 
 def run_label(folder: Path, common: set[str]) -> str:
     """Name a run by the overrides that not all runs share; a stage by its name alone."""
-    overrides = [item for item in _overrides(folder) if item not in common]
-    return ", ".join(item.rsplit("/", 1)[-1] if item.startswith("+") else item for item in overrides) or folder.name
+    return ", ".join(_short(item) for item in _overrides(folder) if item not in common) or folder.name
+
+
+def _short(override: str) -> str:
+    """Drop the plus of an added key, and the group of an added option: +experiment/demo=teacher is the stage teacher."""
+    key, _, value = override.partition("=")
+    return value if key.startswith("+") and "/" in key else override.lstrip("+")
 
 
 def _overrides(folder: Path) -> list[str]:
@@ -104,7 +109,7 @@ def plot_runs(runs: Sequence[Mapping[str, Any]], out: Path) -> None:
         bars = axis.barh(
             labels,
             [run["after"][key] for run in runs],
-            color=["tab:gray", *["tab:blue"] * len(runs)][: len(runs)] if "teacher" in labels else "tab:blue",
+            color=["tab:gray" if label == "teacher" else "tab:blue" for label in labels],
         )
         axis.bar_label(bars, fmt=form, padding=3)
         axis.set(xlabel=title)

@@ -196,7 +196,7 @@ def new_student(
     teacher: Teacher | None,
     tokenizer: PreTrainedTokenizerBase,
     model_type: str,
-    config: Mapping[str, Any],
+    config: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Build a model with fresh weights from ``model_type`` and the fields of its config, sized for the tokenizer.
 
@@ -216,11 +216,11 @@ def new_student(
         raise UserError(
             f"student.model_type={model_type!r} is unknown to transformers; try bert, roberta or gpt2"
         ) from error
-    unknown = sorted(key for key in config if not hasattr(built, key))
+    unknown = sorted(key for key in config or {} if not hasattr(built, key))
     if unknown:
         raise UserError(f"student.config has {', '.join(unknown)}, which a {model_type} config does not have")
     size = len(tokenizer) if teacher is None else teacher.model.config.vocab_size
-    fields = {"vocab_size": size, **special, **dict(config)}
+    fields = {"vocab_size": size, **special, **(config or {})}
     built = AutoConfig.for_model(model_type, **fields)
     auto = AutoModelForCausalLM if task_of(model_type) == "clm" else AutoModelForMaskedLM
     student: PreTrainedModel = auto.from_config(built)

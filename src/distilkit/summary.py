@@ -18,7 +18,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from distilkit.callbacks import Throughput
-from distilkit.export import write_student
+from distilkit.export import read_checkpoint, write_student
 from distilkit.language_model import num_parameters
 from distilkit.module import DistillationModule
 from distilkit.objective import Objective
@@ -58,35 +58,36 @@ def read_metrics(file: Path) -> dict[str, list[tuple[int, float]]]:
     return curves
 
 
+_TERMS = {
+    "train/loss": "weighted sum",
+    "train/loss_ce": "soft-target KL",
+    "train/loss_mlm": "masked LM",
+    "train/loss_clm": "causal LM",
+    "train/loss_cos": "1 - cosine",
+    "train/loss_mse": "logit MSE",
+}
+
+
 def plot_curves(metrics_file: Path, out: Path, *, title: str) -> None:
-    """Draw the training loss and its terms, and the held-out cross-entropy and accuracy, over optimizer steps."""
+    """Draw the terms of the training loss, and the held-out cross-entropy and accuracy, over optimizer steps."""
     curves = read_metrics(metrics_file)
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    names = {"train/loss": "weighted sum", "train/loss_ce": "soft-target KL", "train/loss_mlm": "masked LM",
-             "train/loss_clm": "causal LM", "train/loss_cos": "1 - cosine", "train/loss_mse": "logit MSE"}  # fmt: skip
-    for name, label in names.items():
+    figure = Figure(figsize=(14, 4), layout="constrained")
+    training, entropy, accuracy = figure.subplots(1, 3)
+    for name, label in _TERMS.items():
         if name in curves:
-            left.plot(*zip(*curves[name], strict=True), label=label, linewidth=2 if name == "train/loss" else 1)
-    left.set(title="training", xlabel="optimizer step", ylabel="loss (nats per token; see terms)", yscale="log")
-    for name, label, style in (("val/nll", "student", "o-"), ("val/teacher_nll", "teacher", "--")):
-        if name in curves:
-            right.plot(*zip(*curves[name], strict=True), style, color="tab:blue", label=f"{label}, cross-entropy")
-    right.set(title="held-out documents", xlabel="optimizer step", ylabel="cross-entropy (nats per token)")
-    right.yaxis.label.set_color("tab:blue")
-    accuracy = right.twinx()
-    for name, label, style in (("val/accuracy", "student", "s-"), ("val/teacher_accuracy", "teacher", "--")):
-        if name in curves:
-            accuracy.plot(*zip(*curves[name], strict=True), style, color="tab:orange", label=f"{label}, accuracy")
-    accuracy.set(ylabel="accuracy (share of labelled tokens)", ylim=(0, None))
-    accuracy.yaxis.label.set_color("tab:orange")
-    for axis in (left, right):
+            training.plot(*zip(*curves[name], strict=True), label=label, linewidth=2 if name == "train/loss" else 1)
+    training.set(title="training", ylabel="nats per token (1 - cosine: no unit)", yscale="log")
+    for axis, metric in ((entropy, "nll"), (accuracy, "accuracy")):
+        for name, label, style in (("val/", "student", "o-"), ("val/teacher_", "teacher", "k--")):
+            if name + metric in curves:
+                axis.plot(*zip(*curves[name + metric], strict=True), style, label=label)
+    entropy.set(title="held-out documents", ylabel="cross-entropy (nats per labelled token)")
+    accuracy.set(title="held-out documents", ylabel="accuracy (share of labelled tokens)")
+    for axis in (training, entropy, accuracy):
+        axis.set_xlabel("optimizer step")
         axis.grid(alpha=0.3)
-    lines = right.get_lines() + accuracy.get_lines()
-    if left.get_lines():
-        left.legend()
-    if lines:
-        right.legend(lines, [str(line.get_label()) for line in lines], loc="center right")
+        if axis.get_lines():
+            axis.legend()
     figure.suptitle(title)
     figure.savefig(out, dpi=120)
 
@@ -95,8 +96,9 @@ def describe(
     cfg: DictConfig, *, objective: Objective, teacher: Teacher | None, student: PreTrainedModel
 ) -> dict[str, Any]:
     """Collect what a reader of the student wants to know of its making, as JSON."""
-    anywhere = cfg.copy()
-    anywhere.output_dir = "."  # each rank of torchrun or srun has a folder of its own, and the same config all the same
+    # Each rank of torchrun or srun has a folder of its own, but they have one config all the same.
+    folder = json.dumps(cfg.output_dir)[:-1]
+    config = json.dumps(OmegaConf.to_container(cfg, resolve=True)).replace(folder, '".')
     origin = None
     if teacher is not None:
         origin = {
@@ -120,7 +122,7 @@ def describe(
         "data": cfg.data.description,
         "block_size": cfg.data.block_size,
         "global_batch_size": cfg.data.global_batch_size,
-        "config": OmegaConf.to_container(anywhere, resolve=True),
+        "config": json.loads(config),
     }
 
 
@@ -128,7 +130,7 @@ def finish(
     trainer: Trainer, module: DistillationModule, *, out: Path, before: Mapping[str, float], after: Mapping[str, float]
 ) -> None:
     """Write student/, summary.json and loss_curves.png into a run's folder, and print where they are."""
-    checkpoint = torch.load(out / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True, mmap=True)
+    checkpoint = read_checkpoint(out / "checkpoints" / "last.ckpt")
     saved = checkpoint["distilkit"]
     student = write_student(
         out / "student",

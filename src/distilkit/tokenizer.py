@@ -47,7 +47,9 @@ def load_tokenizer(
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the SHA-256 of everything that decides how text becomes ids."""
-    state = [tokenizer.backend_tokenizer.to_str(), sorted(tokenizer.all_special_tokens)]
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    del backend["truncation"], backend["padding"]  # of the last call; the cache uses neither
+    state = [backend, sorted(tokenizer.all_special_tokens)]
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
 
@@ -104,7 +106,7 @@ def _wordpiece(documents: Iterator[str], vocab_size: int, lowercase: bool) -> Pr
         documents,
         trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False),
     )
-    ids = {token: tokenizer.token_to_id(token) for token in special}
+    ids = {token: index for index, token in enumerate(special)}  # the trainers put them first
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", ids["[SEP]"]), ("[CLS]", ids["[CLS]"]))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -126,7 +128,7 @@ def _bpe(documents: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
         vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     _train(tokenizer, documents, trainer)
-    ids = {token: tokenizer.token_to_id(token) for token in special}
+    ids = {token: index for index, token in enumerate(special)}  # the trainers put them first
     tokenizer.post_processor = processors.RobertaProcessing(
         ("</s>", ids["</s>"]), ("<s>", ids["<s>"]), add_prefix_space=False
     )

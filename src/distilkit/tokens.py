@@ -100,11 +100,11 @@ def prepare(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, cache_dir: st
             temporary.chmod(0o755)
             temporary.rename(folder)
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise UserError(
-                f"no space left on the disk of {folder.parent} while preparing the token cache; free some, or set "
-                "cache_dir to another disk (2 bytes a token, 4 above 65,536 words)"
+                f"no space left on the disk of {folder.parent} (or in your quota) while preparing the token cache; free "
+                "some, or set cache_dir to another disk (2 bytes a token, 4 above 65,536 words)"
             ) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -223,7 +223,7 @@ def _write(folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, 
             bar.update(task, completed=done, documents=sum(num_documents.values()), rate=rate)
     if not sum(num_documents.values()):
         raise UserError("the corpus is empty: it has no document with text in it; check data.corpus")
-    counts.tofile(folder / "counts.bin")
+    (folder / "counts.bin").write_bytes(counts.tobytes())  # tofile would not notice a full disk
     meta = {
         "format": FORMAT,
         "key": key,

@@ -12,8 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Trainer, seed_everything
 from pytorch_lightning.loggers import CSVLogger
 
-from distilkit.entry import report_errors
+from distilkit.entry import check_keys, check_names, report_errors
 from distilkit.errors import UserError
+from distilkit.export import read_checkpoint
 from distilkit.language_model import check_block_size, num_parameters, task_of
 from distilkit.launch import ranks_on_config
 from distilkit.malloc import keep_large_buffers
@@ -27,24 +28,30 @@ def find_checkpoint(ckpt_path: str | None, out: Path) -> Path | None:
     """Resolve ``ckpt_path``: a file, or ``last`` for the newest last.ckpt among the runs of this name.
 
     Raises:
-        UserError: there is no such file.
+        UserError: there is no such file, or it cannot be resumed from.
     """
     if ckpt_path is None:
         return None
-    if ckpt_path != "last":
-        file = Path(ckpt_path).expanduser().resolve()
+    if ckpt_path == "last":
+        found = sorted(out.parent.glob("*/checkpoints/last.ckpt"), key=lambda file: file.stat().st_mtime)
+        if not found:
+            raise UserError(f"ckpt_path=last, but no run below {out.parent} has a checkpoint; start without ckpt_path")
+        file = found[-1]
+    else:
+        file = Path(ckpt_path).expanduser()
         if not file.is_file():
             raise UserError(f"ckpt_path={ckpt_path} is no file; give a .ckpt below outputs/.../checkpoints, or last")
-        return file
-    found = sorted(out.parent.glob("*/checkpoints/last.ckpt"), key=lambda file: file.stat().st_mtime)
-    if not found:
-        raise UserError(f"ckpt_path=last, but no run below {out.parent} has a checkpoint; start without ckpt_path")
-    return found[-1].resolve()
+    read_checkpoint(file)  # a damaged one is reported before anything is loaded
+    return file.resolve()
 
 
 def train(cfg: DictConfig) -> float:
     """Build, fit, validate and export; return the student's held-out cross-entropy in nats per labelled token."""
+    check_keys(cfg)
+    check_names(cfg.scheduler, ("scheduler", "warmup_share"), path="scheduler")
     out = Path(cfg.output_dir).resolve()
+    if (out / "student").exists():
+        raise UserError(f"{out} holds a finished run; choose another hydra.run.dir, or delete {out / 'student'}")
     checkpoint = find_checkpoint(cfg.ckpt_path, out)
     cfg.ckpt_path = str(checkpoint) if checkpoint else None
     seed_everything(cfg.seed, workers=True, verbose=False)
@@ -109,8 +116,12 @@ def main(cfg: DictConfig) -> float:
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message="Found .* module\\(s\\) in eval mode")  # the teacher, on purpose
     warnings.filterwarnings("ignore", message="Experiment logs directory .* exists")  # the run's folder, on purpose
+    warnings.filterwarnings(
+        "ignore", message="The dirpath has changed"
+    )  # a resumed run has a folder and a best of its own
     warnings.filterwarnings("ignore", message=".*LeafSpec")  # Lightning's own use of torch
     warnings.filterwarnings("ignore", message=".*does not have many workers")  # batches are cut from a memory map
+    warnings.filterwarnings("ignore", message=".*sync_dist=True")  # what is logged is summed over ranks already
     return train(cfg)
 
 

@@ -1,0 +1,125 @@
+"""Run the entry points: in this process, where a start costs nothing, or in one of their own."""
+
+import contextlib
+import dataclasses
+import io
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+SMALL = (  # steps of 16 blocks in two micro-batches, on one CPU
+    "data=text",
+    "data.block_size=32",
+    "data.global_batch_size=16",
+    "data.micro_batch_size=8",
+    "data.val_share=0.1",
+    "data.max_val_blocks=6",
+    "trainer=cpu",
+    "trainer.log_every_n_steps=1",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a command line ended: its exit status and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+@contextlib.contextmanager
+def _undone(cwd: Path, arguments: tuple[str, ...]) -> Iterator[None]:
+    """Undo what an entry point leaves in the process: folder, arguments, environment, log handlers, threads."""
+    folder, argv, environment, threads = Path.cwd(), sys.argv, dict(os.environ), torch.get_num_threads()
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    os.chdir(cwd)
+    sys.argv = ["job", *arguments]
+    torch.set_num_threads(1)  # tiny models, and other processes on the same cores
+    try:
+        with warnings.catch_warnings():
+            yield
+    finally:
+        os.chdir(folder)
+        sys.argv = argv
+        os.environ.clear()
+        os.environ.update(environment)
+        for handler in root.handlers[:]:
+            if handler not in handlers:
+                handler.close()
+        root.handlers[:] = handlers
+        root.setLevel(level)
+        torch.set_num_threads(threads)
+        GlobalHydra.instance().clear()
+        HydraConfig.instance().cfg = None
+
+
+def call(entry: Callable[[], Any], *arguments: str, cwd: Path) -> Outcome:
+    """Run an entry point in this process as its command line would."""
+    out, err = io.StringIO(), io.StringIO()
+    code: Any = 0
+    with _undone(cwd, arguments), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            entry()
+        except SystemExit as stop:
+            code = stop.code or 0
+    return Outcome(code=code, out=out.getvalue(), err=err.getvalue())
+
+
+def spawn(
+    *arguments: str, cwd: Path, environment: Mapping[str, str | None] | None = None, python: str = sys.executable
+) -> Outcome:
+    """Run ``python *arguments`` in a process of its own; None takes a variable out of the environment."""
+    merged = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
+    done = subprocess.run(
+        [python, *arguments],
+        cwd=cwd,
+        env={name: value for name, value in merged.items() if value is not None},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return Outcome(code=done.returncode, out=done.stdout, err=done.stderr)
+
+
+def only(folder: Path, pattern: str) -> Path:
+    """Return the one path below a folder that matches."""
+    found = sorted(folder.glob(pattern))
+    assert len(found) == 1, f"{len(found)} paths match {pattern} below {folder}: {found}"
+    return found[0]
+
+
+class StopAfter(Callback):
+    """Break a run after so many optimizer steps, as a crash would; for ``+callbacks.stop``."""
+
+    def __init__(self, *, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step >= self.step:
+            raise RuntimeError("the power went out")
+
+
+class Poison(Callback):
+    """Make a weight of the student infinite after so many optimizer steps; for ``+callbacks.poison``."""
+
+    def __init__(self, *, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step >= self.step:
+            with torch.no_grad():
+                next(pl_module.student.parameters())[7, 0] = float("inf")
