@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.errors import InstantiationException
 from transformers import BertModel, DistilBertForMaskedLM, PreTrainedTokenizerBase
 
 import distilkit.export
 import distilkit.prepare
 import distilkit.train
 from conftest import build_model, make_documents
+from distilkit.errors import UserError
 from jobs import SMALL, Outcome, call, only, spawn
 
 Attempt = Callable[..., Outcome]
@@ -248,9 +250,21 @@ def test_a_path_that_matches_nothing_is_refused(refused: Callable[..., None]) ->
     refused("data.corpus.paths=nowhere/*.txt", facts=["'nowhere/*.txt' matches no file", ".jsonl"])
 
 
-def test_a_corpus_that_was_left_out_is_asked_for(settings: tuple[str, ...], tmp_path: Path) -> None:
-    without = [item for item in settings if not item.startswith("data.corpus.paths")]
-    assert_refused(call(distilkit.train.main, *without, cwd=tmp_path), "data.corpus.paths")
+@pytest.mark.parametrize(
+    ("left_out", "overrides", "fact"),
+    [
+        ("data.corpus.paths", [], "data.corpus.paths is not set; add data.corpus.paths=..."),
+        ("teacher.name", [], "teacher.name is not set; add teacher.name=..."),
+        ("nothing", ["student=hf"], "student.name is not set; add student.name=..."),
+        ("nothing", ["student=layers"], "student.layers is not set; add student.layers=..."),
+        ("nothing", ["trainer=multi_node"], "trainer.num_nodes is not set; add trainer.num_nodes=..."),
+    ],
+)
+def test_what_was_left_out_is_asked_for(
+    left_out: str, overrides: list[str], fact: str, settings: tuple[str, ...], tmp_path: Path
+) -> None:
+    given = [item for item in settings if not item.startswith(left_out)]
+    assert_refused(call(distilkit.train.main, *given, *overrides, cwd=tmp_path), fact)
     assert_nothing_half_made(tmp_path)
 
 
@@ -422,5 +436,6 @@ def test_full_errors_are_shown_on_request(
     settings: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    with pytest.raises(ValueError, match="objective.temperature=0"):
+    with pytest.raises(InstantiationException) as raised:
         call(distilkit.train.main, *settings, "objective.temperature=0", cwd=tmp_path)
+    assert isinstance(raised.value.__cause__, UserError)

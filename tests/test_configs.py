@@ -135,6 +135,30 @@ def test_every_option_composes_and_gives_its_targets_only_what_they_take(option:
             assert needed <= keys | GIVEN_BY_TRAIN, f"{path} of {option}"
 
 
+@pytest.mark.parametrize("option", [option for option in OPTIONS if "???" in (CONF / f"{option}.yaml").read_text()])
+def test_what_an_option_wants_from_the_user_has_no_value_of_its_own(option: str) -> None:
+    """A merge keeps an older value where the newer file has ``???``, so that an inherited one would go unnoticed."""
+    wanted = {name for name, value in flat(OmegaConf.load(CONF / f"{option}.yaml")).items() if value == "???"}
+    group, name = option.split("/")
+    cfg = composed(f"{group}={name}")
+    parent = cfg if group == "experiment" else cfg[group]
+    for dotted in wanted:
+        *above, last = dotted.split(".")
+        node = OmegaConf.select(parent, ".".join(above)) if above else parent
+        assert OmegaConf.is_missing(node, last), f"{dotted} of {option}"
+
+
+@pytest.mark.parametrize("option", [option for option in OPTIONS if len(option.split("/")) == 2])
+def test_the_overrides_in_the_comment_of_an_option_compose(option: str) -> None:
+    group, name = option.split("/")
+    for found in re.findall(rf"(?<!\S){group}={name}( .*=.*)?\n", (CONF / f"{option}.yaml").read_text("utf-8")):
+        cfg = composed(f"{group}={name}", *shlex.split(found))
+        for override in shlex.split(found):
+            key, _, value = override.partition("=")
+            if not value.startswith("{"):
+                assert str(OmegaConf.select(cfg, key)).replace("'", "").replace(" ", "") == value
+
+
 @pytest.mark.parametrize("option", [option for option in OPTIONS if option.startswith("objective/")])
 def test_every_objective_option_builds(option: str) -> None:
     objective = instantiate(with_option(option).objective)

@@ -1,6 +1,6 @@
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -471,6 +471,32 @@ def test_the_trainers_accumulation_follows_from_the_batch_sizes(
     assert {len(step) for step in steps[:-1]} == {accumulation}
 
 
+@pytest.mark.parametrize("loader_first", [False, True])
+def test_the_place_in_an_epoch_travels_with_the_module(make_module: MakeModule, loader_first: bool) -> None:
+    interrupted = ready(make_module())
+    assert interrupted.state_dict() == {}
+    whole = list(ready(make_module()).train_dataloader())
+    list(itertools.islice(interrupted.train_dataloader(), 5))
+    resumed = ready(make_module())
+    if loader_first:
+        loader = resumed.train_dataloader()
+        resumed.load_state_dict(interrupted.state_dict())
+    else:
+        resumed.load_state_dict(interrupted.state_dict())
+        loader = resumed.train_dataloader()
+    assert same(list(loader), whole[5:])
+    assert same(list(loader), whole)
+    assert same(list(resumed.train_dataloader()), whole)  # another loader begins anew
+
+
+def test_a_module_refuses_a_state_of_other_sizes(make_module: MakeModule) -> None:
+    interrupted, other = ready(make_module()), ready(make_module(micro_batch_size=2))
+    interrupted.train_dataloader()
+    other.load_state_dict(interrupted.state_dict())
+    with pytest.raises(UserError, match="this run has .*; resume with the same data, batch sizes and number of proc"):
+        other.train_dataloader()
+
+
 def test_validation_batches_are_the_same_on_every_pass_and_in_every_run(make_module: MakeModule) -> None:
     module = ready(make_module())
     first = list(module.val_dataloader())
@@ -488,22 +514,31 @@ def test_validation_masks_are_not_those_of_a_training_epoch(make_module: MakeMod
         assert not torch.equal(module.val_blocks[(epoch, np.arange(4))]["labels"], first["labels"])
 
 
-def test_no_more_validation_blocks_are_used_than_asked_for(make_module: MakeModule) -> None:
-    every = list(ready(make_module()).val_dataloader())
-    few = list(ready(make_module(max_val_blocks=5)).val_dataloader())
-    assert [len(batch["input_ids"]) for batch in few] == [4, 1]
-    assert torch.equal(few[0]["input_ids"], every[0]["input_ids"])
+def rows_of(batches: Iterable[Batch]) -> list[list[int]]:
+    return [row for batch in batches for row in batch["labels"].tolist()]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 31, 50])
+def test_no_more_validation_blocks_are_used_than_asked_for_and_they_are_spread(
+    make_module: MakeModule, count: int
+) -> None:
+    every = rows_of(ready(make_module()).val_dataloader())
+    few = rows_of(ready(make_module(max_val_blocks=count)).val_dataloader())
+    places = [every.index(row) for row in few]
+    assert len(set(places)) == count
+    assert places == sorted(places)
+    ideal = [part * (len(every) - 1) / max(1, count - 1) for part in range(count)]
+    assert max(abs(place - wanted) for place, wanted in zip(places, ideal, strict=True)) <= 0.5
 
 
 @pytest.mark.parametrize(("count", "ranks"), [(12, 2), (13, 4), (4, 4)])
 def test_ranks_share_the_validation_blocks_evenly(make_module: MakeModule, count: int, ranks: int) -> None:
-    (whole,) = ready(make_module(max_val_blocks=count - count % ranks, micro_batch_size=100)).val_dataloader()
+    whole = rows_of(ready(make_module(max_val_blocks=count)).val_dataloader())
     shares = [
         list(ready(make_module(max_val_blocks=count, ranks=ranks, rank=rank)).val_dataloader()) for rank in range(ranks)
     ]
     assert len({tuple(len(batch["input_ids"]) for batch in share) for share in shares}) == 1
-    found = torch.cat([batch["labels"] for share in shares for batch in share])
-    assert sorted(found.tolist()) == sorted(whole["labels"].tolist())
+    assert sorted(itertools.chain(*map(rows_of, shares))) == sorted(whole[: count - count % ranks])
 
 
 def test_with_fewer_validation_blocks_than_ranks_none_goes_without(make_module: MakeModule) -> None:

@@ -1,5 +1,5 @@
-import contextlib
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -94,10 +94,11 @@ def test_the_cache_does_not_depend_on_how_the_corpus_is_cut_into_batches(
 
 
 @pytest.mark.parametrize("val_share", [0.05, 0.5, 0.95])
-def test_a_document_keeps_its_side_and_the_share_is_kept(val_share: float) -> None:
+def test_the_side_of_a_document_is_the_hash_of_its_text_in_every_process(val_share: float) -> None:
     documents = [f"document {number}" for number in range(4000)]
     sides = [split_of(document, val_share=val_share) for document in documents]
-    assert sides == [split_of(document, val_share=val_share) for document in documents]
+    hashes = [int(hashlib.blake2b(document.encode(), digest_size=8).hexdigest(), 16) for document in documents]
+    assert sides == ["val" if number / 2**64 < val_share else "train" for number in hashes]
     assert abs(sides.count("val") - 4000 * val_share) < 5 * (4000 * val_share * (1 - val_share)) ** 0.5
 
 
@@ -205,71 +206,71 @@ def test_an_interrupted_preparation_leaves_nothing_and_the_next_one_succeeds(
     assert total == sum(len(encode(document)) for document in documents)
 
 
-CHILDREN = """
-import os, sys, time
-from pathlib import Path
-from transformers import PreTrainedTokenizerFast
-from distilkit import tokens
+def wait_for(file: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not file.exists():
+        assert time.monotonic() < deadline, f"waited two minutes for {file}"
+        time.sleep(0.02)
 
-folder, names, documents = Path(sys.argv[1]), sys.argv[2].split("+"), sys.argv[3:]
 
-class Texts:
-    def fingerprint(self):
-        return {"name": "texts"}
+class WaitingTexts(Texts):
+    """A corpus whose reader stops after two documents until a file is there."""
 
-    def documents(self):
-        (folder / f"{me}-reads").touch()
-        yield from documents[:2]
-        while not all((folder / name).exists() for name in names):
-            time.sleep(0.01)
+    def __init__(self, documents: list[str], *, folder: Path, reader: str, until: str) -> None:
+        super().__init__(documents)
+        self.folder, self.reader, self.until = folder, reader, until
+
+    def documents(self) -> Iterator[str]:
+        (self.folder / f"{self.reader}-reads").touch()
+        yield from list(self.texts)[:2]
+        (self.folder / f"{self.reader}-waits").touch()
+        wait_for(self.folder / self.until)
         time.sleep(0.3)
-        yield from documents[2:]
+        yield from list(self.texts)[2:]
 
+
+CHILD = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_tokens import WaitingTexts, tokens
+from transformers import PreTrainedTokenizerFast
+
+folder, until, documents = Path(sys.argv[2]), sys.argv[3], sys.argv[4:]
 tokens._BATCH_DOCUMENTS = 1
 tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
-forked = os.fork() if names[1] != "never" else None
-me = names[1] if forked == 0 else names[0]
-(folder / me).touch()
-tokens.prepare(Texts(), tokenizer, cache_dir=folder / "cache", val_share=0.2)
-if forked:
-    sys.exit(os.waitstatus_to_exitcode(os.waitpid(forked, 0)[1]))
+(folder / "child").touch()
+texts = WaitingTexts(documents, folder=folder, reader="child", until=until)
+tokens.prepare(texts, tokenizer, cache_dir=folder / "cache", val_share=0.2)
 """
 
-StartChildren = Callable[[str, list[str]], subprocess.Popen[bytes]]
+StartChild = Callable[[str, list[str]], subprocess.Popen[bytes]]
 
 
 @pytest.fixture
-def start_children(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[StartChildren]:
-    """Start processes "one+two" that prepare one cache; each reads two documents and then waits for the other."""
+def start_child(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[StartChild]:
+    """Start a process that prepares a cache, reads two documents and waits for a file."""
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     started: list[subprocess.Popen[bytes]] = []
 
-    def start(names: str, documents: list[str]) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-c", CHILDREN, str(tmp_path), names, *documents]
-        started.append(subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True))
+    def start(until: str, documents: list[str]) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", CHILD, str(Path(__file__).parent), str(tmp_path), until, *documents]
+        started.append(subprocess.Popen(command, stderr=subprocess.PIPE))
         return started[-1]
 
     yield start
     for process in started:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
         process.communicate()
 
 
-def wait_for(found: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not found():
-        assert time.monotonic() < deadline, "waited for a minute"
-        time.sleep(0.02)
-
-
 def test_a_killed_preparation_is_not_taken_for_whole_and_is_cleaned_up_by_the_next(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, start_children: StartChildren
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, start_child: StartChild
 ) -> None:
     documents, cache_dir = make_documents(10), tmp_path / "cache"
-    child = start_children("child+never", documents)
-    wait_for(lambda: (tmp_path / "child-reads").exists() and len(list(cache_dir.glob("*.tmp*/*.bin"))) == 2)
-    child.send_signal(signal.SIGKILL)
+    child = start_child("never", documents)
+    wait_for(tmp_path / "child-waits")
+    child.kill()
     assert child.wait() == -signal.SIGKILL
     key = cache_key(Texts(documents), tokenizer, val_share=0.2)
     (left_over,) = folders(cache_dir)
@@ -279,25 +280,27 @@ def test_a_killed_preparation_is_not_taken_for_whole_and_is_cleaned_up_by_the_ne
     assert sum(open_cache(folder, tokenizer).meta["tokens"].values()) == sum(map(len, map(encode, documents)))
 
 
+def test_of_two_processes_that_prepare_a_cache_one_reads_and_both_succeed(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, start_child: StartChild
+) -> None:
+    documents = make_documents(10)
+    child = start_child("main", documents)
+    (tmp_path / "main").touch()
+    texts = WaitingTexts(documents, folder=tmp_path, reader="main", until="child")
+    folder = prepare(texts, tokenizer, cache_dir=tmp_path / "cache", val_share=0.2)
+    _, errors = child.communicate(timeout=120)
+    assert child.returncode == 0, errors.decode()
+    assert len(list(tmp_path.glob("*-reads"))) == 1
+    assert folders(tmp_path / "cache") == [folder.name]
+    cache = open_cache(folder, tokenizer)
+    assert sum(cache.meta["tokens"].values()) == sum(map(len, map(encode, documents)))
+
+
 def test_left_overs_of_other_caches_are_left_alone(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     other = tmp_path / "0123456789abcdef.tmpxyz"  # another process may be writing there
     other.mkdir()
     folder = prepare(Texts(make_documents(5)), tokenizer, cache_dir=tmp_path, val_share=0.2)
     assert folders(tmp_path) == sorted([other.name, folder.name])
-
-
-def test_of_two_processes_that_prepare_a_cache_one_reads_and_both_succeed(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, start_children: StartChildren
-) -> None:
-    documents = make_documents(10)
-    children = start_children("one+two", documents)
-    _, errors = children.communicate(timeout=60)
-    assert children.returncode == 0, errors.decode()
-    assert {"one", "two"} <= {path.name for path in tmp_path.iterdir()}
-    assert len(list(tmp_path.glob("*-reads"))) == 1
-    (name,) = folders(tmp_path / "cache")
-    cache = open_cache(tmp_path / "cache" / name, tokenizer)
-    assert sum(cache.meta["tokens"].values()) == sum(map(len, map(encode, documents)))
 
 
 @pytest.fixture

@@ -401,6 +401,27 @@ def test_the_last_checkpoint_is_that_of_the_newest_run_of_the_name(tmp_path: Pat
     assert distilkit.train.find_checkpoint(None, tmp_path / "new") is None
 
 
+def test_the_last_checkpoint_is_the_newest_where_the_held_out_loss_got_no_better(
+    train: Train, save_teacher: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(AssertionError, match="the power went out"):
+        train(
+            "teacher=hf",
+            f"teacher.name={save_teacher('bert')}",
+            "trainer.max_steps=6",
+            "callbacks.validation.optimizer_steps=2",
+            "callbacks.checkpoint.mode=max",  # so that the first is the best
+            "+callbacks.stop={_target_: jobs.StopAfter, step: 5}",
+            "validate_first=false",
+            "optimizer.lr=0.01",
+        )
+    steps = {
+        name: torch.load(only(tmp_path, f"outputs/run/*/checkpoints/{name}.ckpt"), weights_only=True)["global_step"]
+        for name in ("best", "last")
+    }
+    assert steps == {"best": 2, "last": 4}
+
+
 def test_two_runs_in_a_row_have_folders_of_their_own(train: Train, save_teacher: Callable[..., Path]) -> None:
     few = "teacher=hf", f"teacher.name={save_teacher('bert')}", "trainer.max_steps=1", "validate_first=false"
     first, second = train(*few), train(*few)

@@ -42,20 +42,21 @@ def check_names(names: Iterable[Any], known: Iterable[str], *, path: str) -> Non
 
 
 def check_keys(node: DictConfig, *, path: str = "") -> None:
-    """Make sure that each target below ``node`` takes the keys it is given, before anything is loaded.
+    """Make sure that nothing below ``node`` is left out, and that each target takes the keys it is given.
 
     Raises:
-        UserError: a key is unknown to its target.
+        UserError: a mandatory value is missing, or a key is unknown to its target.
     """
     if "_target_" in node:
         parameters = inspect.signature(get_object(node["_target_"])).parameters
         if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters.values()):
             check_names(set(node) - {"_target_", "_partial_"}, parameters, path=path)
     for name in map(str, node):
-        if not OmegaConf.is_missing(node, name) and not OmegaConf.is_interpolation(node, name):
-            child = node[name]
-            if isinstance(child, DictConfig):
-                check_keys(child, path=f"{path}.{name}".lstrip("."))
+        full_name = f"{path}.{name}".lstrip(".")
+        if OmegaConf.is_missing(node, name):
+            raise UserError(f"{full_name} is not set; add {full_name}=...")
+        if not OmegaConf.is_interpolation(node, name) and isinstance(node[name], DictConfig):
+            check_keys(node[name], path=full_name)
 
 
 def report_errors(entry: Callable[P, R]) -> Callable[P, R]:
