@@ -518,7 +518,7 @@ def rows_of(batches: Iterable[Batch]) -> list[list[int]]:
     return [row for batch in batches for row in batch["labels"].tolist()]
 
 
-@pytest.mark.parametrize("count", [1, 2, 5, 31, 50])
+@pytest.mark.parametrize("count", [1, 2, 5, 31, 45])
 def test_no_more_validation_blocks_are_used_than_asked_for_and_they_are_spread(
     make_module: MakeModule, count: int
 ) -> None:

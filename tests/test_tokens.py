@@ -1,5 +1,6 @@
 import errno
 import hashlib
+import inspect
 import json
 import os
 import shutil
@@ -230,13 +231,15 @@ class WaitingTexts(Texts):
 
 
 CHILD = """
-import sys
+import sys, time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from test_tokens import WaitingTexts, tokens
+from typing import Any
+from distilkit import tokens
 from transformers import PreTrainedTokenizerFast
 
-folder, until, documents = Path(sys.argv[2]), sys.argv[3], sys.argv[4:]
+{helpers}
+folder, until, documents = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
 tokens._BATCH_DOCUMENTS = 1
 tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
 (folder / "child").touch()
@@ -254,7 +257,8 @@ def start_child(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[
     started: list[subprocess.Popen[bytes]] = []
 
     def start(until: str, documents: list[str]) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-c", CHILD, str(Path(__file__).parent), str(tmp_path), until, *documents]
+        source = CHILD.format(helpers="".join(map(inspect.getsource, (wait_for, Texts, WaitingTexts))))
+        command = [sys.executable, "-c", source, str(tmp_path), until, *documents]
         started.append(subprocess.Popen(command, stderr=subprocess.PIPE))
         return started[-1]
 
