@@ -11,10 +11,13 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 SMALL = (  # steps of 16 blocks in two micro-batches, on one CPU
@@ -27,6 +30,7 @@ SMALL = (  # steps of 16 blocks in two micro-batches, on one CPU
     "trainer=cpu",
     "trainer.log_every_n_steps=1",
 )
+QUIET = ("logger=none", "~callbacks.progress", "+trainer.enable_progress_bar=false")  # where nobody looks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,10 +70,14 @@ def _undone(cwd: Path, arguments: tuple[str, ...]) -> Iterator[None]:
 
 
 def call(entry: Callable[[], Any], *arguments: str, cwd: Path) -> Outcome:
-    """Run an entry point in this process as its command line would."""
+    """Run an entry point in this process as its command line would, for one job.
+
+    Hydra would compose the config twice, the first time to learn whether it asks for a sweep; here it is told.
+    """
     out, err = io.StringIO(), io.StringIO()
     code: Any = 0
-    with _undone(cwd, arguments), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    told = patch.object(Hydra, "get_mode", return_value=RunMode.RUN)
+    with _undone(cwd, arguments), told, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             entry()
         except SystemExit as stop:

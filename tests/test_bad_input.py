@@ -15,7 +15,7 @@ import distilkit.prepare
 import distilkit.train
 from conftest import build_model, make_documents
 from distilkit.errors import UserError
-from jobs import SMALL, Outcome, call, only, spawn
+from jobs import QUIET, SMALL, Outcome, call, only, spawn
 
 Attempt = Callable[..., Outcome]
 
@@ -35,7 +35,7 @@ def settings(text_file: Path, cache: Path, save_teacher: Callable[..., Path]) ->
         *SMALL,
         f"data.corpus.paths={text_file}",
         f"cache_dir={cache}",
-        "logger=none",
+        *QUIET,
         "trainer.max_steps=1",
         "validate_first=false",
     )

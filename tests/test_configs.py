@@ -30,7 +30,7 @@ from distilkit.module import DistillationModule
 from distilkit.objective import Objective
 from distilkit.teacher import Teacher
 from distilkit.text_files import TextFiles
-from jobs import SMALL, call, only
+from jobs import QUIET, SMALL, call, only
 
 CONF = Path(distilkit.conf.__file__).parent
 SOURCE = Path(distilkit.__file__).parent
@@ -156,7 +156,10 @@ def example(option: str) -> list[str]:
     return shlex.split(found[1]) if found else []
 
 
-@pytest.mark.parametrize("option", [option for option in OPTIONS if len(option.split("/")) == 2 and example(option)])
+@pytest.mark.parametrize(
+    "option",
+    [option for option in OPTIONS if not option.startswith(("experiment/", "sweep/")) and example(option)],
+)
 def test_the_example_in_the_comment_of_an_option_composes(option: str) -> None:
     group, name = option.split("/")
     cfg = composed(f"{group}={name}", *example(option))
@@ -388,6 +391,7 @@ def test_an_experiment_trains_a_tiny_stand_in_teacher_into_the_right_student(
         f"experiment={name}",
         f"teacher.name={save_teacher(model_type)}",
         *SMALL,
+        *QUIET,
         "data.num_workers=0",
         f"data.corpus.paths={text_file}",
         f"cache_dir={tmp_path}/cache",
@@ -404,7 +408,7 @@ def test_an_experiment_trains_a_tiny_stand_in_teacher_into_the_right_student(
         if alpha
     } | {"temperature": 2.0, "soft_targets": "all"}
     assert OmegaConf.load(run / "student/config.json").architectures == [student_class]
-    for file in ("student/model.safetensors", "checkpoints/best.ckpt", "checkpoints/last.ckpt", "metrics.csv"):
+    for file in ("student/model.safetensors", "checkpoints/best.ckpt", "checkpoints/last.ckpt"):
         assert (run / file).stat().st_size > 0, file
 
 

@@ -372,3 +372,13 @@ def test_a_wrong_warm_up_is_an_error(tokenizer: PreTrainedTokenizerBase) -> None
         UserError, match=r"scheduler.warmup_share=1.5, but it must be between 0 and 1; the paper's is 0.05"
     ):
         build_module(tokenizer, warmup_share=1.5)
+
+
+def test_a_held_out_loss_that_is_not_finite_is_no_score(tokenizer: PreTrainedTokenizerBase) -> None:
+    module = build_module(tokenizer)
+    with torch.no_grad():
+        module.student.distilbert.embeddings.word_embeddings.weight[50] = float("nan")
+    steps = [uneven_step(task="mlm", size=8)]
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    with pytest.raises(UserError, match="the loss is not finite at step 0"):
+        trainer.validate(module, DataLoader(steps, batch_size=None), verbose=False)

@@ -36,7 +36,7 @@ import distilkit.prepare
 import distilkit.tokens
 import distilkit.train
 from distilkit.summary import read_metrics
-from jobs import SMALL, Outcome, call, only, spawn
+from jobs import QUIET, SMALL, Outcome, call, only, spawn
 
 CHECKOUT = Path(__file__).parent.parent
 Train = Callable[..., Path]
@@ -68,7 +68,7 @@ def train(tmp_path: Path, text_file: Path, cache: Path) -> Train:
     def go(*overrides: str, name: str = "run") -> Path:
         paths = f"data.corpus.paths={text_file}", f"cache_dir={cache}"
         before = set(tmp_path.glob(f"outputs/{name}/*"))
-        done = call(distilkit.train.main, *SMALL, *paths, "logger=none", f"name={name}", *overrides, cwd=tmp_path)
+        done = call(distilkit.train.main, *SMALL, *QUIET, *paths, f"name={name}", *overrides, cwd=tmp_path)
         assert (done.code, "Traceback" in done.err) == (0, False), done.err
         (folder,) = set(tmp_path.glob(f"outputs/{name}/*")) - before
         return folder
@@ -686,8 +686,9 @@ def test_the_demo_runs_from_nothing_to_the_table(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_one_stage_of_the_demo_runs_alone(tmp_path: Path) -> None:
-    done = call(
-        distilkit.train.main,
+    done = spawn(
+        "-m",
+        "distilkit.train",
         "experiment=demo",
         "+experiment/demo=teacher",
         "data.corpus.packages=[transformers.utils]",

@@ -87,7 +87,7 @@ class Throughput(Callback):
         self.tokens += tokens
         self.window_tokens += tokens
         log_every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by one of its connectors
-        if batch["is_last"] and trainer.global_step % log_every == 0:
+        if batch["is_last"] and log_every and trainer.global_step % log_every == 0:
             self._stop()
             self.started = time.perf_counter()
             rate = self.window_tokens / max(self.window_seconds, 1e-9)

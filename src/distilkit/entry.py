@@ -50,7 +50,7 @@ def check_keys(node: DictConfig, *, path: str = "") -> None:
     if "_target_" in node:
         parameters = inspect.signature(get_object(node["_target_"])).parameters
         if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters.values()):
-            check_names(set(node) - {"_target_", "_partial_"}, parameters, path=path)
+            check_names(set(node) - {"_target_", "_partial_", "_convert_", "_recursive_"}, parameters, path=path)
     for name in map(str, node):
         full_name = f"{path}.{name}".lstrip(".")
         if OmegaConf.is_missing(node, name):

@@ -119,7 +119,7 @@ class DistillationModule(LightningModule):
             self.step_terms[name] = self.step_terms.get(name, 0.0) + term.detach()
         self.tokens_seen += batch["input_ids"].numel() * self.trainer.world_size
         log_every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by one of its connectors
-        if batch["is_last"] and (self.trainer.global_step + 1) % log_every == 0:
+        if batch["is_last"] and log_every and (self.trainer.global_step + 1) % log_every == 0:
             self.check_finite()
             self._log_step()
         # Lightning divides by the accumulation and DDP by the ranks; our denominators hold both already.
@@ -145,7 +145,7 @@ class DistillationModule(LightningModule):
         Raises:
             UserError: a loss was infinite or not a number.
         """
-        if not bool(self.all_finite):
+        if float(self._sum_over_ranks((~self.all_finite).float())):  # all ranks stop, none waits for another
             values = ", ".join(f"{name or 'total'}={float(term):.4g}" for name, term in self.step_terms.items())
             raise UserError(
                 f"the loss is not finite at step {self.trainer.global_step} ({values}); the last checkpoint is from "
@@ -216,11 +216,17 @@ class DistillationModule(LightningModule):
         """Add a sum over ``count`` tokens to a metric; an empty batch adds nothing."""
         if name not in self.val_metrics:
             self.val_metrics[name] = MeanMetric().to(self.device)
+        self.all_finite = self.all_finite.to(total.device) & total.detach().isfinite()  # the metric would drop a NaN
         weight = count.clamp(min=1)
         self.val_metrics[name].update(total.detach().float() / weight, weight=count)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the means over all ranks, the weighted loss, and perplexities."""
+        """Log the means over all ranks, the weighted loss, and perplexities.
+
+        Raises:
+            UserError: a loss was infinite or not a number.
+        """
+        self.check_finite()
         means = {name: metric.compute() for name, metric in self.val_metrics.items()}
         weighted = [alpha * means[f"loss_{name}"] for name, alpha in self.objective.weights.items()]
         values = {"loss": torch.stack(weighted).sum()}

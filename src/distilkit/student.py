@@ -166,12 +166,12 @@ def cut_student(
     chosen = resolve_layers(layers, num_teacher_layers=source.config.num_hidden_layers, name=teacher.name)
     config = copy.deepcopy(source.config)
     config.num_hidden_layers = len(chosen)
-    if config.model_type == "modernbert":
-        if chosen[0] != 0 and init == "teacher":
-            raise UserError(
-                f"student.layers={chosen} drops layer 0, but ModernBERT's first layer is the one without an attention "
-                "norm; keep layer 0"
-            )
+    if config.model_type == "modernbert" and chosen[0] != 0 and init == "teacher":
+        raise UserError(
+            f"student.layers={chosen} drops layer 0, but ModernBERT's first layer is the one without an attention "
+            "norm; keep layer 0"
+        )
+    if getattr(source.config, "layer_types", None):  # full or sliding attention, layer by layer
         config.layer_types = [source.config.layer_types[layer] for layer in chosen]
     to_distilbert = config.model_type == "bert" and teacher.task == "mlm" and bert_class == "distilbert"
     if to_distilbert:
