@@ -126,14 +126,14 @@ def test_a_double_star_searches_to_any_depth(tmp_path: Path) -> None:
     [
         ("blank_line", ["a\nb", "c", "d"]),
         ("line", ["a", "b", "c", "d"]),
-        ("file", ["a\nb\n\n  \nc\n\n\nd"]),
+        ("file", ["a\nb\n  \nc\n\n\nd"]),
     ],
 )
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_a_text_document_ends_where_it_was_asked_to(
     tmp_path: Path, document: str, expected: list[str], newline: str
 ) -> None:
-    text = "\n\na\nb\n\n  \nc\n\n\nd\n\n".replace("\n", newline)
+    text = "\n\na\nb\n  \nc\n\n\nd\n\n".replace("\n", newline)
     assert read(write(tmp_path / "a.txt", text), document=document) == expected
 
 
@@ -146,6 +146,11 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path, kind: str) -> 
 def test_the_text_column_may_have_another_name_and_empty_rows(tmp_path: Path, kind: str) -> None:
     writer: Callable[[list[str], str], bytes] = {".jsonl": as_jsonl, ".csv": as_csv, ".parquet": as_parquet}[kind]
     assert read(write(tmp_path / f"a{kind}", writer(["a", "", " \n", "b"], "body")), column="body") == ["a", "b"]
+
+
+def test_a_cell_of_a_csv_file_keeps_its_line_ends(tmp_path: Path) -> None:
+    documents = ["one\r\ntwo\n\nthree", "four"]
+    assert read(write(tmp_path / "a.csv", as_csv(documents))) == documents
 
 
 def test_a_null_is_an_empty_document(tmp_path: Path) -> None:
