@@ -335,13 +335,17 @@ def test_workers_make_the_same_batches(make_loader: MakeLoader, sizes: Sizes) ->
 
 
 @pytest.mark.parametrize("sizes", [SIZES[1], SIZES[2], SIZES[7], SIZES[4]])
-def test_a_loader_goes_on_after_any_micro_batch(make_loader: MakeLoader, sizes: Sizes) -> None:
+def test_a_loader_goes_on_after_any_step_and_refuses_to_go_on_within_one(make_loader: MakeLoader, sizes: Sizes) -> None:
     whole = list(make_loader(sizes, epoch=3))
     for position in range(1, len(whole)):
         interrupted = make_loader(sizes, epoch=3)
         list(itertools.islice(interrupted, position))
         state = interrupted.state_dict()
         resumed = make_loader(sizes, epoch=3)
+        if not whole[position]["is_first"]:
+            with pytest.raises(UserError, match=r"taken after micro-batch \d of \d of one optimizer step"):
+                resumed.load_state_dict(state)
+            continue
         resumed.load_state_dict(state)
         assert len(resumed) == len(whole)  # of the epoch, not of the rest: so Lightning counts
         assert same(list(resumed), whole[position:])
@@ -351,11 +355,11 @@ def test_a_loader_goes_on_after_any_micro_batch(make_loader: MakeLoader, sizes: 
 def test_a_state_of_a_resumed_epoch_counts_from_its_start(make_loader: MakeLoader) -> None:
     sizes = SIZES[2]
     first, second, third = (make_loader(sizes) for _ in range(3))
-    list(itertools.islice(first, 4))
+    list(itertools.islice(first, 3))
     second.load_state_dict(first.state_dict())
     list(itertools.islice(second, 3))
     third.load_state_dict(second.state_dict())
-    assert same(list(third), list(make_loader(sizes))[7:])
+    assert same(list(third), list(make_loader(sizes))[6:])
 
 
 def test_a_state_from_the_end_of_an_epoch_begins_the_next(make_loader: MakeLoader) -> None:
@@ -476,7 +480,7 @@ def test_the_place_in_an_epoch_travels_with_the_module(make_module: MakeModule, 
     interrupted = ready(make_module())
     assert interrupted.state_dict() == {}
     whole = list(ready(make_module()).train_dataloader())
-    list(itertools.islice(interrupted.train_dataloader(), 5))
+    list(itertools.islice(interrupted.train_dataloader(), 4))
     resumed = ready(make_module())
     if loader_first:
         loader = resumed.train_dataloader()
@@ -484,7 +488,7 @@ def test_the_place_in_an_epoch_travels_with_the_module(make_module: MakeModule, 
     else:
         resumed.load_state_dict(interrupted.state_dict())
         loader = resumed.train_dataloader()
-    assert same(list(loader), whole[5:])
+    assert same(list(loader), whole[4:])
     assert same(list(loader), whole)
     assert same(list(resumed.train_dataloader()), whole)  # another loader begins anew
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from conftest import build_teacher
-from distilkit.callbacks import Throughput
+from distilkit.callbacks import Throughput, ValidateEvery
 from distilkit.data import split_step
 from distilkit.errors import UserError
 from distilkit.losses import IGNORE_INDEX
@@ -210,6 +210,20 @@ def test_vectors_are_not_decayed_and_matrices_are(tokenizer: PreTrainedTokenizer
     )
 
 
+def test_a_head_that_no_term_reads_is_frozen_so_that_no_rank_waits_for_its_gradient(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    module = build_module(tokenizer, alphas={**dict.fromkeys(DISTILBERT, 0.0), "alpha_cos": 1.0})
+    fit(module, [uneven_step(task="mlm")], micro_batch_size=32)
+    frozen = {name for name, parameter in module.student.named_parameters() if not parameter.requires_grad}
+    assert frozen == {
+        *(f"vocab_transform.{part}" for part in ("weight", "bias")),
+        *(f"vocab_layer_norm.{part}" for part in ("weight", "bias")),
+        "vocab_projector.bias",
+    }
+    assert all(parameter.requires_grad for parameter in build_module(tokenizer).student.parameters())
+
+
 def test_the_schedule_warms_up_and_decays_to_zero_over_the_optimizer_steps(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
@@ -268,6 +282,41 @@ def saved_checkpoint(module: DistillationModule, folder: Path) -> tuple[Path, di
     file = folder / "a.ckpt"
     trainer.save_checkpoint(file)
     return file, torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "optimizer_steps", "expected"), [(5, 2, [0, 2, 4, 5]), (7, 3, [0, 3, 6, 7]), (3, 100, [0, 3])]
+)
+def test_validation_comes_first_then_at_least_every_so_many_steps_and_at_the_end(
+    num_steps: int, optimizer_steps: int, expected: list[int], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    validated = []
+
+    class Record(Callback):
+        def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            validated.append(trainer.global_step)
+
+    module = build_module(tokenizer, optimizer=functools.partial(torch.optim.SGD, lr=0.01))
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[ValidateEvery(optimizer_steps=optimizer_steps), Record()],
+        max_epochs=1,
+        accumulate_grad_batches=2,
+        check_val_every_n_epoch=None,
+        val_check_interval=1000,
+        num_sanity_val_steps=-1,
+    )
+    held_out = [uneven_step(task="mlm", seed=99, size=4)]
+    steps = [uneven_step(task="mlm", seed=seed, size=4) for seed in range(num_steps)]
+    trainer.fit(module, Steps(steps, 2), DataLoader(held_out, batch_size=None))
+    assert validated == expected
+    (scores,) = trainer.validate(module, DataLoader(held_out, batch_size=None), verbose=False)
+    assert module.after == pytest.approx(scores)
+    assert module.before["val/nll"] != module.after["val/nll"]
 
 
 def test_checkpoints_hold_the_student_and_not_the_teacher(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

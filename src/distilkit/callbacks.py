@@ -14,7 +14,7 @@ from distilkit.errors import UserError
 
 
 class ValidateEvery(Callback):
-    """Validate at least every ``optimizer_steps``, evenly over the run; Lightning's own interval counts micro-batches.
+    """Validate at least every ``optimizer_steps`` and at the end; Lightning's own interval counts micro-batches.
 
     The last step of an epoch may have fewer of them, so that a fixed interval would drift into the middle of a step,
     where a checkpoint holds half of a gradient. The trainer needs ``check_val_every_n_epoch=None``.
@@ -28,12 +28,12 @@ class ValidateEvery(Callback):
         """
         if optimizer_steps < 1:
             raise UserError(f"callbacks.validation.optimizer_steps={optimizer_steps}, but it must be at least 1")
-        self.optimizer_steps = self.interval = optimizer_steps
+        self.optimizer_steps = self.interval = self.total = optimizer_steps
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Spread the validations evenly, so that the end is scored; the data module has set the accumulation by now."""
-        total = int(trainer.estimated_stepping_batches)
-        self.interval = max(1, total // math.ceil(total / self.optimizer_steps))
+        """Spread the validations evenly; the data module has set the accumulation by now."""
+        self.total = int(trainer.estimated_stepping_batches)
+        self.interval = math.ceil(self.total / max(1, math.ceil(self.total / self.optimizer_steps)))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell a resumed run whether its checkpoint came from a validation."""
@@ -47,7 +47,7 @@ class ValidateEvery(Callback):
 
     def _ask(self, trainer: Trainer, *, due: bool) -> None:
         """Let Lightning, which validates at multiples of an interval of micro-batches, do it now or not yet."""
-        now = due and trainer.global_step % self.interval == 0
+        now = due and (trainer.global_step % self.interval == 0 or trainer.global_step == self.total)
         trainer.val_check_batch = trainer.fit_loop.total_batch_idx + 1 if now else sys.maxsize
 
 

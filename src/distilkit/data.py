@@ -168,30 +168,29 @@ class MicroBatches:
     def __iter__(self) -> Iterator[Batch]:
         """Yield ``input_ids``, ``labels`` (micro-batch, block_size) and the step's counts on this rank."""
         self.position, self.resume_at = self.resume_at, 0
-        first_step, skip = divmod(self.position, self.per_step)
         # The sampler is read when the first batch is asked for: by then Lightning has told it the epoch.
         loader = DataLoader(
             self.blocks,
-            sampler=_Steps(self.sampler, first_step),
+            sampler=_Steps(self.sampler, self.position // self.per_step),
             batch_size=None,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
         )
         for step in loader:
-            for micro_batch in split_step(step, self.micro_batch_size)[skip:]:
+            for micro_batch in split_step(step, self.micro_batch_size):
                 self.position += 1
                 yield micro_batch
-            skip = 0
 
     def state_dict(self) -> dict[str, int]:
         """Return how many micro-batches of this epoch were handed out."""
         return {"position": self.position, "per_step": self.per_step, "num_blocks": self.sampler.num_blocks}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on after the micro-batch where the state was taken.
+        """Go on after the optimizer step where the state was taken.
 
         Raises:
-            UserError: the batch sizes, the number of processes or the corpus are not those of the checkpoint.
+            UserError: the batch sizes, the number of processes or the corpus are not those of the checkpoint, or it
+                was taken between the micro-batches of one optimizer step.
         """
         now = self.state_dict()
         if any(state[name] != now[name] for name in ("per_step", "num_blocks")):
@@ -199,6 +198,11 @@ class MicroBatches:
                 f"the checkpoint is in an epoch of {state['num_blocks']} blocks and {state['per_step']} micro-batches a "
                 f"step, this run has {now['num_blocks']} and {now['per_step']}; resume with the same data, batch sizes "
                 "and number of processes"
+            )
+        if state["position"] < len(self) and state["position"] % self.per_step:
+            raise UserError(
+                f"the checkpoint was taken after micro-batch {state['position'] % self.per_step} of {self.per_step} of one "
+                "optimizer step, and holds no part of its gradient; give best.ckpt or last.ckpt of the run"
             )
         self.resume_at = state["position"] if state["position"] < len(self) else 0
 
@@ -293,6 +297,8 @@ class DistillationDataModule(LightningDataModule):
             self.cache = open_cache(self.prepare(), self.tokenizer)  # the other ranks find it ready
             self.train_blocks, self.val_blocks = self._blocks("train"), self._blocks("val")
             self._check_sizes(len(self.train_blocks), len(self.val_blocks))
+            if self.trainer is not None and self.trainer.global_rank == 0:
+                log.info("a training block: %.300s", self.decoded_sample())
         if self.trainer is not None:
             world_size = self.trainer.world_size
             if self.global_batch_size % world_size:

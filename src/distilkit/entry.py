@@ -45,10 +45,14 @@ def check_keys(node: DictConfig, *, path: str = "") -> None:
     """Make sure that nothing below ``node`` is left out, and that each target takes the keys it is given.
 
     Raises:
-        UserError: a mandatory value is missing, or a key is unknown to its target.
+        UserError: a mandatory value is missing, a target cannot be imported, or a key is unknown to it.
     """
     if "_target_" in node:
-        parameters = inspect.signature(get_object(node["_target_"])).parameters
+        try:
+            target = get_object(node["_target_"])
+        except ImportError as error:
+            raise UserError(f"{path}._target_: {error}") from error
+        parameters = inspect.signature(target).parameters
         if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters.values()):
             check_names(set(node) - {"_target_", "_partial_", "_convert_", "_recursive_"}, parameters, path=path)
     for name in map(str, node):

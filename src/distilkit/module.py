@@ -61,7 +61,8 @@ class DistillationModule(LightningModule):
         self.teacher = teacher.model if teacher else None
         self.teacher_sha256 = teacher.sha256 if teacher and objective.reads_teacher else None
         self.teacher_name = teacher.name if teacher else None
-        self.tokenizer, self.task, self.objective = tokenizer, task, objective
+        self.files = student_files(student, tokenizer)  # now, so that what cannot be saved is not trained either
+        self.task, self.objective = task, objective
         self.optimizer, self.scheduler, self.warmup_share = optimizer, scheduler, warmup_share
         self.seed = seed
         self.record = dict(record)
@@ -70,6 +71,13 @@ class DistillationModule(LightningModule):
         self.denominators: dict[str, Tensor] = {}
         self.all_finite = torch.tensor(True)
         self.val_metrics: dict[str, MeanMetric] = {}
+        self.before: dict[str, float] = {}  # held-out metrics of the student as it was cut
+        self.after: dict[str, float] = {}  # and of its present weights, once they are scored
+        self.strict_loading = False  # the teacher is in no checkpoint; the student is checked below
+        self.matrices = {name for name, parameter in student.named_parameters() if parameter.ndim >= 2}
+        if not objective.reads_student_logits:  # a head without a gradient; DDP would wait for it
+            for parameter in set(student.parameters()) - set(student.base_model.parameters()):
+                parameter.requires_grad_(False)
         self.save_hyperparameters(
             {**vars(objective), "scheduler": scheduler, "warmup_share": warmup_share, "seed": seed}
         )
@@ -102,6 +110,7 @@ class DistillationModule(LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Make dropout a function of (seed, epoch, micro-batch, rank), so that a resumed run repeats it."""
+        self.after = {}
         counter = hash((self.seed, self.current_epoch, batch_idx, self.global_rank))
         torch.manual_seed(counter % 2**63)
 
@@ -167,10 +176,13 @@ class DistillationModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Decay matrices only, and schedule over the real number of optimizer steps."""
-        trainable = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
+        # By name: under FSDP each parameter is a flat shard by now.
+        trainable = [
+            (name, parameter) for name, parameter in self.student.named_parameters() if parameter.requires_grad
+        ]
         groups: list[dict[str, Any]] = [
-            {"params": [parameter for parameter in trainable if parameter.ndim >= 2]},
-            {"params": [parameter for parameter in trainable if parameter.ndim < 2], "weight_decay": 0.0},
+            {"params": [parameter for name, parameter in trainable if name in self.matrices]},
+            {"params": [parameter for name, parameter in trainable if name not in self.matrices], "weight_decay": 0.0},
         ]
         optimizer = self.optimizer(groups)
         num_steps = int(self.trainer.estimated_stepping_batches)
@@ -234,9 +246,16 @@ class DistillationModule(LightningModule):
             values[name] = mean
             if name.endswith("nll"):
                 values[name.replace("nll", "perplexity")] = mean.exp()
-        for name, value in values.items():
-            self.log(f"val/{name}", value, prog_bar=name in ("loss", "accuracy"))
         self.val_metrics = {}
+        scores = {f"val/{name}": float(value) for name, value in values.items()}
+        if self.trainer.sanity_checking:  # the score before the first step, which Lightning does not log
+            self.before = scores
+            for logger in self.trainer.loggers:
+                logger.log_metrics(scores, step=0)
+            return
+        self.after = scores
+        for name, value in scores.items():
+            self.log(name, value, prog_bar=name in ("val/loss", "val/accuracy"))
 
     # ------------------------------------------------------------- checkpoints
 
@@ -260,11 +279,11 @@ class DistillationModule(LightningModule):
             "objective": vars(self.objective),
             "tokens_seen": self.tokens_seen,
             "record": self.record,
-            "files": student_files(self.student, self.tokenizer),
+            "files": self.files,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the run goes on as it began, and put the live teacher back where strict loading looks for it.
+        """Check that the run goes on as it began.
 
         Raises:
             UserError: the checkpoint is no distilkit one, or of another teacher, objective or student.
@@ -283,12 +302,10 @@ class DistillationModule(LightningModule):
                 f"the checkpoint was distilled from teacher {saved['teacher']['name']!r}, this run has "
                 f"{self.teacher_name!r} or other weights of it; {cure}"
             )
-        shapes = {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()}
+        # FSDP has taken the weights out and loaded them already.
+        shapes = {name: tensor.shape for name, tensor in checkpoint.get("state_dict", {}).items()}
         ours = {f"student.{name}": tensor.shape for name, tensor in self.student.state_dict().items()}
-        if shapes != ours:
+        if shapes and shapes != ours:
             differing = sorted(name for name in shapes | ours if shapes.get(name) != ours.get(name))
             raise UserError(f"the checkpoint holds another student: {differing[0]} differs; {cure}")
         self.tokens_seen = saved["tokens_seen"]
-        if self.teacher is not None:
-            live = {f"teacher.{name}": tensor for name, tensor in self.teacher.state_dict().items()}
-            checkpoint["state_dict"] = {**checkpoint["state_dict"], **live}

@@ -78,6 +78,11 @@ class Objective:
         return self.alpha_ce > 0 or self.alpha_mse > 0
 
     @property
+    def reads_student_logits(self) -> bool:
+        """Whether a term needs the student's language-model head."""
+        return self.reads_teacher_logits or self.alpha_mlm > 0 or self.alpha_clm > 0
+
+    @property
     def reads_teacher(self) -> bool:
         """Whether a term needs the teacher at all."""
         return self.reads_teacher_logits or self.alpha_cos > 0
@@ -129,8 +134,7 @@ class Objective:
         labelled = None if all_rows else (labels != losses.IGNORE_INDEX).nonzero().squeeze(1)
         row_labels = labels if labelled is None else labels[labelled]
 
-        with_logits = self.reads_teacher_logits or self.alpha_mlm > 0 or self.alpha_clm > 0
-        ours = forward(student, batch, real=real, rows=labelled, with_logits=with_logits)
+        ours = forward(student, batch, real=real, rows=labelled, with_logits=self.reads_student_logits)
         theirs: Forward | None = None
         if teacher is not None and self.reads_teacher:
             with torch.no_grad():

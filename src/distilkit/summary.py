@@ -126,9 +126,7 @@ def describe(
     }
 
 
-def finish(
-    trainer: Trainer, module: DistillationModule, *, out: Path, before: Mapping[str, float], after: Mapping[str, float]
-) -> None:
+def finish(trainer: Trainer, module: DistillationModule, *, out: Path) -> None:
     """Write student/, summary.json and loss_curves.png into a run's folder, and print where they are."""
     checkpoint = read_checkpoint(out / "checkpoints" / "last.ckpt")
     saved = checkpoint["distilkit"]
@@ -137,7 +135,7 @@ def finish(
         state={name.removeprefix("student."): tensor for name, tensor in checkpoint["state_dict"].items()},
         files=saved["files"],
         record=saved["record"],
-        results=after,
+        results=module.after,
         tokens_seen=saved["tokens_seen"],
     )
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by one of its connectors
@@ -154,14 +152,14 @@ def finish(
             "tokens_per_second": round(throughput.tokens_per_second, 1) if throughput else None,
             "wall_seconds": round(throughput.seconds, 1) if throughput else None,
             "peak_memory_mb": peak_memory_mb(module.device),
-            "before": dict(before),
-            "after": dict(after),
+            "before": module.before,
+            "after": module.after,
             "versions": versions(),
         },
     )
     if (out / "metrics.csv").is_file():
         plot_curves(out / "metrics.csv", out / "loss_curves.png", title=record["name"])
-    _print_result(out, before=before, after=after)
+    _print_result(out, before=module.before, after=module.after)
 
 
 def _print_result(out: Path, *, before: Mapping[str, float], after: Mapping[str, float]) -> None:

@@ -3,10 +3,11 @@
 import logging
 import warnings
 from pathlib import Path
-from typing import Any
 
 import hydra
 import transformers
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Trainer, seed_everything
@@ -24,7 +25,7 @@ from distilkit.summary import describe, finish
 log = logging.getLogger(__name__)
 
 
-def find_checkpoint(ckpt_path: str | None, out: Path) -> Path | None:
+def find_checkpoint(ckpt_path: str | None, out: Path, *, in_sweep: bool = False) -> Path | None:
     """Resolve ``ckpt_path``: a file, or ``last`` for the newest last.ckpt among the runs of this name.
 
     Raises:
@@ -33,6 +34,8 @@ def find_checkpoint(ckpt_path: str | None, out: Path) -> Path | None:
     if ckpt_path is None:
         return None
     if ckpt_path == "last":
+        if in_sweep:  # its neighbours there are jobs of other settings
+            raise UserError("ckpt_path=last names no run of a sweep; give the file, below outputs/.../checkpoints")
         found = sorted(out.parent.glob("*/checkpoints/last.ckpt"), key=lambda file: file.stat().st_mtime)
         if not found:
             raise UserError(f"ckpt_path=last, but no run below {out.parent} has a checkpoint; start without ckpt_path")
@@ -52,7 +55,7 @@ def train(cfg: DictConfig) -> float:
     out = Path(cfg.output_dir).resolve()
     if (out / "student").exists():
         raise UserError(f"{out} holds a finished run; choose another hydra.run.dir, or delete {out / 'student'}")
-    checkpoint = find_checkpoint(cfg.ckpt_path, out)
+    checkpoint = find_checkpoint(cfg.ckpt_path, out, in_sweep=HydraConfig.get().mode == RunMode.MULTIRUN)
     cfg.ckpt_path = str(checkpoint) if checkpoint else None
     seed_everything(cfg.seed, workers=True, verbose=False)
 
@@ -78,9 +81,12 @@ def train(cfg: DictConfig) -> float:
     )
     trainer: Trainer = instantiate(
         cfg.trainer,
-        callbacks=list(instantiate(cfg.callbacks).values()),
-        logger=list(instantiate(cfg.logger).values()),
+        callbacks=[callback for callback in instantiate(cfg.callbacks).values() if callback is not None],
+        logger=[logger for logger in instantiate(cfg.logger).values() if logger is not None],
+        num_sanity_val_steps=-1 if cfg.validate_first else 0,  # Lightning skips it on a resume
     )
+    if trainer.max_epochs == trainer.max_steps == -1:
+        raise UserError("trainer.max_epochs and trainer.max_steps are both -1, without end; set one of them above 0")
     if trainer.is_global_zero:
         OmegaConf.save(cfg, out / "config.yaml", resolve=True)
         sizes = f"{num_parameters(student):,} parameters" + (
@@ -92,20 +98,13 @@ def train(cfg: DictConfig) -> float:
             logger.log_hyperparams(record["config"])
 
     with ranks_on_config(out / "config.yaml"):
-        before = _validate(trainer, module, data) if cfg.validate_first and checkpoint is None else {}
-        if trainer.is_global_zero:
-            log.info("a masked training block: %.300s", data.decoded_sample()) if data.train_blocks else None
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
         trainer.save_checkpoint(out / "checkpoints" / "last.ckpt", weights_only=False)
-        after = _validate(trainer, module, data)
+        if not module.after:  # a finished run was resumed, or validation was taken out of the callbacks
+            trainer.validate(module, datamodule=data, verbose=False)
         if trainer.is_global_zero:
-            finish(trainer, module, out=out, before=before, after=after)
-    return after["val/nll"]
-
-
-def _validate(trainer: Trainer, module: DistillationModule, data: Any) -> dict[str, float]:
-    """Return the held-out metrics by name."""
-    return dict(trainer.validate(module, datamodule=data, verbose=False)[0])
+            finish(trainer, module, out=out)
+    return module.after["val/nll"]
 
 
 @hydra.main(version_base="1.3", config_path="pkg://distilkit.conf", config_name="train")
