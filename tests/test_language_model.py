@@ -7,10 +7,11 @@ from distilkit.errors import UserError
 from distilkit.language_model import (
     check_block_size,
     check_split,
+    head_transform,
     last_hidden_state,
-    lm_logits,
     max_positions,
     num_parameters,
+    output_embeddings,
     task_of,
 )
 
@@ -30,7 +31,12 @@ def test_backbone_and_head_are_the_whole_model(model: PreTrainedModel) -> None:
     output = model(input_ids=ids, output_hidden_states=True)
     hidden = last_hidden_state(model, ids)
     torch.testing.assert_close(hidden, output.hidden_states[-1], rtol=0, atol=1e-6)
-    torch.testing.assert_close(lm_logits(model, hidden), output.logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        torch.nn.functional.linear(head_transform(model, hidden), *output_embeddings(model)),
+        output.logits,
+        rtol=1e-5,
+        atol=1e-5,
+    )
 
 
 @torch.no_grad()

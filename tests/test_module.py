@@ -45,7 +45,7 @@ def build_module(
         teacher=teacher,
         tokenizer=tokenizer,
         task=teacher.task,
-        objective=Objective(**alphas, temperature=2.0, soft_targets=soft_targets),
+        objective=Objective(**alphas, temperature=2.0, soft_targets=soft_targets, implementation="fused"),
         optimizer=optimizer,
         **{**settings, **changes},
     )

@@ -27,17 +27,17 @@ def objective(**changes: Any) -> Objective:
         "alpha_mse": 0.0,
         "temperature": 2.0,
         "soft_targets": "all",
+        "implementation": "fused",
     }
     return Objective(**{**defaults, **changes})
 
 
 def weighted_terms(
     chosen: Objective, student: PreTrainedModel, teacher: PreTrainedModel | None, batch: Batch, task: Task
-) -> dict[str, torch.Tensor]:
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     real = batch.get("attention_mask", torch.ones_like(batch["labels"]))
     counts = chosen.denominators(num_tokens=real.sum(), num_labels=(batch["labels"] != IGNORE_INDEX).sum(), task=task)
-    sums = chosen.term_sums(student, teacher, batch, task=task)
-    return {name: total / counts[name] for name, total in sums.items()}
+    return chosen.loss(student, teacher, batch, task=task, denominators=counts)
 
 
 def load_parity_model(name: str) -> PreTrainedModel:
@@ -50,8 +50,9 @@ def load_parity_model(name: str) -> PreTrainedModel:
     return model.train()  # dropout is 0 in these configs
 
 
+@pytest.mark.parametrize("implementation", ["fused", "reference"])
 @pytest.mark.parametrize("case", EXPECTED, ids=lambda case: f"{case['mode']}-restricted={case['restrict_ce_to_mask']}")
-def test_losses_and_gradient_are_those_of_the_original_training_step(case: dict[str, Any]) -> None:
+def test_losses_and_gradient_are_those_of_the_original_training_step(case: dict[str, Any], implementation: Any) -> None:
     mlm = case["mode"] == "mlm"
     student = load_parity_model("distilbert_student" if mlm else "gpt2_student")
     teacher = load_parity_model("bert_teacher" if mlm else "gpt2_teacher").eval()
@@ -64,10 +65,10 @@ def test_losses_and_gradient_are_those_of_the_original_training_step(case: dict[
         **{f"alpha_{name}": alpha for name, alpha in case["alpha"].items()},
         temperature=case["temperature"],
         soft_targets="masked" if case["restrict_ce_to_mask"] else "all",
+        implementation=implementation,
     )
 
-    terms = weighted_terms(chosen, student, teacher, batch, case["mode"])
-    total = torch.stack([chosen.weights[name] * term for name, term in terms.items()]).sum()
+    total, terms = weighted_terms(chosen, student, teacher, batch, case["mode"])
     total.backward()
     norm = torch.stack([p.grad.double().norm() for p in student.parameters() if p.grad is not None]).norm()
 
@@ -94,7 +95,7 @@ def test_restricting_soft_targets_takes_masked_rows_only() -> None:
     student, teacher = build_model("bert", seed=1, num_layers=2), build_model("bert", num_layers=2)
     batch = padded_batch()
     chosen = objective(alpha_ce=1.0, alpha_mse=1.0, soft_targets="masked")
-    got = weighted_terms(chosen, student, teacher, batch, "mlm")
+    _, got = weighted_terms(chosen, student, teacher, batch, "mlm")
     with torch.no_grad():
         s, t = (
             m(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits for m in (student, teacher)
@@ -111,17 +112,17 @@ def test_padding_changes_no_term() -> None:
     batch = padded_batch()
     wider = {name: torch.nn.functional.pad(batch[name], (0, 7), value=0) for name in ("input_ids", "attention_mask")}
     wider["labels"] = torch.nn.functional.pad(batch["labels"], (0, 7), value=IGNORE_INDEX)
-    narrow = weighted_terms(chosen, student, teacher, batch, "mlm")
-    padded = weighted_terms(chosen, student, teacher, wider, "mlm")
+    _, narrow = weighted_terms(chosen, student, teacher, batch, "mlm")
+    _, padded = weighted_terms(chosen, student, teacher, wider, "mlm")
     for name in narrow:
         torch.testing.assert_close(narrow[name], padded[name], rtol=1e-5, atol=1e-6)
 
 
 def test_a_batch_without_labels_has_a_zero_masked_lm_loss() -> None:
     student = build_model("bert", num_layers=1).train()
-    terms = weighted_terms(objective(alpha_mlm=1.0), student, None, padded_batch(labelled=False), "mlm")
-    terms["mlm"].backward()
-    assert float(terms["mlm"].detach()) == 0.0
+    total, terms = weighted_terms(objective(alpha_mlm=1.0), student, None, padded_batch(labelled=False), "mlm")
+    total.backward()
+    assert float(total.detach()) == float(terms["mlm"]) == 0.0
 
 
 @pytest.mark.parametrize("alpha", ["ce", "mlm", "cos", "mse"])
@@ -131,7 +132,8 @@ def test_only_weighted_terms_are_computed(alpha: str, monkeypatch: pytest.Monkey
         if name != alpha:
             monkeypatch.setattr(f"distilkit.losses.{function}", pytest.fail)
     student, teacher = build_model("bert", seed=1, num_layers=1), build_model("bert", num_layers=1)
-    terms = weighted_terms(objective(**{f"alpha_{alpha}": 1.0}), student, teacher, padded_batch(), "mlm")
+    alone = objective(**{f"alpha_{alpha}": 1.0}, implementation="reference")
+    _, terms = weighted_terms(alone, student, teacher, padded_batch(), "mlm")
     assert list(terms) == [alpha]
 
 
@@ -156,7 +158,9 @@ def test_the_teacher_does_not_run_without_a_term_that_reads_it() -> None:
 def test_logits_are_made_for_the_rows_that_count(soft_targets: str, rows: int) -> None:
     student, teacher = build_model("bert", seed=1, num_layers=1), build_model("bert", num_layers=1)
     seen: list[int] = []
-    student.get_output_embeddings().register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    student.get_submodule("cls.predictions.transform").register_forward_hook(
+        lambda module, args, output: seen.append(len(output))
+    )
     chosen = objective(alpha_ce=1.0, alpha_mlm=1.0, soft_targets=soft_targets)
     weighted_terms(chosen, student, teacher, padded_batch(), "mlm")
     assert seen == [rows]
@@ -173,6 +177,7 @@ def test_logits_are_made_for_the_rows_that_count(soft_targets: str, rows: int) -
         ({}, r"all alphas of the objective are 0.*set at least one above 0"),
         ({"alpha_mlm": 1.0, "alpha_clm": 1.0}, r"both set.*set one of them to 0"),
         ({"alpha_ce": 1.0, "soft_targets": "some"}, r"objective.soft_targets is 'some'; it takes all or masked"),
+        ({"alpha_ce": 1.0, "implementation": "fast"}, r"implementation is 'fast'; it takes fused or reference"),
     ],
 )
 def test_a_wrong_objective_is_an_error(changes: dict[str, Any], message: str) -> None:

@@ -78,13 +78,16 @@ def last_hidden_state(
     ``attention_mask`` is (batch, length) with 0 on padding, and None when there is none: a mask of ones would cost a
     host sync in every forward. ``document_ids`` keeps packed documents from attending to each other.
     """
-    arguments: dict[str, Any] = {"attention_mask": attention_mask}
+    arguments: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
     if document_ids is not None:
         # Padding has a document id of its own, so the document mask covers it as well.
         arguments["attention_mask"], arguments["position_ids"] = _document_masks(model, document_ids)
     if task_of(model.config.model_type, model.config.architectures) == "clm":
         arguments["use_cache"] = False
-    return cast(Tensor, model.base_model(input_ids=input_ids, **arguments).last_hidden_state)
+        # Given ids without a mask, transformers searches them for padding, and the host waits for the answer.
+        embeddings: Any = model.get_input_embeddings()
+        arguments["inputs_embeds"] = embeddings(arguments.pop("input_ids"))
+    return cast(Tensor, model.base_model(**arguments).last_hidden_state)
 
 
 def head_transform(model: PreTrainedModel, hidden: Tensor) -> Tensor:
@@ -107,9 +110,10 @@ def head_transform(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     return cast(Tensor, output)
 
 
-def lm_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Return the vocabulary logits of chosen tokens: (tokens, width) -> (tokens, vocabulary)."""
-    return cast(Tensor, model.get_output_embeddings()(head_transform(model, hidden)))
+def output_embeddings(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
+    """Return what turns the transformed states into logits: the weight (vocabulary, width) and the bias or None."""
+    output = model.get_output_embeddings()
+    return output.weight, output.bias
 
 
 @torch.no_grad()
@@ -123,9 +127,10 @@ def check_split(model: PreTrainedModel) -> None:
     model.eval()
     ids = torch.arange(4, device=model.device)[None, :] + 4
     whole = model(input_ids=ids).logits[0]
-    split = lm_logits(model, last_hidden_state(model, ids)[0])
+    head = output_embeddings(model) if isinstance(model.get_output_embeddings(), nn.Linear) else None
+    split = nn.functional.linear(head_transform(model, last_hidden_state(model, ids)[0]), *head) if head else None
     model.train(was_training)
-    if not torch.allclose(whole, split, rtol=1e-3, atol=1e-3):
+    if split is None or not torch.allclose(whole, split, rtol=1e-3, atol=1e-3):
         raise UserError(
             f"model type {model.config.model_type!r} cannot be split into backbone and head; supported are bert, "
             "roberta, xlm-roberta, distilbert, electra, modernbert, gpt2 and causal models with a plain linear head"

@@ -1,9 +1,12 @@
-"""The terms of the distillation objective, each a sum over tokens in nats or squared logits.
+"""The terms of the distillation objective by their plain formulas, one value for each token.
 
-Every function returns a sum, not a mean: the caller divides once by the number of tokens of the whole optimizer step,
-over all micro-batches and ranks. A mean of means would weigh tokens unevenly, because batches mask different numbers.
+Nothing here takes a mean: the caller divides once by the number of tokens of the whole optimizer step, over all
+micro-batches and ranks. A mean of means would weigh tokens unevenly, because batches mask different numbers.
 """
 
+from typing import NamedTuple
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -11,36 +14,79 @@ IGNORE_INDEX = -100  # the label of a token without a target, as everywhere in t
 
 
 def soft_target_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
-    """Sum the KL divergence from teacher to student over tokens, times temperature squared.
+    """Return the KL divergence from teacher to student, times temperature squared, in nats (tokens,).
 
     Both logits are (tokens, vocabulary). The factor keeps gradients comparable across temperatures (Hinton et al. 2015,
-    section 2). Returns a scalar in nats; divide by the token count once per step.
+    section 2).
     """
     student = F.log_softmax(student_logits.float() / temperature, dim=-1)
     teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
-    return F.kl_div(student, teacher, reduction="sum", log_target=True) * temperature**2
+    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1) * temperature**2
 
 
 def hard_target_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum the cross-entropy over the labelled tokens: the masked-LM loss, or the causal one on shifted labels.
+    """Return the cross-entropy in nats (tokens,), 0 without a label: the masked-LM loss, or the causal one.
 
     Logits are (tokens, vocabulary), labels (tokens,) with -100 where there is no target (BERT, arXiv 1810.04805,
-    section 3.1). Returns a scalar in nats, zero when nothing is labelled.
+    section 3.1).
     """
-    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="none")
 
 
 def hidden_cosine(student_hidden: Tensor, teacher_hidden: Tensor) -> Tensor:
-    """Sum 1 - cos(student, teacher) over the last hidden states.
+    """Return 1 - cos(student, teacher) of last hidden states (tokens,).
 
-    Both are (tokens, width) of one width (DistilBERT, arXiv 1910.01108, section 3). Returns a scalar without unit.
+    Both are (tokens, width) of one width (DistilBERT, arXiv 1910.01108, section 3).
     """
-    return (1.0 - F.cosine_similarity(student_hidden.float(), teacher_hidden.float(), dim=-1)).sum()
+    return 1.0 - F.cosine_similarity(student_hidden.float(), teacher_hidden.float(), dim=-1)
 
 
 def logit_mse(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Sum the squared difference of the logits over the vocabulary and over tokens.
+    """Return the squared difference of the logits, summed over the vocabulary, in squared logits (tokens,)."""
+    return F.mse_loss(student_logits.float(), teacher_logits.float(), reduction="none").sum(dim=-1)
 
-    Both are (tokens, vocabulary). Returns a scalar in squared logits.
+
+class Head(NamedTuple):
+    """What makes a model's logits: ``features`` (rows, width), ``weight`` (vocabulary, width), ``bias`` (vocabulary,)."""
+
+    features: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+class VocabularyLosses(NamedTuple):
+    """Sums over weighted rows, scalars: ``total`` carries the gradient, its parts are for the log, 0 when left out."""
+
+    total: Tensor
+    soft: Tensor
+    hard: Tensor
+    mse: Tensor
+
+
+def reference_losses(
+    student: Head,
+    teacher: Head | None,
+    labels: Tensor,
+    *,
+    soft_weights: Tensor | None = None,
+    hard_weights: Tensor | None = None,
+    mse_weights: Tensor | None = None,
+    temperature: float = 1.0,
+) -> VocabularyLosses:
+    """Sum the terms on logits, each row times its weight, from the plain formulas on all logits at once.
+
+    ``labels`` is (rows,), -100 where there is no target; each ``*_weights`` (rows,), None to leave the term out. Where
+    the two vocabularies are padded to different sizes, the words that only one has carry no mass.
     """
-    return F.mse_loss(student_logits.float(), teacher_logits.float(), reduction="sum")
+    vocabulary = min(len(head.weight) for head in (student, teacher) if head is not None)
+    logits = F.linear(*student)[:, :vocabulary]
+    soft = hard = mse = torch.zeros((), device=logits.device)
+    if teacher is not None:
+        targets = F.linear(*teacher)[:, :vocabulary].detach()
+        if soft_weights is not None:
+            soft = (soft_weights * soft_target_kl(logits, targets, temperature=temperature)).sum()
+        if mse_weights is not None:
+            mse = (mse_weights * logit_mse(logits, targets)).sum()
+    if hard_weights is not None:
+        hard = (hard_weights * hard_target_cross_entropy(logits, labels)).sum()
+    return VocabularyLosses(soft + hard + mse, soft.detach(), hard.detach(), mse.detach())

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from pytorch_lightning import LightningModule
 from pytorch_lightning.strategies import FSDPStrategy
 from torch import Tensor
@@ -18,7 +19,7 @@ from distilkit import losses
 from distilkit.errors import UserError
 from distilkit.export import student_files
 from distilkit.language_model import Task
-from distilkit.objective import Batch, Objective, forward
+from distilkit.objective import Batch, Objective, forward, labelled_rows, real_rows
 from distilkit.teacher import Teacher
 
 log = logging.getLogger(__name__)
@@ -90,10 +91,6 @@ class DistillationModule(LightningModule):
             self.teacher.eval()
         return self
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the sum of each term over a batch."""
-        return self.objective.term_sums(self.student, self.teacher, batch, task=self.task)
-
     def setup(self, stage: str) -> None:
         """Make sure that all ranks train the same thing.
 
@@ -121,11 +118,10 @@ class DistillationModule(LightningModule):
             counts = self._sum_over_ranks(counts)
             self.denominators = self.objective.denominators(num_tokens=counts[0], num_labels=counts[1], task=self.task)
             self.step_terms = {}
-        terms = {name: total / self.denominators[name] for name, total in self(batch).items()}
-        loss = torch.stack([self.objective.weights[name] * term for name, term in terms.items()]).sum()
+        loss, terms = self._loss(batch, self.denominators)
         self.all_finite = self.all_finite.to(loss.device) & loss.detach().isfinite()
-        for name, term in {**terms, "": loss}.items():
-            self.step_terms[name] = self.step_terms.get(name, 0.0) + term.detach()
+        for name, term in {**terms, "": loss.detach()}.items():
+            self.step_terms[name] = self.step_terms.get(name, 0.0) + term
         self.tokens_seen += batch["input_ids"].numel() * self.trainer.world_size
         log_every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by one of its connectors
         if batch["is_last"] and log_every and (self.trainer.global_step + 1) % log_every == 0:
@@ -133,6 +129,9 @@ class DistillationModule(LightningModule):
             self._log_step()
         # Lightning divides by the accumulation and DDP by the ranks; our denominators hold both already.
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    def _loss(self, batch: Batch, denominators: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.objective.loss(self.student, self.teacher, batch, task=self.task, denominators=denominators)
 
     def _log_step(self) -> None:
         for name, term in self.step_terms.items():
@@ -202,35 +201,31 @@ class DistillationModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add up the objective's terms, and how well student and teacher predict the labelled tokens."""
-        labels = batch["labels"]
-        labelled = labels != losses.IGNORE_INDEX
-        real = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(labelled)
-        counts = self.objective.denominators(num_tokens=real.sum(), num_labels=labelled.sum(), task=self.task)
-        for name, total in self(batch).items():
-            self._count(f"loss_{name}", total, counts[name])
+        labels, rows = batch["labels"].flatten(), labelled_rows(batch)
+        real = real_rows(batch)
+        num_tokens = torch.tensor(len(labels) if real is None else len(real), device=self.device)
+        num_labels = torch.tensor(len(rows), device=self.device)
+        counts = self.objective.denominators(num_tokens=num_tokens, num_labels=num_labels, task=self.task)
+        for name, mean in self._loss(batch, counts)[1].items():
+            self._count(f"loss_{name}", mean, counts[name])
 
-        rows = labelled.flatten().nonzero().squeeze(1)
-        targets = labels.flatten()[rows]
-        predictions = {}
+        targets, predictions = labels[rows], {}
         for prefix, model in (("", self.student), ("teacher_", self.teacher)):
             if model is None:
                 continue
-            logits = forward(model, batch, real=torch.ones_like(real), rows=rows).logits
-            assert logits is not None
-            predictions[prefix] = logits.argmax(dim=-1)
-            count = labelled.sum()
-            self._count(f"{prefix}nll", losses.hard_target_cross_entropy(logits, targets), count)
-            self._count(f"{prefix}accuracy", (predictions[prefix] == targets).sum(), count)
+            nll, predictions[prefix] = score(model, batch, rows=rows, targets=targets)
+            self._count(f"{prefix}nll", nll, num_labels)
+            self._count(f"{prefix}accuracy", (predictions[prefix] == targets).float().mean(), num_labels)
         if "teacher_" in predictions:
-            self._count("agreement", (predictions[""] == predictions["teacher_"]).sum(), labelled.sum())
+            self._count("agreement", (predictions[""] == predictions["teacher_"]).float().mean(), num_labels)
 
-    def _count(self, name: str, total: Tensor, count: Tensor) -> None:
-        """Add a sum over ``count`` tokens to a metric; an empty batch adds nothing."""
+    def _count(self, name: str, mean: Tensor, count: Tensor) -> None:
+        """Add a mean over ``count`` tokens to a metric; an empty batch adds nothing."""
         if name not in self.val_metrics:
             self.val_metrics[name] = MeanMetric().to(self.device)
-        self.all_finite = self.all_finite.to(total.device) & total.detach().isfinite()  # the metric would drop a NaN
-        weight = count.clamp(min=1)
-        self.val_metrics[name].update(total.detach().float() / weight, weight=count)
+        if count:
+            self.all_finite = self.all_finite.to(mean.device) & mean.isfinite()  # the metric would drop a NaN
+            self.val_metrics[name].update(mean.float(), weight=count)
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over all ranks, the weighted loss, and perplexities.
@@ -293,7 +288,7 @@ class DistillationModule(LightningModule):
             raise UserError("the checkpoint was not written by distilkit; give ckpt_path of a run of distilkit.train")
         cure = "resume with the same settings, or start afresh with student=hf student.name=<exported student>"
         for name, value in vars(self.objective).items():
-            if saved["objective"][name] != value:
+            if name != "implementation" and saved["objective"][name] != value:
                 raise UserError(
                     f"the checkpoint was trained with objective.{name}={saved['objective'][name]}, this run has {value}; {cure}"
                 )
@@ -309,3 +304,18 @@ class DistillationModule(LightningModule):
             differing = sorted(name for name in shapes | ours if shapes.get(name) != ours.get(name))
             raise UserError(f"the checkpoint holds another student: {differing[0]} differs; {cure}")
         self.tokens_seen = saved["tokens_seen"]
+
+
+def score(model: PreTrainedModel, batch: Batch, *, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean cross-entropy of a model at these rows, in nats, and its predictions (rows,).
+
+    Logits are held for a few rows at once: a batch of a causal model would have gigabytes of them.
+    """
+    head = forward(model, batch, rows=rows).head
+    assert head is not None
+    nlls, predictions = [], []
+    for features, labels in zip(head.features.split(512), targets.split(512), strict=True):
+        logits = F.linear(features, head.weight, head.bias)
+        nlls.append(losses.hard_target_cross_entropy(logits, labels))
+        predictions.append(logits.argmax(dim=-1))
+    return torch.cat(nlls).mean(), torch.cat(predictions)

@@ -1,7 +1,8 @@
 """The weighted objective of distillation: which terms count, over which tokens, and what they need."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -9,21 +10,26 @@ from transformers import PreTrainedModel
 
 from distilkit import losses
 from distilkit.errors import UserError
-from distilkit.language_model import Task, last_hidden_state, lm_logits
+from distilkit.fused import fused_losses
+from distilkit.language_model import Task, head_transform, last_hidden_state, output_embeddings
 
 Batch = dict[str, Any]
-"""``input_ids`` and ``labels`` (batch, length); with padding ``attention_mask``; with separation ``document_ids``."""
+"""``input_ids`` and ``labels`` (batch, length); with padding ``attention_mask``; with separation ``document_ids``.
+
+From the data module also ``labelled`` and, with padding, ``real``: flat indices of the tokens that have a label, and of
+all but padding.
+"""
+
+
+_CHOICES = {"soft_targets": ("all", "masked"), "implementation": ("fused", "reference")}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Forward:
-    """What one forward pass of a model gives: states of all real tokens, logits of the chosen ones.
-
-    ``hidden`` is (tokens, width); ``logits`` is (rows, vocabulary) for the rows that were asked for.
-    """
+    """What one forward pass of a model gives: ``hidden`` (tokens, width) without padding, and the head of chosen rows."""
 
     hidden: Tensor
-    logits: Tensor | None
+    head: losses.Head | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +40,7 @@ class Objective:
     cross-entropy of a masked and of a causal model, ``alpha_cos`` the cosine between last hidden states, ``alpha_mse``
     the squared difference of logits. ``soft_targets`` takes KL and MSE over ``all`` real tokens or over ``masked``
     ones only; a causal model has no masked tokens and always takes all. A term of weight zero is not computed.
+    ``implementation`` is ``fused``, which never holds all logits, or ``reference``, the plain formulas.
 
     Raises:
         UserError: a weight is negative, all are zero, the temperature is not positive, or both tasks are weighted.
@@ -46,14 +53,17 @@ class Objective:
     alpha_mse: float
     temperature: float
     soft_targets: Literal["all", "masked"]
+    implementation: Literal["fused", "reference"]
 
     def __post_init__(self) -> None:
         """Check each value where it is used first."""
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name == "soft_targets":
-                if value not in ("all", "masked"):
-                    raise UserError(f"objective.soft_targets is {value!r}; it takes all or masked")
+            if field.name in _CHOICES:
+                if value not in _CHOICES[field.name]:
+                    raise UserError(
+                        f"objective.{field.name} is {value!r}; it takes {' or '.join(_CHOICES[field.name])}"
+                    )
             elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
                 raise UserError(f"objective.{field.name}={value}, but it must be a finite number of at least 0")
         if self.temperature <= 0:
@@ -121,54 +131,78 @@ class Objective:
         by_term = {"ce": soft, "mse": soft, "mlm": labels, "clm": labels, "cos": tokens}
         return {name: by_term[name] for name in self.weights}
 
-    def term_sums(
-        self, student: PreTrainedModel, teacher: PreTrainedModel | None, batch: Batch, *, task: Task
-    ) -> dict[str, Tensor]:
-        """Compute the sum of each weighted term over the tokens of a batch (nats; squared logits for mse).
+    def loss(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel | None,
+        batch: Batch,
+        *,
+        task: Task,
+        denominators: Mapping[str, Tensor],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the weighted loss of a batch, and the detached part of each term in its mean (nats; squared logits).
 
         The models see the batch once each. Logits are made for labelled tokens only where no term asks for more.
         """
-        real = batch["attention_mask"].bool() if "attention_mask" in batch else None
-        labels = batch["labels"].flatten() if real is None else batch["labels"][real]
         all_rows = task == "clm" or (self.reads_teacher_logits and self.soft_targets == "all")
-        labelled = None if all_rows else (labels != losses.IGNORE_INDEX).nonzero().squeeze(1)
-        row_labels = labels if labelled is None else labels[labelled]
-
-        ours = forward(student, batch, real=real, rows=labelled, with_logits=self.reads_student_logits)
+        rows = real_rows(batch) if all_rows else labelled_rows(batch)
+        labels = batch["labels"].flatten() if rows is None else batch["labels"].flatten()[rows]
+        ours = forward(student, batch, rows=rows, with_head=self.reads_student_logits)
         theirs: Forward | None = None
         if teacher is not None and self.reads_teacher:
             with torch.no_grad():
-                theirs = forward(teacher, batch, real=real, rows=labelled, with_logits=self.reads_teacher_logits)
+                theirs = forward(teacher, batch, rows=rows, with_head=self.reads_teacher_logits)
 
-        sums: dict[str, Tensor] = {}
-        for name in self.weights:
-            match name, ours.logits, theirs:
-                case "ce", Tensor() as logits, Forward(logits=Tensor() as targets):
-                    sums[name] = losses.soft_target_kl(logits, targets, temperature=self.temperature)
-                case "mse", Tensor() as logits, Forward(logits=Tensor() as targets):
-                    sums[name] = losses.logit_mse(logits, targets)
-                case (("mlm" | "clm"), Tensor() as logits, _):
-                    sums[name] = losses.hard_target_cross_entropy(logits, row_labels)
-                case "cos", _, Forward(hidden=hidden):
-                    sums[name] = losses.hidden_cosine(ours.hidden, hidden)
-        assert sums.keys() == self.weights.keys(), "check_models admits no term without its inputs"
-        return sums
+        weights = {name: alpha / denominators[name] for name, alpha in self.weights.items()}
+        weighted: dict[str, Tensor] = {}
+        total = torch.zeros((), device=labels.device)
+        if ours.head is not None:
+            implementation = fused_losses if self.implementation == "fused" else losses.reference_losses
+            by_row = {name: weight.expand(len(labels)) for name, weight in weights.items()}
+            total, soft, hard, mse = implementation(
+                ours.head,
+                theirs.head if theirs else None,
+                labels,
+                soft_weights=by_row.get("ce"),
+                hard_weights=by_row.get(task),
+                mse_weights=by_row.get("mse"),
+                temperature=self.temperature,
+            )
+            weighted = {"ce": soft, task: hard, "mse": mse}
+        if theirs is not None and self.alpha_cos:
+            weighted["cos"] = losses.hidden_cosine(ours.hidden, theirs.hidden).sum() * weights["cos"]
+            total = total + weighted["cos"]
+        return total, {name: weighted[name].detach() / alpha for name, alpha in self.weights.items()}
 
 
-def forward(
-    model: PreTrainedModel, batch: Batch, *, real: Tensor | None, rows: Tensor | None, with_logits: bool = True
-) -> Forward:
-    """Run a model over a batch and keep its real tokens, with logits of ``rows`` among them (None: of all).
+def real_rows(batch: Batch) -> Tensor | None:
+    """Return the flat indices (tokens,) of all but padding, None where there is none.
 
-    ``real`` is a boolean (batch, length), None when there is no padding.
+    The data module finds them on the host; finding them here makes the host wait for the device.
     """
+    if "attention_mask" not in batch:
+        return None
+    return cast(Tensor, batch["real"] if "real" in batch else batch["attention_mask"].flatten().nonzero().squeeze(1))
+
+
+def labelled_rows(batch: Batch) -> Tensor:
+    """Return the flat indices (rows,) of the tokens that have a label; see ``real_rows``."""
+    if "labelled" in batch:
+        return cast(Tensor, batch["labelled"])
+    return cast(Tensor, (batch["labels"].flatten() != losses.IGNORE_INDEX).nonzero().squeeze(1))
+
+
+def forward(model: PreTrainedModel, batch: Batch, *, rows: Tensor | None, with_head: bool = True) -> Forward:
+    """Run a model over a batch; ``rows`` are flat indices of the tokens that need logits, None for all."""
     states = last_hidden_state(
         model,
         batch["input_ids"],
         attention_mask=batch.get("attention_mask"),
         document_ids=batch.get("document_ids"),
-    )
-    hidden = states.flatten(0, 1) if real is None else states[real]
-    if not with_logits:
-        return Forward(hidden=hidden, logits=None)
-    return Forward(hidden=hidden, logits=lm_logits(model, hidden if rows is None else hidden[rows]))
+    ).flatten(0, 1)
+    real = real_rows(batch)
+    hidden = states if real is None else states[real]
+    if not with_head:
+        return Forward(hidden=hidden, head=None)
+    features = head_transform(model, states if rows is None else states[rows])
+    return Forward(hidden=hidden, head=losses.Head(features, *output_embeddings(model)))

@@ -1,0 +1,301 @@
+"""The fused losses against the plain formulas, and what they promise about memory and host syncs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from conftest import build_model
+from distilkit import fused
+from distilkit.fused import fused_losses
+from distilkit.losses import IGNORE_INDEX, Head, VocabularyLosses, reference_losses
+from distilkit.objective import Batch, Objective
+
+Weights = dict[str, Tensor]
+
+
+def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def build_heads(
+    *, rows: int = 300, vocabulary: tuple[int, int] = (47, 47), bias: bool = True, dtype: torch.dtype = torch.float64
+) -> tuple[Head, Head]:
+    """Build a student of width 8 that wants gradients and a teacher of width 12."""
+    student, teacher = (
+        Head(
+            draw(rows, width, seed=seed, dtype=dtype),
+            draw(words, width, seed=seed + 1, dtype=dtype),
+            draw(words, seed=seed + 2, dtype=dtype) if bias else None,
+        )
+        for seed, width, words in ((0, 8, vocabulary[0]), (3, 12, vocabulary[1]))
+    )
+    for tensor in student:
+        if tensor is not None:
+            tensor.requires_grad_()
+    return student, teacher
+
+
+def build_labels(rows: int, *, vocabulary: int = 40) -> Tensor:
+    labels = torch.randint(0, vocabulary, (rows,), generator=torch.Generator().manual_seed(9))
+    labels[::3] = IGNORE_INDEX
+    return labels
+
+
+def row_weights(rows: int, *terms: str) -> Weights:
+    """Weigh each row differently, and some not at all."""
+    return {
+        f"{term}_weights": draw(rows, seed=20 + i).abs() * (torch.arange(rows) % 5 > 0) for i, term in enumerate(terms)
+    }
+
+
+def losses_and_gradients(
+    implementation: Callable[..., VocabularyLosses], student: Head, *args: Any, **kwargs: Any
+) -> tuple[VocabularyLosses, list[Tensor]]:
+    losses = implementation(student, *args, **kwargs)
+    wanted = [tensor for tensor in student if tensor is not None]
+    return losses, list(torch.autograd.grad(3.0 * losses.total, wanted))
+
+
+ALL_TERMS = [("soft",), ("hard",), ("mse",), ("soft", "hard"), ("soft", "hard", "mse")]
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("vocabulary", [(47, 47), (50, 47), (47, 64)], ids=["same", "wider student", "wider teacher"])
+@pytest.mark.parametrize("terms", ALL_TERMS, ids="+".join)
+def test_losses_and_gradients_are_those_of_the_plain_formulas(
+    terms: tuple[str, ...], vocabulary: tuple[int, int], bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(fused._BYTES_OF_LOGITS, "cpu", 0)  # chunks of the fewest rows
+    monkeypatch.setitem(fused._VOCABULARY_MULTIPLE, "cpu", 16)
+    student, teacher = build_heads(vocabulary=vocabulary, bias=bias)
+    settings = student, teacher, build_labels(300)
+    options: dict[str, Any] = {**row_weights(300, *terms), "temperature": 3.0}
+    got, gradients = losses_and_gradients(fused_losses, *settings, **options)
+    expected, expected_gradients = losses_and_gradients(reference_losses, *settings, **options)
+    for name in VocabularyLosses._fields:
+        # The plain formulas are in float32 at best.
+        torch.testing.assert_close(getattr(got, name).float(), getattr(expected, name).float(), rtol=1e-5, atol=1e-5)
+    for gradient, wanted in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("terms", ALL_TERMS, ids="+".join)
+def test_gradients_are_the_derivatives_of_the_total(terms: tuple[str, ...]) -> None:
+    student, teacher = build_heads(rows=7, vocabulary=(6, 5))
+    labels, options = build_labels(7, vocabulary=5), row_weights(7, *terms)
+
+    def total(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return fused_losses(Head(features, weight, bias), teacher, labels, **options, temperature=2.0).total
+
+    assert torch.autograd.gradcheck(total, tuple(student))
+
+
+def test_a_tied_weight_gets_the_gradient_of_both_uses() -> None:
+    weight = draw(11, 4, seed=1).requires_grad_()
+    words = torch.tensor([1, 5, 1])
+
+    def gradient(implementation: Callable[..., VocabularyLosses]) -> Tensor:
+        losses = implementation(Head(weight[words], weight, None), None, words, hard_weights=torch.ones(3))
+        return torch.autograd.grad(losses.total, weight)[0]
+
+    torch.testing.assert_close(gradient(fused_losses), gradient(reference_losses), rtol=1e-5, atol=1e-6)
+
+
+def test_frozen_embeddings_leave_the_gradient_of_the_features_alone() -> None:
+    student, teacher = build_heads(rows=20)
+    frozen = Head(student.features, student.weight.detach(), None)
+    options = row_weights(20, "soft", "hard")
+    got = fused_losses(frozen, teacher, build_labels(20), **options)
+    expected = reference_losses(frozen, teacher, build_labels(20), **options)
+    for losses in (got, expected):
+        losses.total.backward()
+    assert student.features.grad is not None
+    torch.testing.assert_close(got.total.float(), expected.total.float())
+
+
+def test_no_rows_give_zero_and_a_zero_gradient() -> None:
+    student, _ = build_heads(rows=0)
+    losses = fused_losses(student, None, build_labels(0), hard_weights=torch.ones(0))
+    losses.total.backward()
+    assert float(losses.total.detach()) == 0.0
+    assert student.weight.grad is not None
+    assert not student.weight.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_errors_against_double_precision_are_those_of_the_plain_formulas(dtype: torch.dtype) -> None:
+    student, teacher = build_heads(rows=200, dtype=torch.float32)
+    options = {name: weights.float() / 200 for name, weights in row_weights(200, "soft", "hard").items()}
+    labels = build_labels(200)
+    exact_student, exact_teacher = build_heads(rows=200, dtype=torch.float32)
+    exact = Head(*(None if t is None else t.detach().double().requires_grad_() for t in exact_student))  # type: ignore[arg-type]
+    exact_teacher = Head(*(None if t is None else t.double() for t in exact_teacher))  # type: ignore[arg-type]
+    _, truth = losses_and_gradients(
+        fused_losses, exact, exact_teacher, labels, temperature=2.0, **{k: w.double() for k, w in options.items()}
+    )
+    errors = []
+    for implementation in (fused_losses, reference_losses):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            losses = implementation(student, teacher, labels, temperature=2.0, **options)
+        gradients = torch.autograd.grad(3.0 * losses.total, [tensor for tensor in student if tensor is not None])
+        assert {gradient.dtype for gradient in gradients} == {torch.float32}
+        errors.append([float((g.double() - t).norm() / t.norm()) for g, t in zip(gradients, truth, strict=True)])
+    limit = 1e-6 if dtype == torch.float32 else 1.5e-2
+    for ours, plain in zip(*errors, strict=True):
+        assert ours < max(limit, 1.2 * plain)
+        assert ours < limit
+
+
+def test_small_weights_do_not_vanish_in_half_precision() -> None:
+    student, teacher = build_heads(rows=64, dtype=torch.float32)
+    tiny = {"soft_weights": torch.full((64,), 1e-9), "temperature": 2.0}  # a loss over a billion tokens
+    _, truth = losses_and_gradients(fused_losses, student, teacher, build_labels(64), **tiny)
+    with torch.autocast("cpu", torch.float16):
+        _, half = losses_and_gradients(fused_losses, student, teacher, build_labels(64), **tiny)
+    for ours, exact in zip(half, truth, strict=True):
+        assert float((ours - exact).norm() / exact.norm()) < 1e-2
+
+
+def test_the_teacher_gets_no_gradient() -> None:
+    student, teacher = build_heads(rows=10)
+    for tensor in teacher:
+        assert tensor is not None
+        tensor.requires_grad_()
+    fused_losses(student, teacher, build_labels(10), **row_weights(10, "soft")).total.backward()
+    assert [tensor.grad for tensor in teacher if tensor is not None] == [None, None, None]
+
+
+def test_the_compiled_core_is_the_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(fused._BYTES_OF_LOGITS, "cpu", 0)
+    student, teacher = build_heads(dtype=torch.float32)
+    arguments = student, teacher, build_labels(300)
+    options: dict[str, Any] = {k: w.float() for k, w in row_weights(300, "soft", "hard").items()} | {"temperature": 2.0}
+    eager, eager_gradients = losses_and_gradients(fused_losses, *arguments, **options)
+    monkeypatch.setattr(fused, "_WORTH_COMPILING", 0)
+    compiled, gradients = losses_and_gradients(fused_losses, *arguments, **options)
+    torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradients, eager_gradients, rtol=1e-4, atol=1e-5)
+    core, _ = fused._elementwise("cpu")
+    assert core is not fused._core  # it did compile
+
+
+def test_without_a_compiler_the_loss_runs_eager_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(function: Any) -> Any:
+        def fail(*args: Any) -> None:
+            raise RuntimeError("no C++ compiler\ntraceback")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", broken)
+    fused._elementwise.cache_clear()
+    with caplog.at_level("INFO"):
+        assert fused._elementwise("cpu") == (fused._core, fused._add)
+        fused._elementwise("cpu")
+    fused._elementwise.cache_clear()
+    assert [record.message for record in caplog.records] == ["the loss runs without torch.compile: no C++ compiler"]
+
+
+class Watch(TorchDispatchMode):
+    """Note the largest tensor as wide as the vocabulary, and the operations that make the host wait."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.largest = 0
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor) and self.vocabulary in tensor.shape:
+                self.largest = max(self.largest, tensor.numel())
+        if func.overloadpacket in (
+            torch.ops.aten._local_scalar_dense,
+            torch.ops.aten.nonzero,
+            torch.ops.aten.is_nonzero,
+        ):
+            self.waits.append(str(func))
+        return result
+
+
+FAMILIES = ["bert", "roberta", "distilbert", "electra", "modernbert", "gpt2", "xlm-roberta"]
+
+
+def build_objective(task: str, implementation: Any, soft_targets: Any = "all") -> Objective:
+    hard = {"alpha_mlm": 2.0 * (task == "mlm"), "alpha_clm": 2.0 * (task == "clm")}
+    return Objective(
+        alpha_ce=5.0,
+        alpha_cos=1.0,
+        alpha_mse=0.0,
+        temperature=2.0,
+        soft_targets=soft_targets,
+        implementation=implementation,
+        **hard,
+    )
+
+
+def full_batch(*, task: str, blocks: int = 16, length: int = 16, seed: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, 120, (blocks, length), generator=generator)
+    labels = torch.full_like(ids, IGNORE_INDEX)
+    if task == "mlm":
+        labels[:, 2::6] = ids[:, 2::6]
+    else:
+        labels[:, :-1] = ids[:, 1:]
+    labelled = (labels.flatten() >= 0).nonzero().squeeze(1)
+    return {"input_ids": ids, "labels": labels, "labelled": labelled}
+
+
+@pytest.mark.parametrize("soft_targets", ["all", "masked"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_makes_no_tensor_of_tokens_times_vocabulary_and_never_makes_the_host_wait(
+    family: str, soft_targets: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(fused._BYTES_OF_LOGITS, "cpu", 0)
+    task: Any = "clm" if family == "gpt2" else "mlm"
+    student, teacher = build_model(family, seed=1, num_layers=2).train(), build_model(family, num_layers=2)
+    batch = full_batch(task=task, blocks=64)
+    tokens, vocabulary = batch["input_ids"].numel(), student.config.vocab_size
+    counts = {"num_tokens": torch.tensor(tokens), "num_labels": torch.tensor(len(batch["labelled"]))}
+    for implementation in ("fused", "reference"):
+        objective = build_objective(task, implementation, soft_targets)
+        rows = tokens if task == "clm" or soft_targets == "all" else len(batch["labelled"])
+        with Watch(vocabulary) as watch:
+            denominators = objective.denominators(**counts, task=task)
+            loss, _ = objective.loss(student, teacher, batch, task=task, denominators=denominators)
+            loss.backward()
+        if implementation == "fused":
+            assert watch.waits == []
+            assert watch.largest < rows * vocabulary
+        else:
+            assert watch.largest >= rows * vocabulary  # what the fused path avoids is there to be seen
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fifty_steps_follow_the_loss_curve_of_the_plain_formulas(family: str) -> None:
+    task: Any = "clm" if family == "gpt2" else "mlm"
+    teacher = build_model(family, num_layers=2)
+    curves = []
+    for implementation in ("fused", "reference"):
+        student = build_model(family, seed=1, num_layers=1).eval()  # without dropout
+        optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
+        objective = build_objective(task, implementation)
+        curve = []
+        for step in range(50):
+            batch = full_batch(task=task, blocks=4, seed=step)
+            counts = {"num_tokens": torch.tensor(64), "num_labels": torch.tensor(len(batch["labelled"]))}
+            denominators = objective.denominators(**counts, task=task)
+            loss, _ = objective.loss(student, teacher, batch, task=task, denominators=denominators)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            curve.append(float(loss.detach()))
+        curves.append(curve)
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+    assert curves[0][-1] < curves[0][0] - 0.1  # it did learn
