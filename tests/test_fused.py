@@ -169,6 +169,7 @@ def test_the_teacher_gets_no_gradient() -> None:
     assert [tensor.grad for tensor in teacher if tensor is not None] == [None, None, None]
 
 
+@pytest.mark.slow
 def test_the_compiled_core_is_the_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(fused._BYTES_OF_LOGITS, "cpu", 0)
     student, teacher = build_heads(dtype=torch.float32)
