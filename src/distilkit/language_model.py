@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from distilkit.attention import dense_mask, use_attention
 from distilkit.errors import UserError
 
 Task = Literal["mlm", "clm"]
@@ -42,28 +43,15 @@ def max_positions(model: PreTrainedModel) -> int:
     return limit
 
 
-def _document_masks(model: PreTrainedModel, document_ids: Tensor) -> tuple[object, Tensor]:
-    """Build the attention mask and the positions that keep packed documents apart.
-
-    ``document_ids`` is (batch, length), constant within a document. The mask is boolean (batch, 1, length, length);
-    positions restart at each document, so that a document's states equal those of the document alone.
-    """
-    length = document_ids.shape[1]
-    index = torch.arange(length, device=document_ids.device)
-    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
+def _restarting_positions(model: PreTrainedModel, document_ids: Tensor) -> Tensor:
+    """Number the tokens of each document as if it stood alone: (batch, length) -> (batch, length)."""
+    index = torch.arange(document_ids.shape[1], device=document_ids.device)
     starts = torch.ones_like(document_ids, dtype=torch.bool)
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     positions = index - torch.where(starts, index, 0).cummax(dim=1).values
-
-    config = model.config
-    if config.model_type in _POSITIONS_AFTER_PAD:
-        positions = positions + config.pad_token_id + 1
-    if config.model_type == "modernbert":  # it alternates full and local attention, and takes one mask for each
-        near = (index[:, None] - index[None, :]).abs() <= config.sliding_window
-        return {"full_attention": same, "sliding_attention": same & near}, positions
-    if task_of(config.model_type, config.architectures) == "clm":
-        same = same & (index[:, None] >= index[None, :])
-    return same, positions
+    if model.config.model_type in _POSITIONS_AFTER_PAD:
+        positions = positions + model.config.pad_token_id + 1
+    return positions
 
 
 def last_hidden_state(
@@ -75,19 +63,33 @@ def last_hidden_state(
 ) -> Tensor:
     """Run the model without its head: (batch, length) ids -> (batch, length, width) states after the last norm.
 
-    ``attention_mask`` is (batch, length) with 0 on padding, and None when there is none: a mask of ones would cost a
-    host sync in every forward. ``document_ids`` keeps packed documents from attending to each other.
+    ``attention_mask`` is (batch, length) with 0 on padding, and None when there is none. ``document_ids`` (batch,
+    length), constant within a document, keeps packed documents apart: a document's states are those of the document
+    alone. Padding has a document id of its own. States of padding mean nothing.
+
+    Raises:
+        UserError: documents are to be kept apart in windows of attention that are not known here.
     """
-    arguments: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
-    if document_ids is not None:
-        # Padding has a document id of its own, so the document mask covers it as well.
-        arguments["attention_mask"], arguments["position_ids"] = _document_masks(model, document_ids)
-    if task_of(model.config.model_type, model.config.architectures) == "clm":
-        arguments["use_cache"] = False
-        # Given ids without a mask, transformers searches them for padding, and the host waits for the answer.
-        embeddings: Any = model.get_input_embeddings()
-        arguments["inputs_embeds"] = embeddings(arguments.pop("input_ids"))
-    return cast(Tensor, model.base_model(**arguments).last_hidden_state)
+    causal = task_of(model.config.model_type, model.config.architectures) == "clm"
+    arguments: dict[str, Any] = {"use_cache": False} if causal else {}
+    if document_ids is None:
+        arguments["attention_mask"] = attention_mask
+    else:
+        arguments["position_ids"] = _restarting_positions(model, document_ids)
+    if use_attention(model):
+        arguments["document_ids"] = document_ids
+    elif document_ids is not None:
+        length = input_ids.shape[1]
+        window = getattr(model.config, "sliding_window", None)
+        if window is not None and window < length:  # one mask for all layers would widen it
+            raise UserError(
+                f"data.attend_across_documents=false, but {type(model).__name__} attends within {window} tokens in a way "
+                "that is not known here; set data.attend_across_documents=true"
+            )
+        arguments["attention_mask"] = dense_mask(
+            document_ids, length=length, causal=causal, reach=length, device=input_ids.device
+        )
+    return cast(Tensor, model.base_model(input_ids=input_ids, **arguments).last_hidden_state)
 
 
 def head_transform(model: PreTrainedModel, hidden: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Trainer, seed_everything
 from pytorch_lightning.loggers import CSVLogger
 
+from distilkit.backbone import checkpoint_activations, compile_backbone
 from distilkit.entry import check_keys, check_names, report_errors
 from distilkit.errors import UserError
 from distilkit.export import read_checkpoint
@@ -66,6 +67,10 @@ def train(cfg: DictConfig) -> float:
     task = task_of(student.config.model_type, student.config.architectures)
     for model, whose in ((student, "the student"), *(((teacher.model, teacher.name),) if teacher else ())):
         check_block_size(model, cfg.data.block_size, name=whose)
+        if cfg.compile:
+            compile_backbone(model)
+    if cfg.activation_checkpointing:
+        checkpoint_activations(student)
     data = instantiate(cfg.data, tokenizer=tokenizer, task=task)
     record = describe(cfg, objective=objective, teacher=teacher, student=student)
     module = DistillationModule(

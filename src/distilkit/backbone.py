@@ -1,0 +1,26 @@
+"""How a backbone runs: compiled or not, and with its activations kept or computed again."""
+
+from transformers import PreTrainedModel
+
+from distilkit.attention import use_attention
+from distilkit.errors import UserError
+
+
+def compile_backbone(model: PreTrainedModel) -> None:
+    """Compile the backbone's forward in place: the names of weights, and so checkpoints, stay as they are."""
+    use_attention(model)  # before: GPT-2's own attention sees the future when it is compiled without a mask
+    model.base_model.compile()
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Keep only the input of each layer in training, and compute the rest again in backward: less memory, more time.
+
+    Raises:
+        UserError: the architecture does not support it.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"activation_checkpointing=true, but {type(model).__name__} does not support it; set activation_checkpointing=false"
+        )
+    model.activation_checkpointing_enable()
+    model.disable_input_require_grads()  # a hook for frozen embeddings, which breaks a compiled graph
