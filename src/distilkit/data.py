@@ -43,7 +43,6 @@ class Blocks(Dataset[Batch]):
         attend_across_documents: bool,
     ) -> None:
         """Take a stream (tokens,) and a masker, or None for causal models."""
-        self.tokens = tokens
         self.masker = masker
         self.block_size = block_size
         self.attend_across_documents = attend_across_documents
@@ -51,27 +50,28 @@ class Blocks(Dataset[Batch]):
         self.opening, self.closing = special_tokens_around(tokenizer)
         self.stride = block_size - len(self.opening) - len(self.closing)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.separator
+        num_full = len(tokens) // self.stride
+        stream = np.asarray(tokens)  # slices of a memory map are slow to make
+        self.full = stream[: num_full * self.stride].reshape(num_full, self.stride)
+        self.rest = stream[num_full * self.stride :]
 
     def __len__(self) -> int:
         """Count the blocks, the padded last one included."""
-        return math.ceil(len(self.tokens) / self.stride)
+        return len(self.full) + bool(len(self.rest))
 
     def __getitem__(self, draw: Draw) -> Batch:
         """Make the batch of these blocks in this epoch: tensors of (blocks, block_size)."""
         epoch, blocks = draw
         input_ids, lengths = self.input_ids(blocks)
-        padded = bool((lengths < self.block_size).any())
         real = np.arange(self.block_size) < lengths[:, None]
         if self.masker is not None:
             model_ids, labels = self.masker(input_ids, epoch=epoch, samples=blocks, lengths=lengths)
-            labels[~real] = IGNORE_INDEX
-            model_ids[~real] = self.pad_id
         else:
             model_ids = input_ids
             labels = np.full_like(input_ids, IGNORE_INDEX)  # position t predicts token t + 1
             labels[:, :-1] = np.where(real[:, 1:], input_ids[:, 1:], IGNORE_INDEX)
         batch: Batch = {"input_ids": torch.from_numpy(model_ids), "labels": torch.from_numpy(labels)}
-        if padded:
+        if (lengths < self.block_size).any():
             batch["attention_mask"] = torch.from_numpy(real.astype(np.int64))
         if not self.attend_across_documents:
             batch["document_ids"] = torch.from_numpy(self.document_ids(input_ids, real))
@@ -79,15 +79,19 @@ class Blocks(Dataset[Batch]):
 
     def input_ids(self, blocks: Ids) -> tuple[Ids, Ids]:
         """Gather unmasked blocks: ids (blocks, block_size) and the number of real tokens of each (blocks,)."""
-        ids = np.full((len(blocks), self.block_size), self.pad_id, dtype=np.int64)
-        ids[:, : len(self.opening)] = self.opening
+        begin, end = len(self.opening), len(self.opening) + self.stride
+        ids = np.empty((len(blocks), self.block_size), dtype=np.int64)
+        ids[:, :begin], ids[:, end:] = self.opening, self.closing
         lengths = np.full(len(blocks), self.block_size, dtype=np.int64)
-        for row, block in enumerate(blocks):
-            stretch = self.tokens[block * self.stride : (block + 1) * self.stride]
-            end = len(self.opening) + len(stretch)
-            ids[row, len(self.opening) : end] = stretch
-            ids[row, end : end + len(self.closing)] = self.closing
-            lengths[row] = end + len(self.closing)
+        is_full = blocks < len(self.full)
+        if is_full.all():
+            ids[:, begin:end] = self.full.take(blocks, axis=0)
+        else:
+            ids[is_full, begin:end] = self.full[blocks[is_full]]
+            last = np.concatenate([self.rest, self.closing]).astype(np.int64)
+            lengths[~is_full] = begin + len(last)
+            ids[~is_full, begin:] = self.pad_id
+            ids[~is_full, begin : begin + len(last)] = last
         return ids, lengths
 
     def document_ids(self, input_ids: Ids, real: NDArray[np.bool_]) -> Ids:
@@ -166,7 +170,7 @@ class MicroBatches:
         return full_steps * self.per_step + math.ceil(rest / self.sampler.world_size / self.micro_batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield ``input_ids``, ``labels`` (micro-batch, block_size) and the step's counts on this rank."""
+        """Yield ``input_ids``, ``labels`` (micro-batch, block_size) and what ``split_step`` adds, on this rank."""
         self.position, self.resume_at = self.resume_at, 0
         # The sampler is read when the first batch is asked for: by then Lightning has told it the epoch.
         loader = DataLoader(
@@ -179,6 +183,11 @@ class MicroBatches:
         for step in loader:
             for micro_batch in split_step(step, self.micro_batch_size):
                 self.position += 1
+                if self.pin_memory:  # what the split has added; the rest is pinned already
+                    micro_batch = {
+                        name: value.pin_memory() if isinstance(value, torch.Tensor) else value
+                        for name, value in micro_batch.items()
+                    }
                 yield micro_batch
 
     def state_dict(self) -> dict[str, int]:
@@ -218,16 +227,39 @@ class _Steps(Sampler[Draw]):
 
 
 def split_step(step: Batch, micro_batch_size: int) -> list[Batch]:
-    """Split one optimizer step into micro-batches; each carries ``num_tokens`` and ``num_labels`` of the whole step."""
-    size = len(step["input_ids"])
-    real = step["attention_mask"].sum() if "attention_mask" in step else torch.tensor(step["input_ids"].numel())
-    counts = {"num_tokens": real, "num_labels": (step["labels"] != IGNORE_INDEX).sum()}
+    """Split one optimizer step into micro-batches that know where their labelled and their real tokens are.
+
+    Each adds ``labelled`` (rows,), the sorted places of its labelled tokens among its micro_batch * block_size, where it
+    has an ``attention_mask`` also ``real`` (tokens,), those of its real ones, and ``num_tokens`` and ``num_labels``, the
+    counts of the whole step. They are found here, on the host, so that a device need not report how many there are.
+    """
+    size, block_size = step["input_ids"].shape
+    places = {"labelled": np.flatnonzero(step["labels"].numpy() != IGNORE_INDEX)}
+    if "attention_mask" in step:
+        places["real"] = np.flatnonzero(step["attention_mask"].numpy())
+    counts = {
+        "num_tokens": torch.tensor(len(places["real"]) if "real" in places else size * block_size),
+        "num_labels": torch.tensor(len(places["labelled"])),
+    }
+    begins = range(0, size, micro_batch_size)
+    pieces = {name: tensor.split(micro_batch_size) for name, tensor in step.items()}
+    for name, found in places.items():
+        cuts = np.searchsorted(found, [begin * block_size for begin in begins[1:]])
+        pieces[name] = tuple(
+            torch.from_numpy(piece - begin * block_size)
+            for begin, piece in zip(begins, np.split(found, cuts), strict=True)
+        )
     return [
-        {name: tensor[begin : begin + micro_batch_size] for name, tensor in step.items()}
+        {name: piece[index] for name, piece in pieces.items()}
         | counts
-        | {"is_first": begin == 0, "is_last": begin + micro_batch_size >= size}
-        for begin in range(0, size, micro_batch_size)
+        | {"is_first": index == 0, "is_last": index == len(begins) - 1}
+        for index in range(len(begins))
     ]
+
+
+def whole_step(batch: Batch) -> Batch:
+    """Take a batch as a step of one micro-batch, as validation does."""
+    return split_step(batch, len(batch["input_ids"]))[0]
 
 
 class DistillationDataModule(LightningDataModule):
@@ -388,7 +420,7 @@ class DistillationDataModule(LightningDataModule):
             mine = mine[: count - count % world_size][rank::world_size]
         batches = [mine[begin : begin + self.micro_batch_size] for begin in range(0, len(mine), self.micro_batch_size)]
         draws = [(VALIDATION_EPOCH, blocks) for blocks in batches]
-        return DataLoader(self.val_blocks, sampler=draws, batch_size=None)
+        return DataLoader(self.val_blocks, sampler=draws, batch_size=None, collate_fn=whole_step)
 
     def _process(self) -> tuple[int, int, bool]:
         if self.trainer is None:

@@ -18,13 +18,19 @@ Random = NDArray[np.uint64]
 
 VALIDATION_EPOCH = -1  # validation masks are those of one epoch that training never reaches
 
+_LAST = np.uint64(2**64 - 1)  # the key of a token that is never chosen
+
 
 def mix(x: Random) -> Random:
     """Scramble 64-bit counters so that neighbours look independent (splitmix64's finalizer, Steele et al. 2014)."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    shifted = x >> np.uint64(30)  # in place from here on: this is the most of the work of masking
+    x ^= shifted
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= np.right_shift(x, np.uint64(27), out=shifted)
+    x *= np.uint64(0x94D049BB133111EB)
+    x ^= np.right_shift(x, np.uint64(31), out=shifted)
+    return x
 
 
 def random_bits(seed: int, epoch: int, samples: Ids, length: int) -> Random:
@@ -37,7 +43,8 @@ def random_bits(seed: int, epoch: int, samples: Ids, length: int) -> Random:
 
 def to_uniform(bits: Random) -> NDArray[np.float64]:
     """Map random bits to uniform numbers in (0, 1)."""
-    return ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52  # 53 bits and a half would round up to 1
+    in_one_to_two = bits >> np.uint64(12) | np.float64(1).view(np.uint64)  # the mantissa of a number in [1, 2)
+    return in_one_to_two.view(np.float64) - (1 - 2.0**-53)  # half a step above 0, where 1 would give 0 itself
 
 
 def continues_word(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.bool_]:
@@ -110,9 +117,7 @@ class Masker:
         self.is_special = np.zeros(len(tokenizer), dtype=bool)
         self.is_special[tokenizer.all_special_ids] = True
         self.words = np.flatnonzero(~self.is_special)
-        self.weight = (
-            np.maximum(token_counts, 1).astype(np.float64) ** -masking.smoothing if masking.smoothing else None
-        )
+        self.rarity = np.maximum(token_counts, 1).astype(np.float64) ** masking.smoothing if masking.smoothing else None
         self.continues = continues_word(tokenizer) if masking.whole_word else None
 
     def __call__(self, input_ids: Ids, *, epoch: int, samples: Ids, lengths: Ids | None = None) -> tuple[Ids, Ids]:
@@ -122,57 +127,91 @@ class Masker:
         when all are.
         """
         batch, length = input_ids.shape
-        bits = random_bits(self.seed, epoch, samples, length)
         real = np.full(batch, length) if lengths is None else lengths
-        special = self.is_special[input_ids] | (np.arange(length) >= real[:, None])
+        bits = random_bits(self.seed, epoch, samples, length)
+        chosen = np.flatnonzero(self._choose(input_ids, bits, real))
+        originals = input_ids.reshape(-1)[chosen]
+        output, labels = input_ids.copy(), np.full(input_ids.shape, IGNORE_INDEX, dtype=np.int64)
+        output.reshape(-1)[chosen] = self._replacements(originals, mix(bits.reshape(-1)[chosen]))
+        labels.reshape(-1)[chosen] = originals
+        return output, labels
+
+    def _choose(self, input_ids: Ids, bits: Random, real: Ids) -> NDArray[np.bool_]:
+        """Mark the targets of each row, (batch, length)."""
+        length = input_ids.shape[1]
+        special = self.is_special.take(input_ids)
+        if (real < length).any():
+            special |= np.arange(length) >= real[:, None]
         budget = np.maximum(1, np.round(self.masking.mlm_probability * real)).astype(np.int64)
+        keys = self._keys(input_ids, bits)
+        keys[special] = _LAST
         if self.continues is None:
-            chosen = self._choose_tokens(input_ids, bits, special, budget)
-        else:
-            chosen = self._choose_words(input_ids, bits, special, budget)
-        return self._replace(input_ids, chosen, mix(bits))
+            return _smallest(keys, budget)
+        return _smallest_words(keys, budget, self._word_starts(input_ids, special))
 
-    def _keys(self, input_ids: Ids, bits: Random) -> NDArray[np.float64]:
+    def _keys(self, input_ids: Ids, bits: Random) -> Random:
         """Draw a key for each token; the smallest ones win with probability by weight (an exponential race)."""
-        uniform = to_uniform(bits)
-        return uniform if self.weight is None else -np.log(uniform) / self.weight[input_ids]
+        if self.rarity is None:
+            return bits.copy()
+        keys = np.log(to_uniform(bits))
+        keys *= self.rarity.take(input_ids)
+        return np.negative(keys, out=keys).view(np.uint64)  # positive floats are ordered as their bits are
 
-    def _choose_tokens(
-        self, input_ids: Ids, bits: Random, special: NDArray[np.bool_], budget: Ids
-    ) -> NDArray[np.bool_]:
-        keys = np.where(special, np.inf, self._keys(input_ids, bits))
-        rows = np.arange(len(keys))
-        ordered = np.partition(keys, np.unique(budget) - 1, axis=1)
-        return (keys <= ordered[rows, budget - 1][:, None]) & ~special
-
-    def _choose_words(self, input_ids: Ids, bits: Random, special: NDArray[np.bool_], budget: Ids) -> NDArray[np.bool_]:
-        """Take whole words in random order while they fit, passing over one that is too long (as BERT did)."""
+    def _word_starts(self, input_ids: Ids, special: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Tell where words begin; a special token is a word, and so is what follows it and what begins a row."""
         assert self.continues is not None
-        starts = ~self.continues[input_ids] | special
+        starts = ~self.continues.take(input_ids) | special
         starts[:, 1:] |= special[:, :-1]
         starts[:, 0] = True
-        word = np.cumsum(starts, axis=1) - 1
-        keys = self._keys(input_ids, bits)
-        chosen = np.zeros_like(special)
-        for row in range(len(input_ids)):
-            first = np.flatnonzero(starts[row])
-            sizes = np.diff(np.append(first, input_ids.shape[1]))
-            taken = np.zeros(len(first), dtype=bool)
-            left = budget[row]
-            for candidate in np.argsort(np.where(special[row, first], np.inf, keys[row, first])):
-                if left == 0 or special[row, first[candidate]]:
-                    break
-                if sizes[candidate] <= left:
-                    taken[candidate] = True
-                    left -= sizes[candidate]
-            chosen[row] = taken[word[row]]
-        return chosen & ~special
+        return starts
 
-    def _replace(self, input_ids: Ids, chosen: NDArray[np.bool_], bits: Random) -> tuple[Ids, Ids]:
-        """Replace 80 / 10 / 10 by a second draw; a random word is never a special token."""
+    def _replacements(self, originals: Ids, bits: Random) -> Ids:
+        """Replace 80 / 10 / 10 of the chosen (targets,) by a second draw; a random word is never a special token."""
         uniform = to_uniform(bits)
-        masked = chosen & (uniform < self.masking.mask_share)
-        random = chosen & ~masked & (uniform < self.masking.mask_share + self.masking.random_share)
-        output = np.where(masked, self.mask_id, input_ids)
-        output[random] = self.words[mix(bits[random]) % np.uint64(len(self.words))]
-        return output, np.where(chosen, input_ids, IGNORE_INDEX)
+        masked = uniform < self.masking.mask_share
+        random = np.flatnonzero(~masked & (uniform < self.masking.mask_share + self.masking.random_share))
+        replaced = np.where(masked, self.mask_id, originals)
+        replaced[random] = self.words[mix(bits[random]) % np.uint64(len(self.words))]
+        return replaced
+
+
+def _smallest(keys: Random, budget: Ids) -> NDArray[np.bool_]:
+    """Mark the ``budget`` (rows,) smallest keys of each row (rows, length), or all but the last where there are fewer."""
+    ordered = np.partition(keys, np.unique(budget) - 1, axis=1)
+    threshold = ordered[np.arange(len(keys)), budget - 1]
+    return keys <= np.minimum(threshold, _LAST - np.uint64(1))[:, None]
+
+
+def _smallest_words(keys: Random, budget: Ids, starts: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Mark whole words by the keys of their first tokens while they fit, passing over one that is too long (as BERT did).
+
+    ``keys`` and ``starts`` are (rows, length), ``budget`` (rows,) counts tokens. A word of the last key is not taken.
+    """
+    num_rows, length = keys.shape
+    place = np.arange(length, dtype=np.uint64)
+    places = np.uint64(2 ** int(length - 1).bit_length() - 1)  # the low bits of a key, given up for its place
+    candidate = starts & (keys != _LAST)
+    order = np.sort(np.where(candidate, keys, _LAST) & ~places | place, axis=1) & places
+    order = order.astype(np.int64) + np.arange(0, num_rows * length, length)[:, None]
+
+    first = np.flatnonzero(starts)  # a word never crosses a row, for each row starts one
+    lengths = np.diff(first, append=num_rows * length)
+    sizes = np.full(num_rows * length, length + 1)  # what is no candidate fits nowhere
+    sizes[first] = np.where(candidate.reshape(-1)[first], lengths, length + 1)
+    sizes = sizes[order]
+
+    used = np.cumsum(sizes, axis=1)
+    taken = used <= budget[:, None]
+    left = budget - np.where(taken, sizes, 0).sum(axis=1)
+    rows, passed = np.flatnonzero(left), taken.sum(axis=1)
+    while len(rows):  # each round takes one more word in each row, the next that fits
+        fits = (sizes[rows] <= left[rows, None]) & (np.arange(length) >= passed[rows, None])
+        rows, next_word = rows[fits.any(axis=1)], fits.argmax(axis=1)[fits.any(axis=1)]
+        taken[rows, next_word] = True
+        left[rows] -= sizes[rows, next_word]
+        passed[rows] = next_word + 1
+        rows = rows[left[rows] > 0]
+
+    chosen = np.zeros(num_rows * length, dtype=bool)
+    chosen[order[taken]] = True
+    return np.repeat(chosen[first], lengths).reshape(num_rows, length)
