@@ -498,7 +498,7 @@ def test_the_demo_trains_a_teacher_and_three_students_that_differ_in_one_thing_e
 
 # ---------------------------------------------------------------------------- imports
 
-PURE = {"errors", "losses", "language_model", "masking", "objective", "teacher", "student"}
+PURE = {"errors", "losses", "attention", "backbone", "language_model", "masking", "objective", "teacher", "student"}
 LEVELS = (  # a module imports from its own level and those before it
     PURE | {"malloc", "corpus", "text_files", "hub", "docstrings", "tokenizer", "tokens"},
     {"entry", "export", "callbacks", "data", "module", "launch", "tracking"},
