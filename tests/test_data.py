@@ -313,6 +313,43 @@ def test_counts_are_those_of_the_whole_step(make_loader: MakeLoader, sizes: Size
             assert {int(part["num_labels"]) for part in step} == {num_labels}
 
 
+def places(chosen: Tensor) -> list[int]:
+    """Find the true places of a flattened batch with a plain loop."""
+    return [place for place, value in enumerate(chosen.flatten().tolist()) if value]
+
+
+def check_places(batch: Batch) -> None:
+    assert batch["labelled"].dtype == torch.int64
+    assert batch["labelled"].tolist() == places(batch["labels"] != IGNORE_INDEX)
+    assert ("real" in batch) == ("attention_mask" in batch)
+    if "real" in batch:
+        assert batch["real"].tolist() == places(batch["attention_mask"])
+
+
+@causal_or_not
+@all_sizes
+def test_micro_batches_know_where_their_labelled_and_their_real_tokens_are(
+    make_blocks: MakeBlocks, sizes: Sizes, causal: bool
+) -> None:
+    blocks = make_blocks(stream_of((16 if causal else 14) * sizes.blocks - 5), causal=causal)  # the last has padding
+    padded = 0
+    for first in range(0, sizes.blocks, sizes.batch):
+        step = blocks[(0, np.arange(first, min(first + sizes.batch, sizes.blocks)))]
+        for micro_batch in split_step(step, sizes.micro):
+            check_places(micro_batch)
+            padded += "real" in micro_batch
+    assert padded
+
+
+def test_a_micro_batch_without_labels_has_no_labelled_tokens() -> None:
+    labels = torch.full((4, 3), IGNORE_INDEX)
+    labels[3, 1] = 7
+    parts = split_step({"input_ids": torch.zeros(4, 3, dtype=torch.int64), "labels": labels}, 2)
+    assert [part["labelled"].tolist() for part in parts] == [[], [4]]
+    assert [int(part["num_labels"]) for part in parts] == [1, 1]
+    assert [int(part["num_tokens"]) for part in parts] == [12, 12]
+
+
 def test_ranks_take_equally_many_micro_batches_of_different_blocks(make_loader: MakeLoader) -> None:
     sizes = Sizes(blocks=30, batch=8, micro=3, ranks=2)
     both = [list(make_loader(sizes, rank=rank)) for rank in range(2)]
@@ -509,6 +546,16 @@ def test_validation_batches_are_the_same_on_every_pass_and_in_every_run(make_mod
     assert same(list(ready(make_module()).val_dataloader()), first)
     assert sum(len(batch["input_ids"]) for batch in first) == len(module.val_blocks)
     assert {len(batch["input_ids"]) for batch in first[:-1]} == {4}
+
+
+def test_a_validation_batch_is_a_step_of_its_own(make_module: MakeModule) -> None:
+    batches = list(ready(make_module()).val_dataloader())
+    assert any("real" in batch for batch in batches)
+    for batch in batches:
+        check_places(batch)
+        assert int(batch["num_labels"]) == len(batch["labelled"])
+        assert int(batch["num_tokens"]) == int((originals(batch) != PAD).sum())
+        assert batch["is_first"] and batch["is_last"]
 
 
 def test_validation_masks_are_not_those_of_a_training_epoch(make_module: MakeModule) -> None:

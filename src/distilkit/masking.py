@@ -182,36 +182,63 @@ def _smallest(keys: Random, budget: Ids) -> NDArray[np.bool_]:
     return keys <= np.minimum(threshold, _LAST - np.uint64(1))[:, None]
 
 
-def _smallest_words(keys: Random, budget: Ids, starts: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def _smallest_words(
+    keys: Random, budget: Ids, starts: NDArray[np.bool_], *, num_tried: int | None = None
+) -> NDArray[np.bool_]:
     """Mark whole words by the keys of their first tokens while they fit, passing over one that is too long (as BERT did).
 
     ``keys`` and ``starts`` are (rows, length), ``budget`` (rows,) counts tokens. A word of the last key is not taken.
+    ``num_tried`` words are sorted at first, for those are nearly always enough.
+    """
+    num_rows, length = keys.shape
+    num_tried = num_tried or min(length, 2 * int(budget.max()) + 8)
+    places, sizes = _words_by_key(keys, starts, num_tried)
+    taken, left = _taken_while_they_fit(sizes, budget)
+
+    change = np.zeros(num_rows * length + 1, dtype=np.int8)  # +1 where a chosen word begins, -1 where it has ended
+    change[places[taken]] = 1
+    change[places[taken] + sizes[taken]] -= 1
+    chosen = np.cumsum(change[:-1], dtype=np.int8).view(bool).reshape(num_rows, length)
+    short = np.flatnonzero(left)
+    if len(short) and num_tried < length:
+        chosen[short] = _smallest_words(keys[short], budget[short], starts[short], num_tried=length)
+    return chosen
+
+
+def _words_by_key(keys: Random, starts: NDArray[np.bool_], count: int) -> tuple[Ids, Ids]:
+    """Sort the ``count`` words of smallest keys in each row: their places in the flat tokens and sizes, (rows, count).
+
+    What is no word that may be chosen comes last, and is longer than a row.
     """
     num_rows, length = keys.shape
     place = np.arange(length, dtype=np.uint64)
-    places = np.uint64(2 ** int(length - 1).bit_length() - 1)  # the low bits of a key, given up for its place
-    candidate = starts & (keys != _LAST)
-    order = np.sort(np.where(candidate, keys, _LAST) & ~places | place, axis=1) & places
-    order = order.astype(np.int64) + np.arange(0, num_rows * length, length)[:, None]
+    low_bits = np.uint64(2 ** (length - 1).bit_length() - 1)  # of a key, given up for its place
+    ordered = np.where(starts, keys, _LAST)
+    ordered &= ~low_bits
+    ordered |= place
+    if count < length:
+        ordered.partition(count - 1, axis=1)
+    ordered = np.sort(ordered[:, :count], axis=1)
+    places = (ordered & low_bits).view(np.int64) + np.arange(0, num_rows * length, length)[:, None]
+    ends = np.append(np.flatnonzero(starts)[1:], num_rows * length)  # no word crosses a row, for each row starts one
+    sizes = ends[np.cumsum(starts)[places] - 1] - places
+    sizes[ordered >= _LAST & ~low_bits] = length + 1
+    return places, sizes
 
-    first = np.flatnonzero(starts)  # a word never crosses a row, for each row starts one
-    lengths = np.diff(first, append=num_rows * length)
-    sizes = np.full(num_rows * length, length + 1)  # what is no candidate fits nowhere
-    sizes[first] = np.where(candidate.reshape(-1)[first], lengths, length + 1)
-    sizes = sizes[order]
 
+def _taken_while_they_fit(sizes: Ids, budget: Ids) -> tuple[NDArray[np.bool_], Ids]:
+    """Take words of ``sizes`` (rows, words) in order, each that fits: which ones, and what is left of ``budget``."""
     used = np.cumsum(sizes, axis=1)
     taken = used <= budget[:, None]
-    left = budget - np.where(taken, sizes, 0).sum(axis=1)
-    rows, passed = np.flatnonzero(left), taken.sum(axis=1)
+    passed = np.count_nonzero(taken, axis=1)
+    left = budget - np.where(passed, used[np.arange(len(used)), passed - 1], 0)
+    rows = np.flatnonzero(left)
     while len(rows):  # each round takes one more word in each row, the next that fits
-        fits = (sizes[rows] <= left[rows, None]) & (np.arange(length) >= passed[rows, None])
-        rows, next_word = rows[fits.any(axis=1)], fits.argmax(axis=1)[fits.any(axis=1)]
-        taken[rows, next_word] = True
-        left[rows] -= sizes[rows, next_word]
-        passed[rows] = next_word + 1
+        fits = (sizes[rows] <= left[rows, None]) & (np.arange(sizes.shape[1]) >= passed[rows, None])
+        some = fits.any(axis=1)
+        rows, word = rows[some], fits[some].argmax(axis=1)
+        taken[rows, word] = True
+        left[rows] -= sizes[rows, word]
+        passed[rows] = word + 1
         rows = rows[left[rows] > 0]
-
-    chosen = np.zeros(num_rows * length, dtype=bool)
-    chosen[order[taken]] = True
-    return np.repeat(chosen[first], lengths).reshape(num_rows, length)
+    return taken, left
