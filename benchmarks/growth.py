@@ -1,0 +1,138 @@
+"""How cost grows: the loss with tokens and vocabulary, the preparation with the size of the corpus."""
+
+import resource
+import tempfile
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks import synthetic
+from benchmarks.loss import LossVariant, build_loss, draw_heads, weigh_loss
+from benchmarks.machine import Precision
+from benchmarks.measure import Caller, in_turn
+from distilkit.text_files import TextFiles
+from distilkit.tokens import prepare
+
+TOKENS = (1024, 2048, 4096, 8192, 16384)
+VOCABULARIES = (30522, 50265, 250002)  # BERT, RoBERTa, XLM-R
+MEGABYTES = (10, 30, 100, 300, 1000)
+
+
+def loss_growth(
+    call: Caller,
+    *,
+    fast: Precision,
+    tokens: Sequence[int],
+    vocabularies: Sequence[int],
+    width: int,
+    naive_limit_mb: float,
+    device: str = "cpu",
+) -> list[dict[str, Any]]:
+    """Time and weigh the loss for each number of tokens and each vocabulary, each in a process of its own.
+
+    The naive loss stands beside it for the first vocabulary, as far as its nine or so (tokens, vocabulary) tensors of
+    float32 stay below ``naive_limit_mb``.
+    """
+    records = []
+    for vocabulary in vocabularies:
+        for count in tokens:
+            makers = [LossVariant("ours", fast)]
+            if vocabulary == vocabularies[0] and 9 * 4e-6 * count * vocabulary < naive_limit_mb:
+                makers.append(LossVariant("naive", fast))
+            for variant in makers:
+                spent = call(_time_once, variant, count, vocabulary, width, device, raised=True)
+                weighed = call(weigh_loss, variant, count, vocabulary, width, fast, device, raised=True)
+                records.append(
+                    {"maker": variant.maker, "tokens": count, "vocabulary": vocabulary, "seconds": spent}
+                    | {"peak_mb": weighed["peak_mb"]}
+                )
+    return records
+
+
+def _time_once(variant: LossVariant, count: int, vocabulary: int, width: int, device: str) -> float:
+    """Return the seconds of one forward and backward pass (CPU: core-seconds), the median of two after a warm-up."""
+    run = build_loss(variant, draw_heads(count, vocabulary=vocabulary, width=width, device=device))
+    run()
+    timing = in_turn({"loss": run}, rounds=2, device=device)["loss"]
+    return timing.wall_seconds if device == "cuda" else timing.core_seconds
+
+
+def preparation_growth(call: Caller, *, megabytes: Sequence[int]) -> list[dict[str, Any]]:
+    """Tokenize synthetic text of each size into a cache, on all cores, each in a process of its own."""
+    return [call(partial(prepare_once, size), raised=False) for size in megabytes]
+
+
+def prepare_once(megabytes: int) -> dict[str, Any]:
+    """Tokenize one corpus; return wall seconds, core-seconds and by how many MB the process grew."""
+    tokenizer = synthetic.tokenizer()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "corpus.txt")
+        synthetic.write_text(file, megabytes=megabytes)
+        corpus = TextFiles(paths=str(file))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        wall, core = time.perf_counter(), time.process_time()
+        cache = prepare(corpus, tokenizer, cache_dir=Path(folder, "cache"), val_share=0.01)
+        record = {
+            "megabytes": megabytes,
+            "seconds": time.perf_counter() - wall,
+            "core_seconds": time.process_time() - core,
+            "peak_mb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e6,
+        }
+        record["tokens"] = sum((cache / f"{split}.bin").stat().st_size for split in ("train", "val")) // 2
+    return record
+
+
+def plot_loss_growth(records: Sequence[dict[str, Any]], out: Path, *, title: str, seconds: str) -> None:
+    """Draw time and memory against tokens, a line for each vocabulary."""
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    axes = figure.subplots(1, 2)
+    lines = sorted({(record["maker"] == "naive", record["vocabulary"]) for record in records})
+    for axis, key, label, scale in ((axes[0], "seconds", seconds, 1.0), (axes[1], "peak_mb", "peak memory, GB", 1e-3)):
+        for number, (naive, vocabulary) in enumerate(lines):
+            points = sorted(
+                (record["tokens"], scale * record[key])
+                for record in records
+                if (record["maker"] == "naive", record["vocabulary"]) == (naive, vocabulary)
+            )
+            axis.plot(
+                *zip(*points, strict=True),
+                marker="o",
+                linestyle="--" if naive else "-",
+                color="tab:gray" if naive else f"C{number}",
+                label=f"{'naive' if naive else 'ours'}, {vocabulary:,} words",
+            )
+        axis.set(xlabel="tokens", ylabel=label, title=f"{label.split(',')[0]} of the loss, forward and backward")
+        _from_zero(axis)
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axis.legend()
+    figure.suptitle(title)
+    figure.savefig(out, dpi=120)
+
+
+def plot_preparation_growth(records: Sequence[dict[str, Any]], out: Path, *, title: str) -> None:
+    """Draw time and memory of the preparation against the size of the corpus."""
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    axes = figure.subplots(1, 2)
+    sizes = [record["megabytes"] for record in records]
+    axes[0].plot(sizes, [record["seconds"] for record in records], marker="o", label="seconds")
+    axes[0].plot(sizes, [record["core_seconds"] for record in records], marker="o", label="core-seconds")
+    axes[0].legend()
+    axes[0].set(xlabel="corpus, MB of text", ylabel="seconds", title="time of the preparation")
+    axes[1].plot(sizes, [record["peak_mb"] for record in records], marker="o")
+    axes[1].set(xlabel="corpus, MB of text", ylabel="MB", title="memory that the preparation takes")
+    for axis in axes:
+        _from_zero(axis)
+    figure.suptitle(title)
+    figure.savefig(out, dpi=120)
+
+
+def _from_zero(axis: Axes) -> None:
+    axis.set_xlim(left=0)
+    axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)

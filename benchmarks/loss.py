@@ -1,0 +1,240 @@
+"""Time and weigh the loss alone, heads included: hidden states of both models in, gradients out."""
+
+import importlib
+import importlib.util
+import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.machine import DTYPES, Precision
+from benchmarks.measure import NoProducts, in_turn, peak_megabytes
+from benchmarks.models import MASKED_SHARE
+from benchmarks.naive import naive_cross_entropy, naive_kl
+from distilkit.fused import fused_losses
+from distilkit.losses import IGNORE_INDEX, Head
+
+Maker = Literal["naive", "full logits, compiled", "Liger, chunked", "ours"]
+
+ALPHA_SOFT, ALPHA_HARD, TEMPERATURE = 5.0, 2.0, 2.0
+
+
+@dataclass(frozen=True)
+class LossVariant:
+    """One way to compute the loss, in one precision."""
+
+    maker: Maker
+    precision: Precision
+
+    @property
+    def name(self) -> str:
+        """Say it in words."""
+        return f"{self.maker} {self.precision}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heads:
+    """Hidden states (tokens, width), head weights (vocabulary, width) and biases of both models, and labels (tokens,)."""
+
+    student_hidden: Tensor
+    student_weight: Tensor
+    student_bias: Tensor
+    teacher_hidden: Tensor
+    teacher_weight: Tensor
+    teacher_bias: Tensor
+    labels: Tensor
+
+
+def draw_heads(num_tokens: int, *, vocabulary: int, width: int, device: str = "cpu", spread: float = 0.05) -> Heads:
+    """Draw random heads; 15 % of the tokens are labelled."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device).mul_(scale)
+
+    labels = torch.randint(vocabulary, (num_tokens,), generator=generator, device=device)
+    labels[torch.rand(num_tokens, generator=generator, device=device) >= MASKED_SHARE] = IGNORE_INDEX
+    return Heads(
+        student_hidden=normal(num_tokens, width).requires_grad_(),
+        student_weight=normal(vocabulary, width, scale=spread).requires_grad_(),
+        student_bias=normal(vocabulary, scale=spread).requires_grad_(),
+        teacher_hidden=normal(num_tokens, width),
+        teacher_weight=normal(vocabulary, width, scale=spread),
+        teacher_bias=normal(vocabulary, scale=spread),
+        labels=labels,
+    )
+
+
+def flops_per_token(*, vocabulary: int, width: int) -> float:
+    """Count four products: logits of both models, and the gradients of hidden states and weight."""
+    return 4 * 2.0 * width * vocabulary
+
+
+def naive_head_loss(heads: Heads) -> Tensor:
+    """Compute full logits, masked_select copies, and means."""
+    student = F.linear(heads.student_hidden, heads.student_weight, heads.student_bias)
+    with torch.no_grad():
+        teacher = F.linear(heads.teacher_hidden, heads.teacher_weight, heads.teacher_bias)
+    chosen = torch.ones_like(heads.labels, dtype=torch.bool)
+    soft = naive_kl(student, teacher, chosen, temperature=TEMPERATURE)
+    return ALPHA_SOFT * soft + ALPHA_HARD * naive_cross_entropy(student, heads.labels)
+
+
+def full_logits_loss(heads: Heads) -> Tensor:
+    """Compute the same on full logits without copies, for the compiler to fuse."""
+    student = F.linear(heads.student_hidden, heads.student_weight, heads.student_bias)
+    with torch.no_grad():
+        teacher = F.linear(heads.teacher_hidden, heads.teacher_weight, heads.teacher_bias)
+    soft = F.kl_div(
+        F.log_softmax(student.float() / TEMPERATURE, dim=-1),
+        F.log_softmax(teacher.float() / TEMPERATURE, dim=-1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    hard = F.cross_entropy(student.float(), heads.labels, ignore_index=IGNORE_INDEX)
+    return ALPHA_SOFT * TEMPERATURE**2 * soft + ALPHA_HARD * hard
+
+
+def our_head_loss(heads: Heads) -> Tensor:
+    """Call the fused loss with one weight for each row."""
+    labelled = heads.labels != IGNORE_INDEX
+    return fused_losses(
+        Head(heads.student_hidden, heads.student_weight, heads.student_bias),
+        Head(heads.teacher_hidden, heads.teacher_weight, heads.teacher_bias),
+        heads.labels,
+        soft_weights=torch.full(labelled.shape, ALPHA_SOFT / len(labelled), device=labelled.device),
+        hard_weights=ALPHA_HARD * labelled / labelled.sum().clamp(min=1),
+        temperature=TEMPERATURE,
+    ).total
+
+
+def liger_head_loss(heads: Heads) -> Tensor:
+    """Call Liger's chunked distillation: its nearest loss, without the factor of temperature squared."""
+    loss = importlib.import_module("liger_kernel.chunked_loss").LigerFusedLinearJSDLoss(
+        weight_hard_loss=ALPHA_HARD, weight_soft_loss=ALPHA_SOFT, beta=0.0, temperature=TEMPERATURE
+    )
+    result: Tensor = loss(
+        heads.student_hidden,
+        heads.student_weight,
+        heads.teacher_hidden,
+        heads.teacher_weight,
+        heads.labels,
+        heads.student_bias,
+        heads.teacher_bias,
+    )
+    return result
+
+
+def absent() -> dict[Maker, str]:
+    """Name the variants that cannot run here, and why."""
+    reasons: dict[Maker, str] = {}
+    if importlib.util.find_spec("liger_kernel") is None:
+        reasons["Liger, chunked"] = "liger_kernel is not installed (pip install liger-kernel)"
+    if shutil.which("c++") is None and shutil.which("g++") is None and shutil.which("clang++") is None:
+        reasons["full logits, compiled"] = "torch.compile needs a C++ compiler"
+    return reasons
+
+
+def loss_variants(fast: Precision) -> list[LossVariant]:
+    """List what is compared: naive in both precisions, the others in the one that is faster here."""
+    others: list[Maker] = ["full logits, compiled", "Liger, chunked", "ours"]
+    return [
+        LossVariant("naive", "fp32"),
+        LossVariant("naive", "bf16"),
+        *(LossVariant(maker, fast) for maker in others if maker not in absent()),
+    ]
+
+
+def build_loss(variant: LossVariant, heads: Heads) -> Callable[[], None]:
+    """Return a run of forward and backward pass."""
+    device = heads.student_hidden.device.type
+    makers: dict[Maker, Callable[[Heads], Tensor]] = {
+        "naive": naive_head_loss,
+        "full logits, compiled": full_logits_loss,
+        "Liger, chunked": liger_head_loss,
+        "ours": our_head_loss,
+    }
+    compute = makers[variant.maker]
+    if variant.maker == "full logits, compiled":
+        compute = torch.compile(compute)
+    if variant.maker == "Liger, chunked" and variant.precision == "bf16":  # autocast does not reach into its chunks
+        heads = Heads(**{name: _cast(tensor) for name, tensor in vars(heads).items()})
+
+    def run() -> None:
+        for tensor in vars(heads).values():
+            tensor.grad = None
+        with torch.autocast(device, DTYPES["bf16"]) if variant.precision == "bf16" else nullcontext():
+            loss = compute(heads)
+        loss.backward()
+
+    return run
+
+
+def _cast(tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor.detach().to(DTYPES["bf16"]).requires_grad_(tensor.requires_grad)
+
+
+def time_losses(
+    num_tokens: int, vocabulary: int, width: int, fast: Precision, rounds: int, device: str = "cpu"
+) -> list[dict[str, Any]]:
+    """Time the variants in turn, after a warm-up, one record for each; emulated bf16 runs once on 1/32 of the tokens."""
+    heads = draw_heads(num_tokens, vocabulary=vocabulary, width=width, device=device)
+    few = draw_heads(max(1, num_tokens // 32), vocabulary=vocabulary, width=width, device=device)
+    runs: dict[LossVariant, tuple[Callable[[], None], int]] = {}
+    for variant in loss_variants(fast):
+        slow = _emulated(variant, fast, device)
+        runs[variant] = build_loss(variant, few if slow else heads), len(few.labels) if slow else num_tokens
+        if not slow and variant.maker != "naive":  # these compile in their first run
+            runs[variant][0]()
+    timings = in_turn(
+        {variant.name: run for variant, (run, _) in runs.items()},
+        rounds=rounds,
+        device=device,
+        once=frozenset(variant.name for variant in runs if _emulated(variant, fast, device)),
+    )
+    records = []
+    for variant, (_, tokens) in runs.items():
+        timing = timings[variant.name]
+        seconds = timing.wall_seconds if device == "cuda" else timing.core_seconds
+        records.append(
+            {
+                "variant": variant.name,
+                "maker": variant.maker,
+                "precision": variant.precision,
+                "tokens": tokens,
+                "rounds": timing.rounds,
+                "core_seconds": timing.core_seconds,
+                "wall_seconds": timing.wall_seconds,
+                "tokens_per_core_second": tokens / timing.core_seconds,
+                "tokens_per_second": tokens / timing.wall_seconds,
+                "gflops": 1e-9 * tokens * flops_per_token(vocabulary=vocabulary, width=width) / seconds,
+            }
+        )
+    return records
+
+
+def weigh_loss(
+    variant: LossVariant, num_tokens: int, vocabulary: int, width: int, fast: Precision, device: str = "cpu"
+) -> dict[str, Any]:
+    """Measure the peak memory of a variant in MB, beyond hidden states and weights; its gradients count."""
+    heads = draw_heads(num_tokens, vocabulary=vocabulary, width=width, device=device)
+    run = build_loss(variant, heads)
+    emulated = _emulated(variant, fast, device)
+    with NoProducts() if emulated else nullcontext():
+        if variant.maker != "naive":  # compile, and let the gradients go
+            run()
+            for tensor in vars(heads).values():
+                tensor.grad = None
+        peak = peak_megabytes(run, device=device)
+    return {"variant": variant.name, "tokens": num_tokens, "peak_mb": peak, "products": not emulated}
+
+
+def _emulated(variant: LossVariant, fast: Precision, device: str) -> bool:
+    return device == "cpu" and variant.precision == "bf16" and fast == "fp32"

@@ -1,0 +1,66 @@
+"""The machine that is measured: its name, its versions, and how fast it multiplies matrices."""
+
+import os
+import platform
+import time
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+import transformers
+
+Precision = Literal["fp32", "bf16"]
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def describe(device: str) -> dict[str, Any]:
+    """Name the processor, the versions and the time."""
+    return {
+        "processor": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def cpu_name() -> str:
+    """Return the processor's model and its widest instructions."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text("utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def matmul_peaks(device: str, *, side: int | None = None, repeats: int = 7) -> dict[Precision, float]:
+    """Measure the fastest product of two square matrices in each precision, in GFLOP/s; on a CPU of one core."""
+    side = side or (8192 if device == "cuda" else 1024)
+    peaks: dict[Precision, float] = {}
+    for precision, dtype in DTYPES.items():
+        left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        product = partial(F.linear, left, right)  # the layout of a linear layer
+        product()
+        peaks[precision] = 2e-9 * side**3 / min(_seconds(product, device) for _ in range(repeats))
+    return peaks
+
+
+def _seconds(product: "partial[torch.Tensor]", device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        product()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+    start = time.process_time()
+    product()
+    return time.process_time() - start
+
+
+def faster_precision(peaks: dict[Precision, float]) -> Precision:
+    """Choose the precision to train in: a CPU without bf16 units emulates it, many times slower than fp32."""
+    return "bf16" if peaks["bf16"] > peaks["fp32"] else "fp32"

@@ -1,0 +1,128 @@
+"""Time runs in turn, weigh a run's memory, and do both in processes of their own."""
+
+import ctypes
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from distilkit.malloc import keep_large_buffers
+
+Run = Callable[[], object]
+T = TypeVar("T")
+
+
+class Caller(Protocol):
+    """What calls a function somewhere: ``apart`` or ``here``."""
+
+    def __call__(self, function: Callable[..., T], *arguments: Any, raised: bool, threads: int = 1) -> T:
+        """Return the function's result."""
+        ...
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Medians over the rounds, in seconds: of process time (all threads) and of the clock."""
+
+    core_seconds: float
+    wall_seconds: float
+    rounds: int
+
+
+def in_turn(
+    runs: Mapping[str, Run], *, rounds: int, device: str = "cpu", once: frozenset[str] = frozenset()
+) -> dict[str, Timing]:
+    """Time runs as A B C A B C, so that a machine that slows down slows all of them; ``once`` run in round one only."""
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    for round_ in range(rounds):
+        for name, run in runs.items():
+            if round_ == 0 or name not in once:
+                seconds[name].append(_time(run, device))
+    medians = {}
+    for name, pairs in seconds.items():
+        core, wall = (statistics.median(clock) for clock in zip(*pairs, strict=True))
+        medians[name] = Timing(core, wall, rounds=len(pairs))
+    return medians
+
+
+def _time(run: Run, device: str) -> tuple[float, float]:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    core, wall = time.process_time(), time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.process_time() - core, time.perf_counter() - wall
+
+
+def peak_megabytes(run: Run, *, device: str = "cpu") -> float:
+    """Return by how much a run raised the memory of this process (CUDA: of the allocator) at its peak, in MB.
+
+    What earlier runs have freed is given back first, so that it does not hide what this one takes.
+    """
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+    with suppress(OSError):  # Linux: the high-water mark starts again from what is resident now
+        Path("/proc/self/clear_refs").write_text("5", "ascii")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e6
+
+
+class NoProducts(TorchDispatchMode):
+    """Fill the result of each matrix product with zeros instead of computing it: the memory without the time.
+
+    For the memory of a bf16 step on a processor that only emulates bf16, where one such step takes half an hour.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Replace mm, addmm and bmm, forward and backward."""
+        aten = torch.ops.aten
+        if func in (aten.mm.default, aten.addmm.default, aten.bmm.default):
+            left, right = args[-2:]
+            return left.new_zeros((*left.shape[:-1], right.shape[-1])).fill_(0)  # written, so that pages are taken
+        return func(*args, **(kwargs or {}))
+
+
+def apart(function: Callable[..., T], *arguments: Any, raised: bool, threads: int = 1) -> T:
+    """Call a function in a process of its own, with glibc's malloc thresholds raised or as they are.
+
+    Raises:
+        MemoryError: the process was killed, which the system does when memory runs out.
+    """
+    context = multiprocessing.get_context("forkserver")  # fresh memory without importing torch each time
+    context.set_forkserver_preload(["benchmarks.step", "benchmarks.loss"])
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_start, initargs=(raised, threads)) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool as error:
+            raise MemoryError(f"the process of {function.__name__} was killed") from error
+
+
+def here(function: Callable[..., T], *arguments: Any, raised: bool, threads: int = 1) -> T:
+    """Call a function in this process: for tests, where figures do not matter."""
+    return function(*arguments)
+
+
+def _start(raised: bool, threads: int) -> None:
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    torch.set_num_threads(threads)
+    if raised:
+        keep_large_buffers()

@@ -1,0 +1,124 @@
+"""What is measured on: teacher and student from configs with random weights, random batches, and their FLOPs."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+
+from distilkit.data import split_step
+from distilkit.language_model import Task
+from distilkit.losses import IGNORE_INDEX
+from distilkit.objective import Batch
+
+Family = Literal["bert", "roberta", "gpt2"]
+
+MASKED_SHARE = 0.15
+_FIRST_WORD = 5  # ids below are special in the families used here; RoBERTa does not count padding as a position
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """The shape of a teacher and its student; both are ``width`` wide."""
+
+    name: str
+    width: int
+    heads: int
+    teacher_layers: int
+    student_layers: int
+    vocabulary: int | None  # None: the family's own
+
+    def vocabulary_of(self, family: Family) -> int:
+        """Return how many words the models of a family have."""
+        return self.vocabulary or {"bert": 30522, "roberta": 50265, "gpt2": 50257}[family]
+
+
+SIZES = {
+    size.name: size
+    for size in (
+        Size(name="toy", width=32, heads=2, teacher_layers=2, student_layers=1, vocabulary=200),
+        Size(name="small", width=256, heads=4, teacher_layers=4, student_layers=2, vocabulary=None),
+        Size(name="base", width=768, heads=12, teacher_layers=12, student_layers=6, vocabulary=None),
+    )
+}
+
+
+def task_of_family(family: Family) -> Task:
+    """Tell which task the models of a family are trained on."""
+    return "clm" if family == "gpt2" else "mlm"
+
+
+def build_models(
+    family: Family, size: Size, *, dropout: float, seed: int = 0, initializer_range: float = 0.02
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Build (student, teacher): the student in train mode, the teacher frozen in eval mode.
+
+    A BERT teacher has a DistilBERT student, as in training; the other families keep their class.
+    """
+    torch.manual_seed(seed)
+    shape = {"vocab_size": size.vocabulary_of(family), "initializer_range": initializer_range}
+    teacher = _model(family, size, size.teacher_layers, dropout, shape).eval().requires_grad_(False)
+    student_type = "distilbert" if family == "bert" else family
+    return _model(student_type, size, size.student_layers, dropout, shape).train(), teacher
+
+
+def _model(model_type: str, size: Size, layers: int, dropout: float, shape: dict[str, Any]) -> PreTrainedModel:
+    wide = {"hidden_size": size.width, "num_attention_heads": size.heads, "intermediate_size": 4 * size.width}
+    dropouts = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    fields: dict[str, dict[str, Any]] = {
+        "bert": {**wide, **dropouts},
+        "roberta": {**wide, **dropouts, "max_position_embeddings": 514},
+        "distilbert": {
+            "dim": size.width,
+            "n_heads": size.heads,
+            "hidden_dim": 4 * size.width,
+            "dropout": dropout,
+            "attention_dropout": dropout,
+        },
+        "gpt2": {
+            "n_embd": size.width,
+            "n_head": size.heads,
+            "resid_pdrop": dropout,
+            "embd_pdrop": dropout,
+            "attn_pdrop": dropout,
+            "bos_token_id": None,
+            "eos_token_id": None,
+        },
+    }
+    config = AutoConfig.for_model(model_type, num_hidden_layers=layers, **fields[model_type], **shape)
+    auto = AutoModelForCausalLM if model_type == "gpt2" else AutoModelForMaskedLM
+    model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
+    return model
+
+
+def build_batch(
+    task: Task, *, vocabulary: int, batch_size: int, length: int, device: str = "cpu", seed: int = 0
+) -> Batch:
+    """Draw a batch of full blocks, as the data path would serve it; an exact share of each block is labelled."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(_FIRST_WORD, vocabulary, (batch_size, length), generator=generator)
+    labels = torch.full_like(ids, IGNORE_INDEX)
+    if task == "clm":
+        labels[:, :-1] = ids[:, 1:]
+    else:
+        draws = torch.rand(batch_size, length, generator=generator)
+        chosen = draws.topk(max(1, round(MASKED_SHARE * length)), dim=1).indices
+        labels.scatter_(1, chosen, ids.gather(1, chosen))
+    (batch,) = split_step({"input_ids": ids, "labels": labels}, batch_size)
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+
+def step_flops_per_token(
+    family: Family, size: Size, *, length: int, masked_rows: bool, vocabulary: int | None = None
+) -> float:
+    """Count what a step must compute for one token: a multiplication and an addition are two.
+
+    A backward pass costs two forward ones. Attention is counted in full, for causal models too, and with
+    ``masked_rows`` the heads on the labelled tokens alone, whatever a variant really computes.
+    """
+    width = size.width
+    layer = 2 * (4 * width**2 + 2 * 4 * width**2) + 4 * length * width
+    transform = 0 if family == "gpt2" else 2 * width**2
+    head = transform + 2 * width * (vocabulary or size.vocabulary_of(family))
+    rows = MASKED_SHARE if masked_rows else 1.0
+    return layer * (size.teacher_layers + 3 * size.student_layers) + rows * head * (1 + 3)

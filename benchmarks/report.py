@@ -1,0 +1,206 @@
+"""Show results: tables on the terminal, one JSON file, one bar chart."""
+
+import json
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.targets import Target
+
+Record = Mapping[str, Any]
+
+
+def wide_console() -> Console:
+    """Return a console that cuts no table when it writes to a file or a narrow window."""
+    return Console(width=max(120, Console().width))
+
+
+def print_table(console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table whose first column is text and whose others are figures."""
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(header):
+        table.add_column(column, justify="right" if index else "left", no_wrap=index == 0)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def print_results(console: Console, results: Mapping[str, Any]) -> None:
+    """Print all figures of a run, then the targets."""
+    machine, peaks = results["machine"], results["peaks"]
+    peak_text = ", ".join(f"{name} {peak:,.0f} GFLOP/s" for name, peak in peaks.items())
+    console.print(
+        f"{machine['processor']}, torch {machine['torch']}, {machine['date']}; fastest matrix product on one core: "
+        f"{peak_text}",
+        soft_wrap=True,
+    )
+    for note in results["notes"]:
+        console.print(f"note: {note}", soft_wrap=True)
+    for malloc in ("default", "raised"):
+        records = [record for record in results["steps"] if record["malloc"] == malloc]
+        print_table(
+            console,
+            f"one optimizer step, {results['length']} tokens a block, malloc thresholds {malloc}",
+            ["variant", "tokens", "core-s", "tokens/core-s", "tokens/s", "of peak", "peak MB", "at tokens"],
+            [
+                [
+                    record["variant"],
+                    f"{record['tokens']:,}",
+                    f"{record['core_seconds']:.3g}",
+                    f"{record['tokens_per_core_second']:,.0f}",
+                    f"{record['tokens_per_second']:,.0f}",
+                    f"{record['peak_share']:.0%}",
+                    memory_cell(record),
+                    f"{record['memory_tokens']:,}",
+                ]
+                for record in records
+            ],
+        )
+    print_table(
+        console,
+        f"the loss alone with both heads, {results['loss_tokens']} tokens, {results['vocabulary']:,} words",
+        ["variant", "tokens", "core-s", "tokens/core-s", "of peak", "peak MB"],
+        [
+            [
+                record["variant"],
+                f"{record['tokens']}",
+                f"{record['core_seconds']:.3g}",
+                f"{record['tokens_per_core_second']:,.0f}",
+                f"{record['peak_share']:.0%}",
+                memory_cell(record),
+            ]
+            for record in results["losses"]
+        ],
+    )
+    print_table(
+        console,
+        "the data path: masked batches out of tokens on disk",
+        ["variant", "Mtokens/core-s"],
+        [[record["variant"], f"{1e-6 * record['tokens_per_core_second']:.2f}"] for record in results["data"]],
+    )
+    print_targets(console, [Target(**{key: row[key] for key in Target.__match_args__}) for row in results["targets"]])
+
+
+def memory_cell(record: Record) -> str:
+    """Format a peak; a star marks one that was weighed without its matrix products."""
+    if record.get("peak_mb") is None:
+        return "-"
+    return f"{record['peak_mb']:,.0f}{'' if record['products'] else '*'}"
+
+
+def print_targets(console: Console, rows: Sequence[Target]) -> None:
+    """Print each figure, its aim, and whether it was reached."""
+    print_table(
+        console,
+        "targets",
+        ["figure", "measured", "aim", ""],
+        [
+            [
+                row.what,
+                "-" if row.figure is None else f"{row.figure:.2f}",
+                "" if row.aim is None else f"{'at most' if row.most else 'at least'} {row.aim:.2f}",
+                row.verdict,
+            ]
+            for row in rows
+        ],
+    )
+
+
+def target_record(target: Target) -> dict[str, Any]:
+    """Turn a target into JSON."""
+    return {**asdict(target), "verdict": target.verdict}
+
+
+def write_json(file: Path, results: Mapping[str, Any]) -> None:
+    """Write all figures."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+
+
+def caption(results: Mapping[str, Any]) -> str:
+    """Name the machine under which a chart's figures hold."""
+    machine = results["machine"]
+    return f"{machine['processor']}, torch {machine['torch']}, {machine['date']}"
+
+
+def plot_results(results: Mapping[str, Any], out: Path) -> None:
+    """Draw speed and memory of the step, then of the loss, then the speed of the data path, as bars."""
+    steps = [record for record in results["steps"] if record["malloc"] == "raised"]
+    defaults = {record["variant"]: record for record in results["steps"] if record["malloc"] == "default"}
+    rows = (len(steps) + 1, len(results["losses"]) + 1, len(results["data"]) + 1)
+    figure = Figure(figsize=(13, 2.2 + 0.55 * sum(rows)), layout="constrained")
+    axes = figure.subplots(3, 2, height_ratios=rows, squeeze=False)
+    rate, memory = "tokens_per_core_second", "peak_mb"
+
+    step = f"optimizer step, {results['family']}, size {results['size']}, {results['length']} tokens a block"
+    loss = f"loss alone, {results['loss_tokens']:,} tokens, {results['vocabulary']:,} words"
+    _bars(axes[0, 0], steps, rate, f"{step}\ntokens per core-second, higher is better", before=defaults)
+    tokens = steps[0]["memory_tokens"] if steps else 0
+    heavy = f"optimizer step, {tokens:,} tokens, malloc thresholds as they are\npeak memory in MB, lower is better"
+    _bars(axes[0, 1], list(defaults.values()), memory, heavy)
+    _bars(axes[1, 0], results["losses"], rate, f"{loss}\ntokens per core-second, higher is better")
+    _bars(axes[1, 1], results["losses"], memory, "loss alone\npeak memory in MB, lower is better")
+    millions = [{**record, rate: 1e-6 * record[rate]} for record in results["data"]]
+    _bars(axes[2, 0], millions, rate, "data path, masking included\nmillion tokens per core-second, higher is better")
+    axes[2, 1].axis("off")
+    axes[2, 1].text(
+        0.0,
+        0.9,
+        "\n".join(
+            [
+                "Peak memory: beyond weights and optimizer state, each in a process of its own.",
+                *(["*: weighed without its matrix products."] if _starred(results) else []),
+                "Speed of the step: bars with glibc's malloc thresholds raised, dots as they are.",
+                *_wrapped(results["notes"]),
+            ]
+        ),
+        va="top",
+        fontsize=9,
+        transform=axes[2, 1].transAxes,
+    )
+    figure.suptitle(f"distilkit beside a naive step\n{caption(results)}", fontsize=11)
+    figure.savefig(out, dpi=120)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 20 else f"{value:.2g}"
+
+
+def _starred(results: Mapping[str, Any]) -> bool:
+    return any(not record.get("products", True) for record in (*results["steps"], *results["losses"]))
+
+
+def _wrapped(notes: Sequence[str], width: int = 72) -> list[str]:
+    return [line for note in notes for line in textwrap.wrap(note, width)]
+
+
+def _bars(
+    axis: Axes, records: Sequence[Record], key: str, title: str, *, before: Mapping[str, Record] | None = None
+) -> None:
+    names = [record["variant"] for record in records]
+    values = [record.get(key) or 0.0 for record in records]
+    colors = ["tab:blue" if name.startswith("ours") else "tab:gray" for name in names]
+    bars = axis.barh(names, values, color=colors)
+    texts = [
+        "not measured" if not record.get(key) else memory_cell(record) if key == "peak_mb" else _short(value)
+        for record, value in zip(records, values, strict=True)
+    ]
+    axis.bar_label(bars, labels=texts, padding=6)
+    if before:
+        points = [(float(before[name][key]), name) for name in names if before.get(name, {}).get(key)]
+        axis.scatter([value for value, _ in points], [name for _, name in points], color="black", s=22, zorder=3)
+    axis.invert_yaxis()
+    axis.set_title(title, fontsize=10, loc="left")
+    axis.margins(x=0.18)
+    axis.set_xlim(left=0)
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=5))
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axis.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,193 @@
+"""Time and weigh whole optimizer steps: forward passes, loss, backward pass, clipping and AdamW."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from benchmarks.machine import Precision
+from benchmarks.measure import NoProducts, in_turn, peak_megabytes
+from benchmarks.models import SIZES, Family, build_batch, build_models, step_flops_per_token, task_of_family
+from benchmarks.naive import naive_loss
+from distilkit.language_model import Task
+from distilkit.objective import Batch, Objective
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to take a step: whose loss, in which precision, and on which rows the soft targets are taken."""
+
+    maker: Literal["naive", "ours"]
+    precision: Precision
+    rows: Literal["all", "masked"]
+
+    @property
+    def name(self) -> str:
+        """Say it in words."""
+        return f"{self.maker} {self.precision}, {self.rows} rows"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What every variant of a comparison works on."""
+
+    family: Family
+    size: str
+    length: int
+    dropout: float
+    device: str = "cpu"
+
+
+def variants(fast: Precision, family: Family = "bert") -> list[Variant]:
+    """List what is compared; ours runs in the precision that is faster on this machine."""
+    masked = [Variant("naive", "bf16", "masked"), Variant("ours", fast, "masked")] if family != "gpt2" else []
+    both = [Variant("naive", "fp32", "all"), Variant("naive", "bf16", "all"), Variant("ours", fast, "all")]
+    if fast == "fp32" and masked:
+        masked.insert(0, Variant("naive", "fp32", "masked"))
+    return both + masked
+
+
+class Step:
+    """A variant ready to run: models, objective and optimizer."""
+
+    def __init__(
+        self, variant: Variant, student: PreTrainedModel, teacher: PreTrainedModel, *, task: Task, device: str
+    ) -> None:
+        """Take models that other variants may share; a teacher that is cast is a copy of its own."""
+        self.variant, self.student, self.teacher, self.task, self.device = variant, student, teacher, task, device
+        self.objective = objective(task, rows=variant.rows)
+        self.optimizer = torch.optim.AdamW(
+            student.parameters(),
+            lr=1e-6,
+            betas=(0.9, 0.98),
+            eps=1e-6,
+            weight_decay=0.0,
+            fused=True if variant.maker == "ours" else None,
+        )
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Return the loss that is back-propagated."""
+        half = self.variant.precision == "bf16"
+        with torch.autocast(self.device, torch.bfloat16) if half else nullcontext():
+            if self.variant.maker == "naive":
+                return naive_loss(self.student, self.teacher, batch, objective=self.objective, task=self.task)
+            return our_loss(self.student, self.teacher, batch, objective=self.objective, task=self.task)
+
+    def __call__(self, batch: Batch) -> None:
+        """Take one optimizer step."""
+        self.optimizer.zero_grad()
+        self.loss(batch).backward()
+        torch.nn.utils.clip_grad_norm_(self.student.parameters(), 5.0)
+        self.optimizer.step()
+
+
+def objective(task: Task, *, rows: Literal["all", "masked"]) -> Objective:
+    """Return DistilBERT's objective: 5 / 2 / 1 at temperature 2."""
+    return Objective(
+        alpha_ce=5.0,
+        alpha_mlm=2.0 if task == "mlm" else 0.0,
+        alpha_clm=2.0 if task == "clm" else 0.0,
+        alpha_cos=1.0,
+        alpha_mse=0.0,
+        temperature=2.0,
+        soft_targets=rows,
+        implementation="fused",
+    )
+
+
+def our_loss(
+    student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, *, objective: Objective, task: Task
+) -> Tensor:
+    """Return distilkit's loss of a batch that is a whole optimizer step."""
+    counts = objective.denominators(num_tokens=batch["num_tokens"], num_labels=batch["num_labels"], task=task)
+    return objective.loss(student, teacher, batch, task=task, denominators=counts)[0]
+
+
+def build_steps(chosen: list[Variant], work: Workload, *, initializer_range: float = 0.02) -> dict[Variant, Step]:
+    """Build the variants; those of one maker share a student and a teacher."""
+    task = task_of_family(work.family)
+    steps: dict[Variant, Step] = {}
+    models: dict[str, tuple[PreTrainedModel, PreTrainedModel]] = {}
+    for variant in chosen:
+        if variant.maker not in models:
+            student, teacher = build_models(
+                work.family, SIZES[work.size], dropout=work.dropout, initializer_range=initializer_range
+            )
+            models[variant.maker] = student.to(work.device), teacher.to(work.device)  # type: ignore[arg-type]
+        steps[variant] = Step(variant, *models[variant.maker], task=task, device=work.device)
+    return steps
+
+
+def batch_of(work: Workload, batch_size: int) -> Batch:
+    """Draw the batch that all variants of a comparison see."""
+    vocabulary = SIZES[work.size].vocabulary_of(work.family)
+    return build_batch(
+        task_of_family(work.family),
+        vocabulary=vocabulary,
+        batch_size=batch_size,
+        length=work.length,
+        device=work.device,
+    )
+
+
+def time_steps(work: Workload, fast: Precision, batch_size: int, rounds: int) -> list[dict[str, Any]]:
+    """Time the variants in turn, one record for each.
+
+    Ours compiles in a warm-up; for the others the median leaves a slow first round out. A processor without bf16 units
+    emulates bf16, up to a hundred times slower than fp32: there the variants in bf16 run once, on a quarter of a block.
+    """
+    steps = build_steps(variants(fast, work.family), work)
+    whole, quarter = batch_of(work, batch_size), batch_of(replace(work, length=max(8, work.length // 4)), 1)
+    batches = {variant: quarter if _emulated(variant, work, fast) else whole for variant in steps}
+    for variant, step in steps.items():
+        if variant.maker == "ours":
+            step(batches[variant])
+    timings = in_turn(
+        {variant.name: partial(step, batches[variant]) for variant, step in steps.items()},
+        rounds=rounds,
+        device=work.device,
+        once=frozenset(variant.name for variant in steps if _emulated(variant, work, fast)),
+    )
+    records = []
+    for variant in steps:
+        timing, (blocks, length) = timings[variant.name], batches[variant]["input_ids"].shape
+        flops = step_flops_per_token(work.family, SIZES[work.size], length=length, masked_rows=variant.rows == "masked")
+        seconds = timing.wall_seconds if work.device == "cuda" else timing.core_seconds
+        records.append(
+            {
+                "variant": variant.name,
+                "maker": variant.maker,
+                "precision": variant.precision,
+                "rows": variant.rows,
+                "tokens": blocks * length,
+                "rounds": timing.rounds,
+                "core_seconds": timing.core_seconds,
+                "wall_seconds": timing.wall_seconds,
+                "tokens_per_core_second": blocks * length / timing.core_seconds,
+                "tokens_per_second": blocks * length / timing.wall_seconds,
+                "gflops": 1e-9 * flops * blocks * length / seconds,
+            }
+        )
+    return records
+
+
+def _emulated(variant: Variant, work: Workload, fast: Precision) -> bool:
+    return work.device == "cpu" and variant.precision == "bf16" and fast == "fp32"
+
+
+def weigh_step(work: Workload, fast: Precision, variant: Variant, batch_size: int) -> dict[str, Any]:
+    """Measure the peak memory of a variant's step in MB, beyond weights and optimizer state.
+
+    Emulated bf16 is weighed without its matrix products (``NoProducts``), which take no memory but their results.
+    """
+    (step,) = build_steps([variant], work).values()
+    emulated = _emulated(variant, work, fast)
+    with NoProducts() if emulated else nullcontext():
+        step(batch_of(work, batch_size if variant.maker == "ours" else 1))  # ours compiles for the shapes it sees
+        step.optimizer.zero_grad()
+        peak = peak_megabytes(partial(step, batch_of(work, batch_size)), device=work.device)
+    return {"variant": variant.name, "blocks": batch_size, "peak_mb": peak, "products": not emulated}

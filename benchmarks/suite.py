@@ -1,0 +1,246 @@
+"""Run the measurements in their order, and write what they found."""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from benchmarks import growth
+from benchmarks.batch_sizes import rising_batch_sizes
+from benchmarks.data_path import time_data_path
+from benchmarks.loss import absent, loss_variants, time_losses, weigh_loss
+from benchmarks.machine import Precision, describe, faster_precision, matmul_peaks
+from benchmarks.measure import Caller, apart
+from benchmarks.models import SIZES, Family
+from benchmarks.report import (
+    caption,
+    plot_results,
+    print_results,
+    print_table,
+    target_record,
+    wide_console,
+    write_json,
+)
+from benchmarks.step import Workload, time_steps, variants, weigh_step
+from benchmarks.targets import targets
+
+Malloc = Literal["default", "raised"]  # glibc's thresholds for giving memory back
+
+DROPOUT = 0.1  # as in the models that are distilled
+GPU_BATCH_SIZES = tuple(2**power for power in range(3, 13))
+GPU_LENGTHS = (128, 512)
+GPU_FAMILIES: tuple[Family, ...] = ("bert", "roberta", "gpt2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How much is measured: blocks of a step, tokens of the loss, batches of the data path, and rounds of each."""
+
+    size: str
+    length: int
+    blocks: int
+    memory_blocks: int
+    step_rounds: int
+    loss_tokens: int
+    loss_rounds: int
+    data_batches: int
+    data_rounds: int
+    weighed: tuple[Malloc, ...]
+
+
+STANDARD = Plan(
+    size="base",
+    length=128,
+    blocks=8,
+    memory_blocks=32,
+    step_rounds=3,
+    loss_tokens=4096,
+    loss_rounds=1,
+    data_batches=50,
+    data_rounds=7,
+    weighed=("default",),  # raised, naive takes more still; both would take the suite over ten minutes
+)
+QUICK = Plan(
+    size="small",
+    length=128,
+    blocks=8,
+    memory_blocks=8,
+    step_rounds=3,
+    loss_tokens=1024,
+    loss_rounds=2,
+    data_batches=20,
+    data_rounds=5,
+    weighed=("default", "raised"),
+)
+
+
+def run_suite(call: Caller, plan: Plan, *, out: Path) -> dict[str, Any]:
+    """Measure steps, loss and data path on the CPU, print and plot them, and return the record that is written."""
+    console, start = wide_console(), time.perf_counter()
+    peaks = matmul_peaks("cpu")
+    fast = faster_precision(peaks)
+    work = Workload(family="bert", size=plan.size, length=plan.length, dropout=DROPOUT)
+    width, vocabulary = SIZES[plan.size].width, SIZES[plan.size].vocabulary_of("bert")
+
+    def say(what: str) -> None:
+        console.print(f"[{time.perf_counter() - start:4.0f} s] {what}", highlight=False, markup=False)
+
+    steps = []
+    for malloc in ("default", "raised"):
+        raised = malloc == "raised"
+        say(f"steps in turn, malloc thresholds {malloc}")
+        records = call(time_steps, work, fast, plan.blocks, plan.step_rounds, raised=raised)
+        for record, variant in zip(records, variants(fast), strict=True):
+            weighed: dict[str, Any] = {"peak_mb": None, "products": True}
+            if malloc in plan.weighed:
+                say(f"memory of {variant.name}, malloc thresholds {malloc}")
+                weighed = _weighed(call, weigh_step, work, fast, variant, plan.memory_blocks, raised=raised)
+            steps.append({**record, **weighed, "malloc": malloc, "memory_tokens": plan.memory_blocks * plan.length})
+    say("the loss alone")
+    losses = call(time_losses, plan.loss_tokens, vocabulary, width, fast, plan.loss_rounds, raised=True)
+    for record, loss_variant in zip(losses, loss_variants(fast), strict=True):
+        record |= _weighed(call, weigh_loss, loss_variant, plan.loss_tokens, vocabulary, width, fast, raised=False)
+    say("the data path")
+    data = call(time_data_path, plan.length, 32, plan.data_batches, plan.data_rounds, raised=True)
+    for record in (*steps, *losses):
+        record["peak_share"] = record["gflops"] / peaks[record["precision"]]
+
+    results: dict[str, Any] = {
+        "machine": describe("cpu"),
+        "peaks": peaks,
+        "fast_precision": fast,
+        "family": "bert",
+        "size": plan.size,
+        "length": plan.length,
+        "loss_tokens": plan.loss_tokens,
+        "vocabulary": vocabulary,
+        "steps": steps,
+        "losses": losses,
+        "data": data,
+        "notes": _notes(peaks, fast),
+        "seconds": time.perf_counter() - start,
+    }
+    results["targets"] = [target_record(target) for target in targets(results)]
+    print_results(console, results)
+    write_json(out / f"bench-{plan.size}.json", results)
+    plot_results(results, out / f"bench-{plan.size}.png")
+    say(f"written: {out / f'bench-{plan.size}.json'} and .png")
+    return results
+
+
+def _weighed(call: Caller, function: Any, *arguments: Any, raised: bool) -> dict[str, Any]:
+    """Return the peak of a run, or None where it was killed for want of memory."""
+    try:
+        weighed = call(function, *arguments, raised=raised, threads=os.cpu_count() or 1)
+    except MemoryError:
+        return {"peak_mb": None, "products": True}
+    return {key: weighed[key] for key in ("peak_mb", "products")}
+
+
+def _notes(peaks: dict[Precision, float], fast: Precision) -> list[str]:
+    notes = [f"{maker}: not measured, {reason}" for maker, reason in absent().items()]
+    if fast == "fp32":
+        notes.append(
+            f"this processor has no bf16 units: its bf16 product reaches {peaks['bf16'] / peaks['fp32']:.0%} of fp32. So "
+            "naive bf16 is slower than naive fp32, was timed once on few tokens, and its memory was weighed without "
+            "computing matrix products; ours ran in fp32. Compare with the faster naive step"
+        )
+    return notes
+
+
+def run_growth(
+    call: Caller,
+    *,
+    out: Path,
+    tokens: Sequence[int] = growth.TOKENS,
+    vocabularies: Sequence[int] = growth.VOCABULARIES,
+    megabytes: Sequence[int] = growth.MEGABYTES,
+    width: int = 768,
+) -> dict[str, Any]:
+    """Measure how the loss grows with tokens and words, and the preparation with text; an empty sequence leaves one out."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    peaks = matmul_peaks(device)
+    fast = faster_precision(peaks)
+    tokens, megabytes = [count for count in tokens if count], [size for size in megabytes if size]
+    results: dict[str, Any] = {
+        "machine": describe(device),
+        "precision": fast,
+        "loss": growth.loss_growth(
+            call,
+            fast=fast,
+            tokens=tokens,
+            vocabularies=vocabularies,
+            width=width,
+            naive_limit_mb=_memory_megabytes(device) / 2,
+            device=device,
+        ),
+        "preparation": growth.preparation_growth(call, megabytes=megabytes),
+    }
+    name = caption(results)
+    if results["loss"]:
+        seconds = "seconds" if device == "cuda" else "core-seconds"
+        title = f"the loss with both heads, width {width}, {fast}\n{name}"
+        growth.plot_loss_growth(results["loss"], out / "growth-loss.png", title=title, seconds=f"time, {seconds}")
+    if results["preparation"]:
+        title = f"preparing a corpus: reading, tokenizing, writing\n{name}"
+        growth.plot_preparation_growth(results["preparation"], out / "growth-preparation.png", title=title)
+    write_json(out / "growth.json", results)
+    console = wide_console()
+    for part in ("loss", "preparation"):
+        records = results[part]
+        if records:
+            rows = [[f"{v:,.4g}" if isinstance(v, float) else f"{v}" for v in record.values()] for record in records]
+            print_table(console, f"how the cost of the {part} grows; {name}", list(records[0]), rows)
+    return results
+
+
+def _memory_megabytes(device: str) -> float:
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory / 1e6
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e6
+
+
+def run_gpu(
+    call: Caller = apart,
+    *,
+    out: Path,
+    device: str = "cuda",
+    size: str = "base",
+    families: Sequence[Family] = GPU_FAMILIES,
+    lengths: Sequence[int] = GPU_LENGTHS,
+    batch_sizes: Sequence[int] = GPU_BATCH_SIZES,
+    rounds: int = 5,
+) -> dict[str, Any]:
+    """Measure each family and length at rising batch sizes until memory runs out, print the table and write it."""
+    peaks = matmul_peaks(device)
+    works = [
+        Workload(family=family, size=size, length=length, dropout=DROPOUT, device=device)
+        for family in families
+        for length in lengths
+    ]
+    fast: Precision = "bf16" if device == "cuda" else faster_precision(peaks)
+    steps = rising_batch_sizes(call, works=works, fast=fast, batch_sizes=batch_sizes, rounds=rounds)
+    for record in steps:
+        record["peak_share"] = record["gflops"] / peaks["fp32" if "fp32" in record["variant"] else "bf16"]
+    results = {"machine": describe(device), "peaks": peaks, "fast_precision": fast, "steps": steps}
+    header = ["models", "variant", "blocks", "tokens/s", "of peak", "peak MB"]
+    rows = [
+        [
+            f"{record['family']} at {record['length']}",
+            record["variant"],
+            f"{record['blocks']}",
+            f"{record['tokens_per_second']:,.0f}",
+            f"{record['peak_share']:.0%}",
+            f"{record['peak_mb']:,.0f}",
+        ]
+        for record in steps
+    ]
+    print_table(wide_console(), f"optimizer steps; {caption(results)}; peaks in GFLOP/s: {peaks}", header, rows)
+    write_json(out / "bench-gpu.json", results)
+    lines = ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)]
+    (out / "bench-gpu.md").write_text(f"{caption(results)}\n\n" + "\n".join(lines) + "\n", "utf-8")
+    return results

@@ -1,0 +1,208 @@
+"""The benchmarks at toy size: no figure is asserted but those that do not depend on the machine."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import batch_sizes, growth, loss, step, suite
+from benchmarks.machine import Precision
+from benchmarks.measure import NoProducts, here, in_turn, peak_megabytes
+from benchmarks.models import SIZES, Family, step_flops_per_token
+from benchmarks.naive import naive_loss
+from benchmarks.targets import targets
+
+WORK = step.Workload(family="bert", size="toy", length=16, dropout=0.0)
+PLAN = suite.Plan(
+    size="toy",
+    length=16,
+    blocks=2,
+    memory_blocks=2,
+    step_rounds=1,
+    loss_tokens=64,
+    loss_rounds=1,
+    data_batches=1,
+    data_rounds=1,
+    weighed=("default", "raised"),
+)
+
+
+@pytest.mark.parametrize(
+    ("family", "rows"),
+    [("bert", "all"), ("bert", "masked"), ("roberta", "all"), ("roberta", "masked"), ("gpt2", "all")],
+)
+def test_the_naive_step_has_the_objectives_loss_and_gradient(family: Family, rows: Any) -> None:
+    work = step.Workload(family=family, size="toy", length=16, dropout=0.0)
+    naive, ours = step.Variant("naive", "fp32", rows), step.Variant("ours", "fp32", rows)
+    steps = step.build_steps([naive, ours], work, initializer_range=0.2)
+    losses = {variant: it.loss(step.batch_of(work, 3)) for variant, it in steps.items()}
+    assert losses[naive].item() > 1
+    torch.testing.assert_close(losses[ours], losses[naive], rtol=1e-4, atol=1e-4)
+    for value in losses.values():
+        value.backward()
+    theirs = dict(steps[naive].student.named_parameters())
+    for name, parameter in steps[ours].student.named_parameters():
+        torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_every_way_to_compute_the_loss_alone_gives_the_same() -> None:
+    heads = loss.draw_heads(64, vocabulary=100, width=16, spread=0.3)
+    expected = loss.naive_head_loss(heads)
+    assert expected.item() > 1
+    for other in (loss.full_logits_loss, loss.our_head_loss):
+        torch.testing.assert_close(other(heads), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_flops_are_those_that_torch_counts() -> None:
+    work = step.Workload(family="roberta", size="toy", length=16, dropout=0.0)
+    (naive,) = step.build_steps([step.Variant("naive", "fp32", "all")], work).values()
+    batch = step.batch_of(work, 2)
+    for model in (naive.student, naive.teacher):
+        model.set_attn_implementation("eager")  # the counter knows its products
+    with FlopCounterMode(display=False) as counter:
+        naive_loss(naive.student, naive.teacher, batch, objective=naive.objective, task="mlm").backward()
+    analytic = step_flops_per_token("roberta", SIZES["toy"], length=16, masked_rows=False) * 2 * 16
+    assert counter.get_total_flops() == pytest.approx(analytic, rel=0.01)
+
+
+def test_bert_base_takes_630_million_flops_a_token_and_466_on_masked_rows() -> None:
+    flops = [step_flops_per_token("bert", SIZES["base"], length=128, masked_rows=masked) for masked in (False, True)]
+    assert [count / 1e6 for count in flops] == pytest.approx([630, 466], rel=0.003)
+
+
+def test_runs_are_timed_in_turn() -> None:
+    order: list[str] = []
+    runs: dict[str, Callable[[], object]] = {name: lambda name=name: order.append(name) for name in "ABC"}
+    timings = in_turn(runs, rounds=3, once=frozenset("B"))
+    assert "".join(order) == "ABCACAC"
+    assert {name: timing.rounds for name, timing in timings.items()} == {"A": 3, "B": 1, "C": 3}
+
+
+def test_the_peak_is_what_a_run_takes_at_once() -> None:
+    def run() -> None:
+        for _ in range(3):
+            block = bytearray(200_000_000)
+            del block
+
+    assert peak_megabytes(run) == pytest.approx(200, abs=20)
+
+
+def test_without_products_shapes_and_gradients_stay() -> None:
+    left, right = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    with NoProducts():
+        output = torch.nn.functional.linear(left, right)
+        output.sum().backward()
+    assert output.shape == (3, 5) and not output.any()
+    assert left.grad is not None and left.grad.shape == left.shape and not left.grad.any()
+
+
+@pytest.mark.parametrize("fast", ["fp32", "bf16"])
+def test_the_suite_measures_every_variant_and_draws_them(
+    fast: Precision, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = "bf16" if fast == "fp32" else "fp32"
+    monkeypatch.setattr(suite, "matmul_peaks", lambda device: {fast: 100.0, other: 10.0})
+    monkeypatch.setattr(loss.torch, "compile", lambda function: function)  # compiling takes longer than all the rest
+    suite.run_suite(here, PLAN, out=tmp_path)
+    results = json.loads((tmp_path / "bench-toy.json").read_text("utf-8"))
+
+    expected = {"naive fp32, all rows", "naive bf16, all rows", "naive bf16, masked rows"}
+    expected |= {f"ours {fast}, all rows", f"ours {fast}, masked rows"}
+    expected |= {"naive fp32, masked rows"} if fast == "fp32" else set()
+    for malloc in ("default", "raised"):
+        assert {record["variant"] for record in results["steps"] if record["malloc"] == malloc} == expected
+    assert {"naive fp32", "naive bf16", f"ours {fast}"} <= {record["variant"] for record in results["losses"]}
+    assert {record["variant"] for record in results["data"]} >= {"ours"}
+    assert len(results["data"]) == 3
+    for record in (*results["steps"], *results["losses"], *results["data"]):
+        assert record["core_seconds"] > 0 and record["tokens_per_core_second"] > 0
+    assert all(row["figure"] is not None for row in results["targets"] if "memory" not in row["what"])
+    assert results["machine"]["processor"] and results["machine"]["torch"] == torch.__version__
+    assert results["machine"]["date"][:2] == "20"
+    assert (tmp_path / "bench-toy.png").stat().st_size > 20_000
+    if loss.absent():
+        assert any("not measured" in note for note in results["notes"])
+
+
+def test_targets_compare_in_the_right_direction() -> None:
+    def record(variant: str, rate: float, peak: float) -> dict[str, Any]:
+        return {"variant": variant, "tokens_per_core_second": rate, "peak_mb": peak}
+
+    steps = [
+        record("naive fp32, all rows", 100, 900),
+        record("naive bf16, all rows", 200, 1000),
+        record("naive bf16, masked rows", 200, 1000),
+        record("ours bf16, all rows", 300, 300),
+        record("ours bf16, masked rows", 500, 300),
+    ]
+    steps = [{**row, "malloc": malloc} for row in steps for malloc in ("default", "raised")]
+    losses = [record("naive fp32", 10, 60), record("naive bf16", 20, 60), record("ours bf16", 80, 20)]
+    data = [record("ours", 25e6, 0)]
+    found = targets({"fast_precision": "bf16", "steps": steps, "losses": losses, "data": data})
+    assert [(round(row.figure or 0, 2), row.verdict) for row in found] == [
+        (1.5, "missed"),
+        (3.0, "missed"),
+        (1.5, ""),
+        (2.5, "reached"),
+        (2.5, ""),
+        (0.3, "reached"),
+        (4.0, "reached"),
+        (4.0, ""),
+        (0, "not measured"),
+        (0.33, "missed"),
+        (25.0, "reached"),
+    ]
+
+
+def test_batch_sizes_rise_until_memory_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def batch_of(work: step.Workload, batch_size: int) -> Any:
+        if batch_size > 2:
+            raise torch.OutOfMemoryError
+        return step.batch_of(work, batch_size)
+
+    monkeypatch.setattr(batch_sizes, "batch_of", batch_of)
+    monkeypatch.setattr(suite, "matmul_peaks", lambda device: {"fp32": 1.0, "bf16": 2.0})
+    results = suite.run_gpu(
+        here,
+        out=tmp_path,
+        device="cpu",
+        size="toy",
+        families=("bert", "gpt2"),
+        lengths=(8,),
+        batch_sizes=(1, 2, 4),
+        rounds=1,
+    )
+    found = {(record["family"], record["variant"], record["blocks"]) for record in results["steps"]}
+    assert {blocks for _, _, blocks in found} == {1, 2}
+    assert len(found) == 2 * (5 + 3)
+    assert json.loads((tmp_path / "bench-gpu.json").read_text("utf-8"))["steps"] == results["steps"]
+    assert (tmp_path / "bench-gpu.md").read_text("utf-8").count("\n| bert at 8 | ours bf16, all rows |") == 2
+
+
+def test_growth_is_measured_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "matmul_peaks", lambda device: {"fp32": 2.0, "bf16": 1.0})
+    monkeypatch.setattr(growth, "prepare_once", lambda size: growth_record(size))
+    results = suite.run_growth(here, out=tmp_path, tokens=(8, 16), vocabularies=(50, 70), megabytes=(1, 2), width=8)
+    measured = {(record["maker"], record["tokens"], record["vocabulary"]) for record in results["loss"]}
+    assert measured == {
+        *(("ours", tokens, vocabulary) for tokens in (8, 16) for vocabulary in (50, 70)),
+        ("naive", 8, 50),
+        ("naive", 16, 50),
+    }
+    assert (tmp_path / "growth.json").exists()
+    for name in ("loss", "preparation"):
+        assert (tmp_path / f"growth-{name}.png").stat().st_size > 20_000
+
+
+def growth_record(size: int) -> dict[str, Any]:
+    return {"megabytes": size, "seconds": size, "core_seconds": 2.0 * size, "peak_mb": 5.0, "tokens": size}
+
+
+def test_preparation_tokenizes_the_text_it_wrote() -> None:
+    record = growth.prepare_once(1)
+    assert 100_000 < record["tokens"] < 500_000  # words of a megabyte, whole or in a few pieces
+    assert record["core_seconds"] > 0
