@@ -257,7 +257,7 @@ def split_step(step: Batch, micro_batch_size: int) -> list[Batch]:
     ]
 
 
-def whole_step(batch: Batch) -> Batch:
+def whole_step(batch: Any) -> Batch:
     """Take a batch as a step of one micro-batch, as validation does."""
     return split_step(batch, len(batch["input_ids"]))[0]
 
