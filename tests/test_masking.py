@@ -255,6 +255,15 @@ def test_whole_words_are_chosen_whole_and_as_many_as_fit(
         assert all(chosen[group[0]] or len(group) > left for group in groups)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.7])
+def test_the_one_word_that_fits_is_found_however_late_it_comes(make: MakeMasker, smoothing: float) -> None:
+    ids = np.tile([9, FIRST_PIECE] * 30, (300, 1))
+    place = np.arange(300) % 30 * 2
+    ids[np.arange(300), place + 1] = 10  # two words of one piece in place of one of two
+    _, labels = make(whole_word=True, smoothing=smoothing, mlm_probability=0.01)(ids, epoch=0, samples=np.arange(300))
+    assert (labels != IGNORE_INDEX).sum(axis=1).tolist() == [1] * 300
+
+
 def test_whole_words_are_chosen_equally_often_while_all_fit(make: MakeMasker) -> None:
     piece = FIRST_PIECE
     ids = np.tile([9, piece, 10, piece, CLS, piece, piece, 11, piece, 12], (8000, 1))

@@ -1,3 +1,4 @@
+import contextlib
 import functools
 from collections.abc import Iterator
 from pathlib import Path
@@ -431,3 +432,31 @@ def test_a_held_out_loss_that_is_not_finite_is_no_score(tokenizer: PreTrainedTok
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
     with pytest.raises(UserError, match="the loss is not finite at step 0"):
         trainer.validate(module, DataLoader(steps, batch_size=None), verbose=False)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_fused_optimizer_clips_gradients_as_a_plain_one_does(
+    tokenizer: PreTrainedTokenizerBase, precision: Any
+) -> None:
+    def trained(*, fused: bool, clip: float | None) -> torch.Tensor:
+        # An eps of 1 lets the size of the gradient through, which Adam would divide out.
+        module = build_module(tokenizer, optimizer=functools.partial(torch.optim.AdamW, lr=1.0, eps=1.0, fused=fused))
+        step = [uneven_step(task="mlm")]
+        fit(module, step, micro_batch_size=8, precision=precision, gradient_clip_val=clip)
+        return torch.nn.utils.parameters_to_vector(module.student.parameters()).detach()
+
+    clipped = trained(fused=True, clip=0.1)
+    torch.testing.assert_close(clipped, trained(fused=False, clip=0.1), rtol=1e-5, atol=1e-6)
+    assert (clipped - trained(fused=True, clip=None)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(("fused", "clip"), [(True, 5.0), (True, None), (False, 5.0)])
+def test_a_fused_optimizer_that_cannot_clip_is_an_error_before_the_first_step(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, fused: bool, clip: float | None
+) -> None:
+    monkeypatch.setattr(Trainer, "precision", "16-mixed")  # of which a CPU makes bf16-mixed
+    module = build_module(tokenizer, optimizer=functools.partial(torch.optim.AdamW, lr=1e-2, fused=fused))
+    cure = r"gradient_clip_val=5\.0 cannot clip them.*set optimizer\.fused=false, or trainer\.precision=bf16-mixed"
+    refused = pytest.raises(UserError, match=cure) if fused and clip else contextlib.nullcontext()
+    with refused:
+        fit(module, [uneven_step(task="mlm")], micro_batch_size=8, gradient_clip_val=clip)

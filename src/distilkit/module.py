@@ -9,7 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from pytorch_lightning import LightningModule
+from pytorch_lightning.plugins.precision import MixedPrecision, Precision
 from pytorch_lightning.strategies import FSDPStrategy
+from pytorch_lightning.utilities import GradClipAlgorithmType
 from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric
@@ -171,10 +173,20 @@ class DistillationModule(LightningModule):
             sharded: Any = self.trainer.strategy.model
             sharded.clip_grad_norm_(gradient_clip_val)
             return
+        plugin = self.trainer.precision_plugin
+        if isinstance(plugin, MixedPrecision) and plugin.scaler is None and gradient_clip_val is not None:
+            # Lightning's own check refuses a fused optimizer here too, though bfloat16 has no gradients to unscale.
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or GradClipAlgorithmType.NORM)
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val, algorithm)
+            return
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def configure_optimizers(self) -> Any:
-        """Decay matrices only, and schedule over the real number of optimizer steps."""
+        """Decay matrices only, and schedule over the real number of optimizer steps.
+
+        Raises:
+            UserError: a fused optimizer cannot clip in this precision.
+        """
         # By name: under FSDP each parameter is a flat shard by now.
         trainable = [
             (name, parameter) for name, parameter in self.student.named_parameters() if parameter.requires_grad
@@ -184,6 +196,14 @@ class DistillationModule(LightningModule):
             {"params": [parameter for name, parameter in trainable if name not in self.matrices], "weight_decay": 0.0},
         ]
         optimizer = self.optimizer(groups)
+        # Lightning would find this out in the first step: such an optimizer unscales gradients inside its kernel.
+        unscales = getattr(optimizer, "_step_supports_amp_scaling", False)
+        if unscales and self.trainer.precision == "16-mixed" and self.trainer.gradient_clip_val:
+            raise UserError(
+                f"optimizer.fused=true unscales gradients by itself, so that trainer.gradient_clip_val="
+                f"{self.trainer.gradient_clip_val} cannot clip them with trainer.precision=16-mixed; set "
+                "optimizer.fused=false, or trainer.precision=bf16-mixed"
+            )
         num_steps = int(self.trainer.estimated_stepping_batches)
         scheduler = get_scheduler(
             self.scheduler,

@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 
 import hydra
+import torch
 import transformers
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -49,6 +50,17 @@ def find_checkpoint(ckpt_path: str | None, out: Path, *, in_sweep: bool = False)
     return file.resolve()
 
 
+def set_matmul_precision(name: str) -> None:
+    """Set how torch multiplies matrices of float32: ``highest``, ``high`` or ``medium``.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    if name not in ("highest", "high", "medium"):
+        raise UserError(f"matmul_precision={name}, but it takes highest, high or medium")
+    torch.set_float32_matmul_precision(name)
+
+
 def train(cfg: DictConfig) -> float:
     """Build, fit, validate and export; return the student's held-out cross-entropy in nats per labelled token."""
     check_keys(cfg)
@@ -58,6 +70,7 @@ def train(cfg: DictConfig) -> float:
         raise UserError(f"{out} holds a finished run; choose another hydra.run.dir, or delete {out / 'student'}")
     checkpoint = find_checkpoint(cfg.ckpt_path, out, in_sweep=HydraConfig.get().mode == RunMode.MULTIRUN)
     cfg.ckpt_path = str(checkpoint) if checkpoint else None
+    set_matmul_precision(cfg.matmul_precision)
     seed_everything(cfg.seed, workers=True, verbose=False)
 
     objective = instantiate(cfg.objective)
