@@ -420,7 +420,7 @@ class DistillationDataModule(LightningDataModule):
             mine = mine[: count - count % world_size][rank::world_size]
         batches = [mine[begin : begin + self.micro_batch_size] for begin in range(0, len(mine), self.micro_batch_size)]
         draws = [(VALIDATION_EPOCH, blocks) for blocks in batches]
-        return DataLoader(self.val_blocks, sampler=draws, batch_size=None, collate_fn=whole_step)  # type: ignore[arg-type]  # which takes one sample where there is no batch_size
+        return DataLoader(self.val_blocks, sampler=draws, batch_size=None, collate_fn=whole_step)
 
     def _process(self) -> tuple[int, int, bool]:
         if self.trainer is None:
