@@ -128,6 +128,7 @@ def test_an_unknown_key_is_refused_with_the_known_ones(
         ),
         (["data.val_share=0"], ["data.val_share=0", "above 0 and below 1"]),
         (["scheduler.warmup_share=2"], ["scheduler.warmup_share=2", "between 0 and 1", "the paper's is 0.05"]),
+        (["teacher.dtype=float16"], ["teacher.dtype is 'float16'", "auto or float32"]),
         (["trainer.max_epochs=-1", "trainer.max_steps=-1"], ["are both -1", "set one of them above 0"]),
         (["optimizer._target_=torch.optim.AdamV"], ["optimizer._target_", "torch.optim.AdamV"]),
         (["matmul_precision=low"], ["matmul_precision=low", "takes highest, high or medium"]),

@@ -512,7 +512,7 @@ PURE = {
 }
 LEVELS = (  # a module imports from its own level and those before it
     PURE | {"malloc", "corpus", "text_files", "hub", "docstrings", "tokenizer", "tokens"},
-    {"entry", "export", "callbacks", "data", "module", "launch", "tracking"},
+    {"entry", "export", "callbacks", "data", "module", "flops", "launch", "tracking"},
     {"summary", "report", "train", "prepare"},
 )
 

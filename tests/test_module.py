@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterator
 from pathlib import Path
@@ -195,6 +196,29 @@ def test_the_teacher_gets_no_gradient_and_does_not_change(tokenizer: PreTrainedT
     fit(build_module(tokenizer, teacher=teacher), [uneven_step(task="mlm")], micro_batch_size=8)
     assert all(parameter.grad is None for parameter in teacher.model.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "expected"),
+    [
+        ("bf16-mixed", "auto", torch.bfloat16),
+        ("bf16-mixed", "float32", torch.float32),
+        ("32-true", "auto", torch.float32),
+    ],
+)
+def test_the_teacher_is_cast_once_where_the_trainer_runs_in_bfloat16_unless_told_not_to(
+    precision: Any, dtype: Any, expected: torch.dtype, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    teacher = dataclasses.replace(build_teacher("bert", num_layers=2, **NO_DROPOUT), dtype=dtype)
+    optimizer = functools.partial(torch.optim.SGD, lr=1e-3)
+    module = build_module(tokenizer, teacher=teacher, optimizer=optimizer)
+    fit(module, [uneven_step(task="mlm")], micro_batch_size=32, precision=precision)
+    assert {parameter.dtype for parameter in teacher.model.parameters()} == {expected}
+    assert {parameter.dtype for parameter in module.student.parameters()} == {torch.float32}
+    exact = build_module(tokenizer, optimizer=optimizer)
+    fit(exact, [uneven_step(task="mlm")], micro_batch_size=32)
+    terms = {name: float(term) for name, term in module.step_terms.items()}
+    assert terms == pytest.approx({name: float(term) for name, term in exact.step_terms.items()}, rel=2e-2)
 
 
 def test_vectors_are_not_decayed_and_matrices_are(tokenizer: PreTrainedTokenizerBase) -> None:

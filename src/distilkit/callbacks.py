@@ -11,6 +11,8 @@ from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.trainer.states import TrainerFn
 
 from distilkit.errors import UserError
+from distilkit.flops import peak_flops
+from distilkit.module import DistillationModule
 
 
 class ValidateEvery(Callback):
@@ -52,16 +54,23 @@ class ValidateEvery(Callback):
 
 
 class Throughput(Callback):
-    """Log ``throughput/tokens_per_second`` over all ranks, validation not counted, and keep the average."""
+    """Log ``throughput/tokens_per_second`` over all ranks and ``throughput/mfu``, validation not counted.
+
+    The second is the share of the devices' peak that goes into the model's own operations (see ``flops.py``).
+    """
 
     def __init__(self) -> None:
         """Start at zero."""
         self.tokens = self.window_tokens = 0
+        self.window_flops = self.peak = 0.0
         self.seconds = self.window_seconds = 0.0
         self.started: float | None = None  # None: the clock stands still
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
+        """Measure the device, and start the clock."""
+        precision = str(trainer.precision)
+        dtype = torch.bfloat16 if "bf16" in precision else torch.float16 if "16" in precision else torch.float32
+        self.peak = peak_flops(pl_module.device, dtype) * trainer.world_size
         self.started = time.perf_counter()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -86,6 +95,8 @@ class Throughput(Callback):
         tokens = batch["input_ids"].numel() * trainer.world_size
         self.tokens += tokens
         self.window_tokens += tokens
+        if isinstance(pl_module, DistillationModule):
+            self.window_flops += pl_module.flops(batch) * trainer.world_size
         log_every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by one of its connectors
         if batch["is_last"] and log_every and trainer.global_step % log_every == 0:
             self._stop()
@@ -93,7 +104,8 @@ class Throughput(Callback):
             rate = self.window_tokens / max(self.window_seconds, 1e-9)
             pl_module.log("throughput/tokens_per_second", rate)
             pl_module.log("tokens/s", rate, prog_bar=True, logger=False)
-            self.window_tokens, self.window_seconds = 0, 0.0
+            pl_module.log("throughput/mfu", self.window_flops / max(self.window_seconds, 1e-9) / self.peak)
+            self.window_tokens, self.window_flops, self.window_seconds = 0, 0.0, 0.0
 
     def _stop(self) -> None:
         if self.started is not None:

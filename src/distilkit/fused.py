@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 _BYTES_OF_LOGITS = {"cpu": 64 * 2**20, "cuda": 2**30}  # both models'; more spills the caches, less starves the products
 _FEWEST_ROWS = 128
 _VOCABULARY_MULTIPLE = {"cpu": 1, "cuda": 128}  # tensor cores want whole tiles
-_WORTH_COMPILING = 2**24  # logits of a call; below that, compiling takes longer than it ever saves
+_WORTH_COMPILING = 10**7  # logits of a call; below that, compiling takes longer than it ever saves
 
 
 def fused_losses(

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from distilkit import losses
 from distilkit.errors import UserError
 from distilkit.export import student_files
+from distilkit.flops import forward_cost, step_flops
 from distilkit.language_model import Task
 from distilkit.objective import Batch, Objective, forward, labelled_rows, real_rows
 from distilkit.teacher import Teacher
@@ -64,6 +65,7 @@ class DistillationModule(LightningModule):
         self.teacher = teacher.model if teacher else None
         self.teacher_sha256 = teacher.sha256 if teacher and objective.reads_teacher else None
         self.teacher_name = teacher.name if teacher else None
+        self.keeps_teacher_dtype = teacher is not None and teacher.dtype == "float32"
         self.files = student_files(student, tokenizer)  # now, so that what cannot be saved is not trained either
         self.task, self.objective = task, objective
         self.optimizer, self.scheduler, self.warmup_share = optimizer, scheduler, warmup_share
@@ -77,6 +79,7 @@ class DistillationModule(LightningModule):
         self.before: dict[str, float] = {}  # held-out metrics of the student as it was cut
         self.after: dict[str, float] = {}  # and of its present weights, once they are scored
         self.strict_loading = False  # the teacher is in no checkpoint; the student is checked below
+        self.costs = forward_cost(student), forward_cost(teacher.model) if teacher else None
         self.matrices = {name for name, parameter in student.named_parameters() if parameter.ndim >= 2}
         if not objective.reads_student_logits:  # a head without a gradient; DDP would wait for it
             for parameter in set(student.parameters()) - set(student.base_model.parameters()):
@@ -94,7 +97,7 @@ class DistillationModule(LightningModule):
         return self
 
     def setup(self, stage: str) -> None:
-        """Make sure that all ranks train the same thing.
+        """Make sure that all ranks train the same thing, and cast the teacher once, where autocast would at each step.
 
         Raises:
             UserError: another rank was started with another config.
@@ -104,6 +107,11 @@ class DistillationModule(LightningModule):
             raise UserError(
                 f"rank {self.global_rank} was started with another config than rank 0; start all ranks with one command line"
             )
+
+        sharded = isinstance(self.trainer.strategy, FSDPStrategy)  # in one flat parameter with the student
+        in_bfloat16 = str(self.trainer.precision).startswith("bf16") and not sharded
+        if self.teacher is not None and in_bfloat16 and not self.keeps_teacher_dtype:
+            self.teacher.bfloat16()
 
     # ---------------------------------------------------------------- training
 
@@ -131,6 +139,11 @@ class DistillationModule(LightningModule):
             self._log_step()
         # Lightning divides by the accumulation and DDP by the ranks; our denominators hold both already.
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    def flops(self, batch: Batch) -> float:
+        """Return the floating-point operations that training on a batch needs."""
+        student, teacher = self.costs
+        return step_flops(self.objective, student, teacher, batch, task=self.task)
 
     def _loss(self, batch: Batch, denominators: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         return self.objective.loss(self.student, self.teacher, batch, task=self.task, denominators=denominators)

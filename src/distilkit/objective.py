@@ -97,6 +97,10 @@ class Objective:
         """Whether a term needs the teacher at all."""
         return self.reads_teacher_logits or self.alpha_cos > 0
 
+    def takes_all_rows(self, task: Task) -> bool:
+        """Whether a term needs logits of all real tokens, not of the labelled ones alone."""
+        return task == "clm" or (self.reads_teacher_logits and self.soft_targets == "all")
+
     def check_models(self, *, student: PreTrainedModel, teacher: PreTrainedModel | None, task: Task) -> None:
         """Make sure that the terms fit the models, before the first step.
 
@@ -144,8 +148,7 @@ class Objective:
 
         The models see the batch once each. Logits are made for labelled tokens only where no term asks for more.
         """
-        all_rows = task == "clm" or (self.reads_teacher_logits and self.soft_targets == "all")
-        rows = real_rows(batch) if all_rows else labelled_rows(batch)
+        rows = real_rows(batch) if self.takes_all_rows(task) else labelled_rows(batch)
         labels = batch["labels"].flatten() if rows is None else batch["labels"].flatten()[rows]
         ours = forward(student, batch, rows=rows, with_head=self.reads_student_logits)
         theirs: Forward | None = None

@@ -4,6 +4,7 @@ import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
@@ -20,7 +21,8 @@ _AUTO_CLASS = {"mlm": AutoModelForMaskedLM, "clm": AutoModelForCausalLM}
 class Teacher:
     """A frozen language model and where it came from.
 
-    ``sha256`` is the hash of its weights, by which a resumed run knows that it still has the same teacher.
+    ``sha256`` is the hash of its weights, by which a resumed run knows that it still has the same teacher. ``dtype`` is
+    what it runs in: ``auto`` for bfloat16 where the trainer's precision is that, ``float32`` to leave it as loaded.
     """
 
     model: PreTrainedModel
@@ -28,6 +30,7 @@ class Teacher:
     revision: str
     task: Task
     sha256: str
+    dtype: Literal["auto", "float32"] = "auto"
 
 
 def weight_hash(model: PreTrainedModel) -> str:
@@ -91,6 +94,7 @@ def load_teacher(
     revision: str = "main",
     task: Task | None = None,
     trust_remote_code: bool = False,
+    dtype: Literal["auto", "float32"] = "auto",
     needs_head: bool = True,
 ) -> Teacher | None:
     """Load the teacher, or return None for ``name=None`` (training without distillation).
@@ -98,14 +102,17 @@ def load_teacher(
     ``needs_head`` is false when no term of the objective reads the teacher's logits.
 
     Raises:
-        UserError: as ``load_language_model``, or the architecture cannot be split into backbone and head.
+        UserError: as ``load_language_model``, or the architecture cannot be split into backbone and head, or there is no
+            such ``dtype``.
     """
     if name is None:
         return None
+    if dtype not in ("auto", "float32"):
+        raise UserError(f"teacher.dtype is {dtype!r}; it takes auto or float32")
     model, task = load_language_model(
         name, revision=revision, task=task, trust_remote_code=trust_remote_code, needs_head=needs_head
     )
     model.eval().requires_grad_(False)
     check_split(model)
     commit = getattr(model.config, "_commit_hash", None) or revision
-    return Teacher(model=model, name=name, revision=commit, task=task, sha256=weight_hash(model))
+    return Teacher(model=model, name=name, revision=commit, task=task, sha256=weight_hash(model), dtype=dtype)
