@@ -150,18 +150,15 @@ def plot_results(results: Mapping[str, Any], out: Path) -> None:
     _bars(axes[1, 1], results["losses"], memory, "loss alone\npeak memory in MB, lower is better")
     millions = [{**record, rate: 1e-6 * record[rate]} for record in results["data"]]
     _bars(axes[2, 0], millions, rate, "data path, masking included\nmillion tokens per core-second, higher is better")
+    footnotes = ["Speed of the step: bars with glibc's malloc thresholds raised, dots as they are."]
+    footnotes.append("Peak memory: beyond weights and optimizer state, each in a process of its own.")
+    if _starred(results):
+        footnotes.append("*: weighed without computing matrix products.")
     axes[2, 1].axis("off")
     axes[2, 1].text(
         0.0,
         0.9,
-        "\n".join(
-            [
-                "Peak memory: beyond weights and optimizer state, each in a process of its own.",
-                *(["*: weighed without its matrix products."] if _starred(results) else []),
-                "Speed of the step: bars with glibc's malloc thresholds raised, dots as they are.",
-                *_wrapped(results["notes"]),
-            ]
-        ),
+        "\n".join(_wrapped([*footnotes, *results["notes"]])),
         va="top",
         fontsize=9,
         transform=axes[2, 1].transAxes,
@@ -178,7 +175,7 @@ def _starred(results: Mapping[str, Any]) -> bool:
     return any(not record.get("products", True) for record in (*results["steps"], *results["losses"]))
 
 
-def _wrapped(notes: Sequence[str], width: int = 72) -> list[str]:
+def _wrapped(notes: Sequence[str], width: int = 68) -> list[str]:
     return [line for note in notes for line in textwrap.wrap(note, width)]
 
 
