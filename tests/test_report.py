@@ -165,7 +165,7 @@ def test_the_comparison_is_written_as_table_data_and_plot(tmp_path: Path, capsys
     assert 900 < picture.shape[1] < 3000
     assert 200 < picture.shape[0] < 2000
     said = capsys.readouterr().out
-    assert f"plot: {tmp_path / 'comparison.png'}" in said
+    assert f"table and plot: {tmp_path / 'comparison'}.md, .json, .png" in said
     assert f"distilled: {tmp_path}/1/student" in said
     assert {path.name for path in tmp_path.iterdir()} == {
         "0",

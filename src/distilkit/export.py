@@ -11,6 +11,7 @@ from typing import Any
 
 import hydra
 import torch
+import transformers
 from omegaconf import DictConfig
 from torch import Tensor
 from transformers import (
@@ -157,6 +158,7 @@ def export_checkpoint(ckpt: str | Path, out: str | Path) -> PreTrainedModel:
 @report_errors
 def main(cfg: DictConfig) -> None:
     """Export ``ckpt`` to the folder ``out``."""
+    transformers.utils.logging.disable_progress_bar()
     for name in ("ckpt", "out"):
         if cfg[name] is None:
             raise UserError(f"{name} is not set: python -m distilkit.export ckpt=<file> out=<folder>")

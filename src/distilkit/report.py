@@ -114,6 +114,7 @@ def plot_runs(runs: Sequence[Mapping[str, Any]], out: Path) -> None:
         axis.bar_label(bars, fmt=form, padding=3)
         axis.set(xlabel=title)
         axis.margins(x=0.15)
+        axis.set_xlim(left=0)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].invert_yaxis()
     figure.suptitle("held-out documents after training")
@@ -133,7 +134,7 @@ def compare(sweep: Path, *, latency: bool) -> None:
     header, rows = table_rows(runs)
     table = Table(title=f"runs of {sweep.name}, on held-out documents", title_justify="left")
     for index, column in enumerate(header):
-        table.add_column(column, justify="right" if index else "left")
+        table.add_column(column, justify="right" if index else "left", overflow="fold")  # whole on narrow terminals
     for row in rows:
         table.add_row(*row)
     console = Console()
@@ -142,7 +143,7 @@ def compare(sweep: Path, *, latency: bool) -> None:
     lines = ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)]
     (sweep / "comparison.md").write_text("\n".join(lines) + "\n", "utf-8")
     plot_runs(runs, sweep / "comparison.png")
-    console.print(f"plot: {sweep / 'comparison.png'}", soft_wrap=True, highlight=False)
+    console.print(f"table and plot: {sweep / 'comparison'}.md, .json, .png", soft_wrap=True, highlight=False)
     for run in runs:
         console.print(f"{run['label']}: {run['folder']}/student", soft_wrap=True, highlight=False)
 

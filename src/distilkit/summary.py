@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Callback, Trainer
 from rich.console import Console
@@ -48,13 +49,14 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_metrics(file: Path) -> dict[str, list[tuple[int, float]]]:
-    """Read Lightning's metrics.csv: for each metric, its steps and values."""
+    """Read Lightning's metrics.csv: for each metric, the optimizer steps done and its values."""
     curves: dict[str, list[tuple[int, float]]] = {}
     with file.open(newline="", encoding="utf-8") as stream:
         for row in csv.DictReader(stream):
             for name, value in row.items():
                 if name not in ("step", "epoch") and value:
-                    curves.setdefault(name, []).append((int(row["step"]), float(value)))
+                    # Lightning numbers steps from 0; the score before the first one has no epoch.
+                    curves.setdefault(name, []).append((int(row["step"]) + bool(row["epoch"]), float(value)))
     return curves
 
 
@@ -76,15 +78,17 @@ def plot_curves(metrics_file: Path, out: Path, *, title: str) -> None:
     for name, label in _TERMS.items():
         if name in curves:
             training.plot(*zip(*curves[name], strict=True), label=label, linewidth=2 if name == "train/loss" else 1)
-    training.set(title="training", ylabel="nats per token (1 - cosine: no unit)", yscale="log")
+    training.set(title="training loss and its terms", ylabel="nats per token; 1 - cosine", yscale="log")
     for axis, metric in ((entropy, "nll"), (accuracy, "accuracy")):
         for name, label, style in (("val/", "student", "o-"), ("val/teacher_", "teacher", "k--")):
             if name + metric in curves:
                 axis.plot(*zip(*curves[name + metric], strict=True), style, label=label)
-    entropy.set(title="held-out documents", ylabel="cross-entropy (nats per labelled token)")
-    accuracy.set(title="held-out documents", ylabel="accuracy (share of labelled tokens)")
+    entropy.set(title="held-out cross-entropy", ylabel="nats per labelled token")
+    accuracy.set(title="held-out accuracy", ylabel="share of labelled tokens")
+    accuracy.set_ylim(bottom=0)
     for axis in (training, entropy, accuracy):
         axis.set_xlabel("optimizer step")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
         if axis.get_lines():
             axis.legend()

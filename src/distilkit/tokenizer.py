@@ -38,7 +38,8 @@ def load_tokenizer(
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"cannot load a tokenizer from {name!r}: {str(error).strip().splitlines()[0]} "
-            "Check the name, that the hub can be reached, and set tokenizer.tokenizer_type for a bare vocabulary"
+            "A hub id needs the network (and HF_HUB_OFFLINE unset) or a filled Hugging Face cache; a folder needs its "
+            "tokenizer's files, or tokenizer.tokenizer_type for a bare vocabulary"
         ) from error
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer of {name!r} is not a fast one; save it once with a fast tokenizer class")

@@ -53,5 +53,6 @@ def wandb_logger(*, save_dir: str, project: str, name: str, group: str | None, *
     reason = offline_reason()
     if reason:
         log.warning("W&B runs offline, because %s; later: wandb sync %s/wandb/offline-run-*", reason, save_dir)
+        settings["settings"] = wandb.Settings(silent=True)  # the line above says it all
         settings["mode"] = "offline"  # Lightning's own ``offline`` sets a variable that W&B has read by now
     return WandbLogger(save_dir=save_dir, project=project, name=name, group=group, **settings)

@@ -110,7 +110,10 @@ def train(cfg: DictConfig) -> float:
         sizes = f"{num_parameters(student):,} parameters" + (
             f" of {num_parameters(teacher.model):,}" if teacher else ""
         )
-        log.info("student: %s, layers %s; run in %s", sizes, record["layers"], out)
+        kept = f", layers {record['layers']}" if record["layers"] else ""
+        log.info("student: %s%s; run in %s", sizes, kept, out)
+        if checkpoint:
+            log.info("going on from %s", checkpoint)
     for logger in trainer.loggers:
         if not isinstance(logger, CSVLogger):
             logger.log_hyperparams(record["config"])
