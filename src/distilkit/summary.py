@@ -86,12 +86,13 @@ def plot_curves(metrics_file: Path, out: Path, *, title: str) -> None:
     entropy.set(title="held-out cross-entropy", ylabel="nats per labelled token")
     accuracy.set(title="held-out accuracy", ylabel="share of labelled tokens")
     accuracy.set_ylim(bottom=0)
+    training.margins(y=0.3)  # room for its legend
     for axis in (training, entropy, accuracy):
         axis.set_xlabel("optimizer step")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
         if axis.get_lines():
-            axis.legend()
+            axis.legend(loc="upper right" if axis is training else "best", ncols=2 if axis is training else 1)
     figure.suptitle(title)
     figure.savefig(out, dpi=120)
 
