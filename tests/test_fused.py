@@ -300,3 +300,22 @@ def test_fifty_steps_follow_the_loss_curve_of_the_plain_formulas(family: str) ->
         curves.append(curve)
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
     assert curves[0][-1] < curves[0][0] - 0.1  # it did learn
+
+
+def test_without_gradients_none_are_made() -> None:
+    student, teacher = build_heads(rows=10)
+    arguments = student, teacher, build_labels(10)
+
+    class Products(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled), Products() as products:
+            fused_losses(*arguments, **row_weights(10, "soft", "hard"))
+        counts.append(products.count)
+    assert counts == [5, 2]  # logits twice; in training also gradients of features, weights and bias

@@ -128,6 +128,9 @@ def _give_visible(
     tokens = arguments.get("input_ids")
     if tokens is None:
         tokens = arguments["inputs_embeds"]
+    cache = arguments.get("past_key_values")
+    if cache is not None and tokens.shape[1] > 1 and cache.get_seq_length():
+        raise ValueError("several tokens after a cache need a mask that this attention does not make; export the model")
     if segments is not None and segments.shape != tokens.shape[:2]:
         raise ValueError(f"the attention mask is {tuple(segments.shape)}, but it must be (batch, length)")
     # A padded batch is the last of an epoch: not worth compiling a kernel for.

@@ -103,8 +103,9 @@ class Throughput(Callback):
             self.started = time.perf_counter()
             rate = self.window_tokens / max(self.window_seconds, 1e-9)
             pl_module.log("throughput/tokens_per_second", rate)
-            pl_module.log("tokens/s", rate, prog_bar=True, logger=False)
-            pl_module.log("throughput/mfu", self.window_flops / max(self.window_seconds, 1e-9) / self.peak)
+            if isinstance(pl_module, DistillationModule):
+                pl_module.log("throughput/mfu", self.window_flops / max(self.window_seconds, 1e-9) / self.peak)
+                pl_module.shown["tokens/s"] = rate
             self.window_tokens, self.window_flops, self.window_seconds = 0, 0.0, 0.0
 
     def _stop(self) -> None:
@@ -138,4 +139,4 @@ class ProgressBar(RichProgressBar):
         """Show losses and tokens/s; the run's folder is its version."""
         items = super().get_metrics(trainer, pl_module)
         items.pop("v_num", None)
-        return items
+        return items | pl_module.shown if isinstance(pl_module, DistillationModule) else items

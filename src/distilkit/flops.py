@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from distilkit.language_model import Task
 from distilkit.objective import Batch, Objective, labelled_rows
 
-_SIDE, _REPEATS = {"cpu": 768, "cuda": 8192}, 3  # of the products that measure a device that Lightning does not know
+_SIDE, _REPEATS = {"cpu": 768, "cuda": 8192}, 3  # of the products that measure a device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +62,8 @@ def step_flops(
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the FLOP/s that the device can do at most: the maker's figure, or else that of a matrix product."""
+    """Return the FLOP/s that the device can do at most: the maker's figure, but no less than a matrix product shows."""
     known = get_available_flops(device, dtype) if device.type == "cuda" else None
-    if known:
-        return float(known)
     side = _SIDE.get(device.type, 1024)
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     seconds = []
@@ -74,4 +72,4 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
         product = left @ right
         product[0, 0].item()  # wait for the device
         seconds.append(time.perf_counter() - start)
-    return 2.0 * side**3 / min(seconds)
+    return max(2.0 * side**3 / min(seconds), float(known or 0))

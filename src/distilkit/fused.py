@@ -43,6 +43,8 @@ def fused_losses(
     Products run in autocast's precision, sums and weight gradients in float32 or better. Where the two vocabularies are
     padded to different sizes, the words that only one has carry no mass. Gradients reach the student alone.
     """
+    if not torch.is_grad_enabled():  # or else the function would be told that weights want gradients
+        student = Head(*(tensor if tensor is None else tensor.detach() for tensor in student))  # type: ignore[arg-type]
     targets = teacher if teacher is not None else (None, None, None)
     row_weights = soft_weights, hard_weights, mse_weights
     return VocabularyLosses(*_Fused.apply(*student, *targets, labels, row_weights, temperature))
@@ -200,6 +202,8 @@ def _elementwise(device: str) -> tuple[Callable[..., Tensor], Callable[..., None
         log.info("the loss runs without torch.compile: %s", str(error).partition("\n")[0])
         return _core, _add
     log.info("compiling the loss for %s", device)
+    # Each choice of terms is a graph of its own, and the jobs of a sweep share the limit.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
 
     def core_of_any_size(*tensors: Any, temperature: float) -> Tensor:
         for tensor in tensors:

@@ -76,10 +76,13 @@ class DistillationModule(LightningModule):
         self.denominators: dict[str, Tensor] = {}
         self.all_finite = torch.tensor(True)
         self.val_metrics: dict[str, MeanMetric] = {}
+        # Lightning would read what it shows from the device after each micro-batch; these it need not read.
+        self.shown: dict[str, float] = {}
         self.before: dict[str, float] = {}  # held-out metrics of the student as it was cut
         self.after: dict[str, float] = {}  # and of its present weights, once they are scored
         self.strict_loading = False  # the teacher is in no checkpoint; the student is checked below
         self.costs = forward_cost(student), forward_cost(teacher.model) if teacher else None
+        self.shapes = {name: list(tensor.shape) for name, tensor in student.state_dict().items()}  # before any sharding
         self.matrices = {name for name, parameter in student.named_parameters() if parameter.ndim >= 2}
         if not objective.reads_student_logits:  # a head without a gradient; DDP would wait for it
             for parameter in set(student.parameters()) - set(student.base_model.parameters()):
@@ -100,7 +103,7 @@ class DistillationModule(LightningModule):
         """Make sure that all ranks train the same thing, and cast the teacher once, where autocast would at each step.
 
         Raises:
-            UserError: another rank was started with another config.
+            UserError: another rank was started with another config, or the precision is too low for the objective.
         """
         mine = hashlib.sha256(json.dumps(self.record, sort_keys=True, default=str).encode()).hexdigest()
         if self.trainer.world_size > 1 and self.trainer.strategy.broadcast(mine) != mine:
@@ -109,9 +112,15 @@ class DistillationModule(LightningModule):
             )
 
         sharded = isinstance(self.trainer.strategy, FSDPStrategy)  # in one flat parameter with the student
+        if self.objective.alpha_mse and str(self.trainer.precision).startswith("16"):
+            raise UserError(
+                f"objective.alpha_mse={self.objective.alpha_mse} overflows in trainer.precision={self.trainer.precision}: "
+                "squared logits are too large for float16; set trainer.precision=bf16-mixed or 32-true"
+            )
         in_bfloat16 = str(self.trainer.precision).startswith("bf16") and not sharded
         if self.teacher is not None and in_bfloat16 and not self.keeps_teacher_dtype:
-            self.teacher.bfloat16()
+            for parameter in self.teacher.parameters():  # and no buffer: rotary frequencies need their digits
+                parameter.data = parameter.data.bfloat16()
 
     # ---------------------------------------------------------------- training
 
@@ -151,14 +160,16 @@ class DistillationModule(LightningModule):
     def _log_step(self) -> None:
         for name, term in self.step_terms.items():
             key = f"train/loss_{name}" if name else "train/loss"
-            self.log(key, self._sum_over_ranks(term), prog_bar=not name)
+            self.log(key, self._sum_over_ranks(term))
+        self.shown["train/loss"] = float(self._sum_over_ranks(self.step_terms[""]))
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
 
     def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
         if self.trainer.world_size == 1:
             return tensor
-        reduced: Tensor = self.trainer.strategy.reduce(tensor.clone(), reduce_op="sum")
-        return reduced
+        total = tensor.clone()
+        torch.distributed.all_reduce(total)  # Lightning's own waits at a barrier first, on the host
+        return total
 
     def check_finite(self) -> None:
         """Stop when a loss was not finite since the start.
@@ -168,7 +179,9 @@ class DistillationModule(LightningModule):
         Raises:
             UserError: a loss was infinite or not a number.
         """
-        if float(self._sum_over_ranks((~self.all_finite).float())):  # all ranks stop, none waits for another
+        # Where a run is over, the module is on the CPU, and its process group need not be.
+        broken = (~self.all_finite).float().to(self.trainer.strategy.root_device)
+        if float(self._sum_over_ranks(broken)):  # all ranks stop, none waits for another
             values = ", ".join(f"{name or 'total'}={float(term):.4g}" for name, term in self.step_terms.items())
             raise UserError(
                 f"the loss is not finite at step {self.trainer.global_step} ({values}); the last checkpoint is from "
@@ -202,7 +215,9 @@ class DistillationModule(LightningModule):
         """
         # By name: under FSDP each parameter is a flat shard by now.
         trainable = [
-            (name, parameter) for name, parameter in self.student.named_parameters() if parameter.requires_grad
+            (name.replace("_fsdp_wrapped_module.", ""), parameter)
+            for name, parameter in self.student.named_parameters()
+            if parameter.requires_grad
         ]
         groups: list[dict[str, Any]] = [
             {"params": [parameter for name, parameter in trainable if name in self.matrices]},
@@ -282,8 +297,9 @@ class DistillationModule(LightningModule):
                 logger.log_metrics(scores, step=0)
             return
         self.after = scores
+        self.shown |= {name: scores[name] for name in ("val/loss", "val/accuracy")}
         for name, value in scores.items():
-            self.log(name, value, prog_bar=name in ("val/loss", "val/accuracy"))
+            self.log(name, value)
 
     # ------------------------------------------------------------- checkpoints
 
@@ -306,6 +322,7 @@ class DistillationModule(LightningModule):
             "teacher": {"name": self.teacher_name, "sha256": self.teacher_sha256},
             "objective": vars(self.objective),
             "tokens_seen": self.tokens_seen,
+            "shapes": self.shapes,
             "record": self.record,
             "files": self.files,
         }
@@ -330,11 +347,9 @@ class DistillationModule(LightningModule):
                 f"the checkpoint was distilled from teacher {saved['teacher']['name']!r}, this run has "
                 f"{self.teacher_name!r} or other weights of it; {cure}"
             )
-        # FSDP has taken the weights out and loaded them already.
-        shapes = {name: tensor.shape for name, tensor in checkpoint.get("state_dict", {}).items()}
-        ours = {f"student.{name}": tensor.shape for name, tensor in self.student.state_dict().items()}
-        if shapes and shapes != ours:
-            differing = sorted(name for name in shapes | ours if shapes.get(name) != ours.get(name))
+        if saved["shapes"] != self.shapes:
+            theirs = saved["shapes"]
+            differing = sorted(name for name in theirs | self.shapes if theirs.get(name) != self.shapes.get(name))
             raise UserError(f"the checkpoint holds another student: {differing[0]} differs; {cure}")
         self.tokens_seen = saved["tokens_seen"]
 

@@ -156,7 +156,7 @@ def finish(trainer: Trainer, module: DistillationModule, *, out: Path) -> None:
             "tokens_seen": saved["tokens_seen"],
             "tokens_per_second": round(throughput.tokens_per_second, 1) if throughput else None,
             "wall_seconds": round(throughput.seconds, 1) if throughput else None,
-            "peak_memory_mb": peak_memory_mb(module.device),
+            "peak_memory_mb": peak_memory_mb(trainer.strategy.root_device),
             "before": module.before,
             "after": module.after,
             "versions": versions(),
