@@ -132,11 +132,14 @@ def compare(sweep: Path, *, latency: bool) -> None:
         for run, milliseconds in zip(runs, measured, strict=True):
             run["latency_ms"] = milliseconds
     header, rows = table_rows(runs)
+    first, *others = (
+        [header, *rows] if len(rows) > len(header) else zip(header, *rows, strict=True)
+    )  # the way that fits
     table = Table(title=f"runs of {sweep.name}, on held-out documents", title_justify="left")
-    for index, column in enumerate(header):
-        table.add_column(column, justify="right" if index else "left", overflow="fold")  # whole on narrow terminals
-    for row in rows:
-        table.add_row(*row)
+    for index, column in enumerate(first):
+        table.add_column(column, justify="right" if index else "left", overflow="fold")
+    for line in others:
+        table.add_row(*line)
     console = Console()
     console.print(table)
     write_json(sweep / "comparison.json", {"runs": runs})
