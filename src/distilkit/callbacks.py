@@ -95,17 +95,16 @@ class Throughput(Callback):
         tokens = batch["input_ids"].numel() * trainer.world_size
         self.tokens += tokens
         self.window_tokens += tokens
-        if isinstance(pl_module, DistillationModule):
-            self.window_flops += pl_module.flops(batch) * trainer.world_size
+        assert isinstance(pl_module, DistillationModule)
+        self.window_flops += pl_module.flops(batch) * trainer.world_size
         log_every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by one of its connectors
         if batch["is_last"] and log_every and trainer.global_step % log_every == 0:
             self._stop()
             self.started = time.perf_counter()
             rate = self.window_tokens / max(self.window_seconds, 1e-9)
             pl_module.log("throughput/tokens_per_second", rate)
-            if isinstance(pl_module, DistillationModule):
-                pl_module.log("throughput/mfu", self.window_flops / max(self.window_seconds, 1e-9) / self.peak)
-                pl_module.shown["tokens/s"] = rate
+            pl_module.log("throughput/mfu", self.window_flops / max(self.window_seconds, 1e-9) / self.peak)
+            pl_module.shown["tokens/s"] = rate
             self.window_tokens, self.window_flops, self.window_seconds = 0, 0.0, 0.0
 
     def _stop(self) -> None:
@@ -139,4 +138,5 @@ class ProgressBar(RichProgressBar):
         """Show losses and tokens/s; the run's folder is its version."""
         items = super().get_metrics(trainer, pl_module)
         items.pop("v_num", None)
-        return items | pl_module.shown if isinstance(pl_module, DistillationModule) else items
+        assert isinstance(pl_module, DistillationModule)
+        return items | pl_module.shown

@@ -56,10 +56,12 @@ class _Projection:
     def __init__(
         self, features: Tensor, weight: Tensor, bias: Tensor | None, *, vocabulary: int, dtype: torch.dtype, rows: int
     ) -> None:
+        self.features, self.weight = features.to(dtype), weight[:vocabulary].to(dtype)
+        self.bias = None if bias is None else bias[:vocabulary].to(dtype)
         padding = -vocabulary % _VOCABULARY_MULTIPLE.get(features.device.type, 1)
-        self.features = features.to(dtype)
-        self.weight = F.pad(weight[:vocabulary].to(dtype), (0, 0, 0, padding))
-        self.bias = None if bias is None else F.pad(bias[:vocabulary].to(dtype), (0, padding))
+        if padding:  # F.pad copies even where there is nothing to add
+            self.weight = F.pad(self.weight, (0, 0, 0, padding))
+            self.bias = None if self.bias is None else F.pad(self.bias, (0, padding))
         self.buffer = self.weight.new_empty(rows, len(self.weight))
 
     def logits(self, chunk: slice) -> Tensor:

@@ -22,7 +22,7 @@ from distilkit.errors import UserError
 from distilkit.export import student_files
 from distilkit.flops import forward_cost, step_flops
 from distilkit.language_model import Task
-from distilkit.objective import Batch, Objective, forward, labelled_rows, real_rows
+from distilkit.objective import Batch, Objective, labelled_rows, lm_head, real_rows, token_states
 from distilkit.teacher import Teacher
 
 log = logging.getLogger(__name__)
@@ -110,15 +110,16 @@ class DistillationModule(LightningModule):
             raise UserError(
                 f"rank {self.global_rank} was started with another config than rank 0; start all ranks with one command line"
             )
-
-        sharded = isinstance(self.trainer.strategy, FSDPStrategy)  # in one flat parameter with the student
         if self.objective.alpha_mse and str(self.trainer.precision).startswith("16"):
             raise UserError(
                 f"objective.alpha_mse={self.objective.alpha_mse} overflows in trainer.precision={self.trainer.precision}: "
                 "squared logits are too large for float16; set trainer.precision=bf16-mixed or 32-true"
             )
-        in_bfloat16 = str(self.trainer.precision).startswith("bf16") and not sharded
-        if self.teacher is not None and in_bfloat16 and not self.keeps_teacher_dtype:
+        in_bfloat16 = str(self.trainer.precision).startswith("bf16")
+        sharded = isinstance(
+            self.trainer.strategy, FSDPStrategy
+        )  # in one flat parameter with the student, of one dtype
+        if self.teacher is not None and in_bfloat16 and not sharded and not self.keeps_teacher_dtype:
             for parameter in self.teacher.parameters():  # and no buffer: rotary frequencies need their digits
                 parameter.data = parameter.data.bfloat16()
 
@@ -154,14 +155,21 @@ class DistillationModule(LightningModule):
         student, teacher = self.costs
         return step_flops(self.objective, student, teacher, batch, task=self.task)
 
-    def _loss(self, batch: Batch, denominators: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.objective.loss(self.student, self.teacher, batch, task=self.task, denominators=denominators)
+    def _loss(
+        self,
+        batch: Batch,
+        denominators: Mapping[str, Tensor],
+        states: tuple[Tensor, Tensor | None] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.objective.loss(
+            self.student, self.teacher, batch, task=self.task, denominators=denominators, states=states
+        )
 
     def _log_step(self) -> None:
-        for name, term in self.step_terms.items():
-            key = f"train/loss_{name}" if name else "train/loss"
-            self.log(key, self._sum_over_ranks(term))
-        self.shown["train/loss"] = float(self._sum_over_ranks(self.step_terms[""]))
+        sums = {name: float(self._sum_over_ranks(term)) for name, term in self.step_terms.items()}
+        for name, value in sums.items():
+            self.log(f"train/loss_{name}" if name else "train/loss", value)
+        self.shown["train/loss"] = sums[""]
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
 
     def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
@@ -254,14 +262,15 @@ class DistillationModule(LightningModule):
         num_tokens = torch.tensor(len(labels) if real is None else len(real), device=self.device)
         num_labels = torch.tensor(len(rows), device=self.device)
         counts = self.objective.denominators(num_tokens=num_tokens, num_labels=num_labels, task=self.task)
-        for name, mean in self._loss(batch, counts)[1].items():
+        states = token_states(self.student, batch), token_states(self.teacher, batch) if self.teacher else None
+        for name, mean in self._loss(batch, counts, states)[1].items():
             self._count(f"loss_{name}", mean, counts[name])
 
         targets, predictions = labels[rows], {}
-        for prefix, model in (("", self.student), ("teacher_", self.teacher)):
-            if model is None:
+        for prefix, model, hidden in (("", self.student, states[0]), ("teacher_", self.teacher, states[1])):
+            if model is None or hidden is None:
                 continue
-            nll, predictions[prefix] = score(model, batch, rows=rows, targets=targets)
+            nll, predictions[prefix] = score(lm_head(model, hidden[rows]), targets)
             self._count(f"{prefix}nll", nll, num_labels)
             self._count(f"{prefix}accuracy", (predictions[prefix] == targets).float().mean(), num_labels)
         if "teacher_" in predictions:
@@ -354,13 +363,11 @@ class DistillationModule(LightningModule):
         self.tokens_seen = saved["tokens_seen"]
 
 
-def score(model: PreTrainedModel, batch: Batch, *, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean cross-entropy of a model at these rows, in nats, and its predictions (rows,).
+def score(head: losses.Head, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean cross-entropy at ``targets`` (rows,), in nats, and the predictions (rows,).
 
     Logits are held for a few rows at once: a batch of a causal model would have gigabytes of them.
     """
-    head = forward(model, batch, rows=rows).head
-    assert head is not None
     nlls, predictions = [], []
     for features, labels in zip(head.features.split(512), targets.split(512), strict=True):
         logits = F.linear(features, head.weight, head.bias)

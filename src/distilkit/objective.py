@@ -25,14 +25,6 @@ _CHOICES = {"soft_targets": ("all", "masked"), "implementation": ("fused", "refe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Forward:
-    """What one forward pass of a model gives: ``hidden`` (tokens, width) without padding, and the head of chosen rows."""
-
-    hidden: Tensor
-    head: losses.Head | None
-
-
-@dataclass(frozen=True, kw_only=True)
 class Objective:
     """Weigh the terms of DistilBERT's loss (arXiv 1910.01108, section 3).
 
@@ -143,28 +135,35 @@ class Objective:
         *,
         task: Task,
         denominators: Mapping[str, Tensor],
+        states: tuple[Tensor, Tensor | None] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted loss of a batch, and the detached part of each term in its mean (nats; squared logits).
 
-        The models see the batch once each. Logits are made for labelled tokens only where no term asks for more.
+        The models see the batch once each, or not at all where their ``token_states`` are given. Logits are made for
+        labelled tokens only where no term asks for more.
         """
-        rows = real_rows(batch) if self.takes_all_rows(task) else labelled_rows(batch)
-        labels = batch["labels"].flatten() if rows is None else batch["labels"].flatten()[rows]
-        ours = forward(student, batch, rows=rows, with_head=self.reads_student_logits)
-        theirs: Forward | None = None
-        if teacher is not None and self.reads_teacher:
+        if states is None:
             with torch.no_grad():
-                theirs = forward(teacher, batch, rows=rows, with_head=self.reads_teacher_logits)
+                targets = token_states(teacher, batch) if teacher is not None and self.reads_teacher else None
+            states = token_states(student, batch), targets
+        ours, theirs = states
+        real = real_rows(batch)
+        rows = real if self.takes_all_rows(task) else labelled_rows(batch)
+        labels = choose(batch["labels"].flatten(), rows)
 
         weights = {name: alpha / denominators[name] for name, alpha in self.weights.items()}
         weighted: dict[str, Tensor] = {}
         total = torch.zeros((), device=labels.device)
-        if ours.head is not None:
+        if self.reads_student_logits:
             implementation = fused_losses if self.implementation == "fused" else losses.reference_losses
             by_row = {name: weight.expand(len(labels)) for name, weight in weights.items()}
+            target_head = None
+            if teacher is not None and theirs is not None and self.reads_teacher_logits:
+                with torch.no_grad():
+                    target_head = lm_head(teacher, choose(theirs, rows))
             total, soft, hard, mse = implementation(
-                ours.head,
-                theirs.head if theirs else None,
+                lm_head(student, choose(ours, rows)),
+                target_head,
                 labels,
                 soft_weights=by_row.get("ce"),
                 hard_weights=by_row.get(task),
@@ -172,8 +171,8 @@ class Objective:
                 temperature=self.temperature,
             )
             weighted = {"ce": soft, task: hard, "mse": mse}
-        if theirs is not None and self.alpha_cos:
-            weighted["cos"] = losses.hidden_cosine(ours.hidden, theirs.hidden).sum() * weights["cos"]
+        if self.alpha_cos and theirs is not None:
+            weighted["cos"] = losses.hidden_cosine(choose(ours, real), choose(theirs, real)).sum() * weights["cos"]
             total = total + weighted["cos"]
         return total, {name: weighted[name].detach() / alpha for name, alpha in self.weights.items()}
 
@@ -195,17 +194,22 @@ def labelled_rows(batch: Batch) -> Tensor:
     return cast(Tensor, (batch["labels"].flatten() != losses.IGNORE_INDEX).nonzero().squeeze(1))
 
 
-def forward(model: PreTrainedModel, batch: Batch, *, rows: Tensor | None, with_head: bool = True) -> Forward:
-    """Run a model over a batch; ``rows`` are flat indices of the tokens that need logits, None for all."""
+def choose(tokens: Tensor, rows: Tensor | None) -> Tensor:
+    """Take rows of (tokens, ...) by their indices (rows,), or all of them for None."""
+    return tokens if rows is None else tokens[rows]
+
+
+def token_states(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Run a backbone over a batch: the last hidden states of all tokens, padding included, (batch * length, width)."""
     states = last_hidden_state(
         model,
         batch["input_ids"],
         attention_mask=batch.get("attention_mask"),
         document_ids=batch.get("document_ids"),
-    ).flatten(0, 1)
-    real = real_rows(batch)
-    hidden = states if real is None else states[real]
-    if not with_head:
-        return Forward(hidden=hidden, head=None)
-    features = head_transform(model, states if rows is None else states[rows])
-    return Forward(hidden=hidden, head=losses.Head(features, *output_embeddings(model)))
+    )
+    return states.flatten(0, 1)
+
+
+def lm_head(model: PreTrainedModel, states: Tensor) -> losses.Head:
+    """Return what makes the logits of these states (rows, width)."""
+    return losses.Head(head_transform(model, states), *output_embeddings(model))
