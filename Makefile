@@ -33,16 +33,16 @@ format: $(INSTALLED)  ## mend style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED)  ## time and weigh a step of BERT-base beside a naive one (under 10 minutes on 2 CPU cores)
+bench: $(INSTALLED)  ## time and weigh a step of BERT-base beside a naive one
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks
 
-bench-quick: $(INSTALLED)  ## the same at a small size (about 2 minutes)
+bench-quick: $(INSTALLED)  ## the same at a small size
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks --size small
 
 bench-gpu: $(INSTALLED)  ## BERT, RoBERTa and GPT-2 on one GPU, at rising batch sizes until its memory is full
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks gpu
 
-bench-growth: $(INSTALLED)  ## how loss and preparation grow with tokens, vocabulary and text (about 40 minutes)
+bench-growth: $(INSTALLED)  ## how loss and preparation grow with tokens, vocabulary and text
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks growth
 
 clean:  ## remove everything that make made, the runs of the demo included

@@ -8,7 +8,6 @@ import torch
 
 from benchmarks.machine import Precision
 from benchmarks.measure import Caller, in_turn, peak_megabytes
-from benchmarks.models import SIZES, step_flops_per_token
 from benchmarks.step import Variant, Workload, batch_of, build_steps, variants
 
 
@@ -29,28 +28,25 @@ def measure_until_full(
 ) -> list[dict[str, Any]]:
     """Time and weigh one variant at each batch size, up to the first that does not fit."""
     (step,) = build_steps([variant], work).values()
-    flops = step_flops_per_token(
-        work.family, SIZES[work.size], length=work.length, masked_rows=variant.rows == "masked"
-    )
     records = []
     for batch_size in batch_sizes:
         try:
-            run = partial(step, batch_of(work, batch_size))
+            batch = batch_of(work, batch_size)
+            run = partial(step, batch)
             run()  # compiles, and makes the optimizer's state
             step.optimizer.zero_grad()
             peak = peak_megabytes(run, device=work.device)
             timing = in_turn({"step": run}, rounds=rounds, device=work.device)["step"]
         except (torch.OutOfMemoryError, MemoryError):
             break
-        rate = batch_size * work.length / timing.wall_seconds
         records.append(
             {
                 "family": work.family,
                 "length": work.length,
                 "variant": variant.name,
                 "blocks": batch_size,
-                "tokens_per_second": rate,
-                "gflops": 1e-9 * flops * rate,
+                "tokens_per_second": batch_size * work.length / timing.wall_seconds,
+                "gflops": 1e-9 * step.flops(batch) / timing.wall_seconds,
                 "peak_mb": peak,
             }
         )

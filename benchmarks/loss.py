@@ -39,15 +39,17 @@ class LossVariant:
 
 @dataclass(frozen=True, kw_only=True)
 class Heads:
-    """Hidden states (tokens, width), head weights (vocabulary, width) and biases of both models, and labels (tokens,)."""
+    """What both models' logits are made of, and labels (tokens,)."""
 
-    student_hidden: Tensor
-    student_weight: Tensor
-    student_bias: Tensor
-    teacher_hidden: Tensor
-    teacher_weight: Tensor
-    teacher_bias: Tensor
+    student: Head
+    teacher: Head
     labels: Tensor
+
+    def forget_gradients(self) -> None:
+        """Free what the last backward pass left."""
+        for tensor in self.student:
+            if tensor is not None:
+                tensor.grad = None
 
 
 def draw_heads(num_tokens: int, *, vocabulary: int, width: int, device: str = "cpu", spread: float = 0.05) -> Heads:
@@ -59,15 +61,14 @@ def draw_heads(num_tokens: int, *, vocabulary: int, width: int, device: str = "c
 
     labels = torch.randint(vocabulary, (num_tokens,), generator=generator, device=device)
     labels[torch.rand(num_tokens, generator=generator, device=device) >= MASKED_SHARE] = IGNORE_INDEX
-    return Heads(
-        student_hidden=normal(num_tokens, width).requires_grad_(),
-        student_weight=normal(vocabulary, width, scale=spread).requires_grad_(),
-        student_bias=normal(vocabulary, scale=spread).requires_grad_(),
-        teacher_hidden=normal(num_tokens, width),
-        teacher_weight=normal(vocabulary, width, scale=spread),
-        teacher_bias=normal(vocabulary, scale=spread),
-        labels=labels,
+    student, teacher = (
+        Head(normal(num_tokens, width), normal(vocabulary, width, scale=spread), normal(vocabulary, scale=spread))
+        for _ in range(2)
     )
+    for tensor in student:
+        assert tensor is not None
+        tensor.requires_grad_()
+    return Heads(student=student, teacher=teacher, labels=labels)
 
 
 def flops_per_token(*, vocabulary: int, width: int) -> float:
@@ -77,9 +78,9 @@ def flops_per_token(*, vocabulary: int, width: int) -> float:
 
 def naive_head_loss(heads: Heads) -> Tensor:
     """Compute full logits, masked_select copies, and means."""
-    student = F.linear(heads.student_hidden, heads.student_weight, heads.student_bias)
+    student = F.linear(*heads.student)
     with torch.no_grad():
-        teacher = F.linear(heads.teacher_hidden, heads.teacher_weight, heads.teacher_bias)
+        teacher = F.linear(*heads.teacher)
     chosen = torch.ones_like(heads.labels, dtype=torch.bool)
     soft = naive_kl(student, teacher, chosen, temperature=TEMPERATURE)
     return ALPHA_SOFT * soft + ALPHA_HARD * naive_cross_entropy(student, heads.labels)
@@ -87,9 +88,9 @@ def naive_head_loss(heads: Heads) -> Tensor:
 
 def full_logits_loss(heads: Heads) -> Tensor:
     """Compute the same on full logits without copies, for the compiler to fuse."""
-    student = F.linear(heads.student_hidden, heads.student_weight, heads.student_bias)
+    student = F.linear(*heads.student)
     with torch.no_grad():
-        teacher = F.linear(heads.teacher_hidden, heads.teacher_weight, heads.teacher_bias)
+        teacher = F.linear(*heads.teacher)
     soft = F.kl_div(
         F.log_softmax(student.float() / TEMPERATURE, dim=-1),
         F.log_softmax(teacher.float() / TEMPERATURE, dim=-1),
@@ -104,8 +105,8 @@ def our_head_loss(heads: Heads) -> Tensor:
     """Call the fused loss with one weight for each row."""
     labelled = heads.labels != IGNORE_INDEX
     return fused_losses(
-        Head(heads.student_hidden, heads.student_weight, heads.student_bias),
-        Head(heads.teacher_hidden, heads.teacher_weight, heads.teacher_bias),
+        heads.student,
+        heads.teacher,
         heads.labels,
         soft_weights=torch.full(labelled.shape, ALPHA_SOFT / len(labelled), device=labelled.device),
         hard_weights=ALPHA_HARD * labelled / labelled.sum().clamp(min=1),
@@ -118,14 +119,9 @@ def liger_head_loss(heads: Heads) -> Tensor:
     loss = importlib.import_module("liger_kernel.chunked_loss").LigerFusedLinearJSDLoss(
         weight_hard_loss=ALPHA_HARD, weight_soft_loss=ALPHA_SOFT, beta=0.0, temperature=TEMPERATURE
     )
+    student, teacher = heads.student, heads.teacher
     result: Tensor = loss(
-        heads.student_hidden,
-        heads.student_weight,
-        heads.teacher_hidden,
-        heads.teacher_weight,
-        heads.labels,
-        heads.student_bias,
-        heads.teacher_bias,
+        student.features, student.weight, teacher.features, teacher.weight, heads.labels, student.bias, teacher.bias
     )
     return result
 
@@ -152,7 +148,7 @@ def loss_variants(fast: Precision) -> list[LossVariant]:
 
 def build_loss(variant: LossVariant, heads: Heads) -> Callable[[], None]:
     """Return a run of forward and backward pass."""
-    device = heads.student_hidden.device.type
+    device = heads.labels.device.type
     makers: dict[Maker, Callable[[Heads], Tensor]] = {
         "naive": naive_head_loss,
         "full logits, compiled": full_logits_loss,
@@ -163,11 +159,10 @@ def build_loss(variant: LossVariant, heads: Heads) -> Callable[[], None]:
     if variant.maker == "full logits, compiled":
         compute = torch.compile(compute)
     if variant.maker == "Liger, chunked" and variant.precision == "bf16":  # autocast does not reach into its chunks
-        heads = Heads(**{name: _cast(tensor) for name, tensor in vars(heads).items()})
+        heads = Heads(student=_cast(heads.student), teacher=_cast(heads.teacher), labels=heads.labels)
 
     def run() -> None:
-        for tensor in vars(heads).values():
-            tensor.grad = None
+        heads.forget_gradients()
         with torch.autocast(device, DTYPES["bf16"]) if variant.precision == "bf16" else nullcontext():
             loss = compute(heads)
         loss.backward()
@@ -175,10 +170,10 @@ def build_loss(variant: LossVariant, heads: Heads) -> Callable[[], None]:
     return run
 
 
-def _cast(tensor: Tensor) -> Tensor:
-    if not tensor.is_floating_point():
-        return tensor
-    return tensor.detach().to(DTYPES["bf16"]).requires_grad_(tensor.requires_grad)
+def _cast(head: Head) -> Head:
+    """Cast to bfloat16, with gradients of their own."""
+    cast = (None if part is None else part.detach().bfloat16().requires_grad_(part.requires_grad) for part in head)
+    return Head(*cast)  # type: ignore[arg-type]
 
 
 def time_losses(
@@ -230,8 +225,7 @@ def weigh_loss(
     with NoProducts() if emulated else nullcontext():
         if variant.maker != "naive":  # compile, and let the gradients go
             run()
-            for tensor in vars(heads).values():
-                tensor.grad = None
+            heads.forget_gradients()
         peak = peak_megabytes(run, device=device)
     return {"variant": variant.name, "tokens": num_tokens, "peak_mb": peak, "products": not emulated}
 

@@ -106,19 +106,3 @@ def build_batch(
         labels.scatter_(1, chosen, ids.gather(1, chosen))
     (batch,) = split_step({"input_ids": ids, "labels": labels}, batch_size)
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-
-
-def step_flops_per_token(
-    family: Family, size: Size, *, length: int, masked_rows: bool, vocabulary: int | None = None
-) -> float:
-    """Count what a step must compute for one token: a multiplication and an addition are two.
-
-    A backward pass costs two forward ones. Attention is counted in full, for causal models too, and with
-    ``masked_rows`` the heads on the labelled tokens alone, whatever a variant really computes.
-    """
-    width = size.width
-    layer = 2 * (4 * width**2 + 2 * 4 * width**2) + 4 * length * width
-    transform = 0 if family == "gpt2" else 2 * width**2
-    head = transform + 2 * width * (vocabulary or size.vocabulary_of(family))
-    rows = MASKED_SHARE if masked_rows else 1.0
-    return layer * (size.teacher_layers + 3 * size.student_layers) + rows * head * (1 + 3)

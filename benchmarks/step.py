@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from benchmarks.machine import Precision
 from benchmarks.measure import NoProducts, in_turn, peak_megabytes
-from benchmarks.models import SIZES, Family, build_batch, build_models, step_flops_per_token, task_of_family
+from benchmarks.models import SIZES, Family, build_batch, build_models, task_of_family
 from benchmarks.naive import naive_loss
+from distilkit.flops import forward_cost, step_flops
 from distilkit.language_model import Task
 from distilkit.objective import Batch, Objective
 
@@ -76,6 +77,11 @@ class Step:
             if self.variant.maker == "naive":
                 return naive_loss(self.student, self.teacher, batch, objective=self.objective, task=self.task)
             return our_loss(self.student, self.teacher, batch, objective=self.objective, task=self.task)
+
+    def flops(self, batch: Batch) -> float:
+        """Count what a step on a batch must compute, whatever this variant computes in truth."""
+        costs = forward_cost(self.student), forward_cost(self.teacher)
+        return step_flops(self.objective, *costs, batch, task=self.task)
 
     def __call__(self, batch: Batch) -> None:
         """Take one optimizer step."""
@@ -153,9 +159,8 @@ def time_steps(work: Workload, fast: Precision, batch_size: int, rounds: int) ->
         once=frozenset(variant.name for variant in steps if _emulated(variant, work, fast)),
     )
     records = []
-    for variant in steps:
+    for variant, step in steps.items():
         timing, (blocks, length) = timings[variant.name], batches[variant]["input_ids"].shape
-        flops = step_flops_per_token(work.family, SIZES[work.size], length=length, masked_rows=variant.rows == "masked")
         seconds = timing.wall_seconds if work.device == "cuda" else timing.core_seconds
         records.append(
             {
@@ -169,7 +174,7 @@ def time_steps(work: Workload, fast: Precision, batch_size: int, rounds: int) ->
                 "wall_seconds": timing.wall_seconds,
                 "tokens_per_core_second": blocks * length / timing.core_seconds,
                 "tokens_per_second": blocks * length / timing.wall_seconds,
-                "gflops": 1e-9 * flops * blocks * length / seconds,
+                "gflops": 1e-9 * step.flops(batches[variant]) / seconds,
             }
         )
     return records

@@ -354,6 +354,21 @@ def test_validation_comes_first_then_at_least_every_so_many_steps_and_at_the_end
     assert module.before["val/nll"] != module.after["val/nll"]
 
 
+@pytest.mark.parametrize("soft_targets", ["all", "masked"])
+def test_each_backbone_sees_a_batch_once_in_training_and_in_validation(
+    soft_targets: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    teacher, counted = build_teacher("bert", num_layers=2, **NO_DROPOUT), []
+    module = build_module(tokenizer, teacher=teacher, soft_targets=soft_targets)
+    for model in (module.student, teacher.model):
+        model.base_model.register_forward_hook(lambda *_, name=model.config.model_type: counted.append(name))
+    step = uneven_step(task="mlm", size=4)
+    trainer = fit(module, [step], micro_batch_size=4)
+    assert sorted(counted) == ["bert", "distilbert"]
+    trainer.validate(module, DataLoader([step], batch_size=None), verbose=False)
+    assert sorted(counted) == ["bert", "bert", "distilbert", "distilbert"]
+
+
 def test_checkpoints_hold_the_student_and_not_the_teacher(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     module = build_module(tokenizer)
     _, saved = saved_checkpoint(module, tmp_path)
