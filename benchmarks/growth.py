@@ -46,7 +46,7 @@ def loss_growth(
                 makers.append(LossVariant("naive", fast))
             for variant in makers:
                 spent = call(_time_once, variant, count, vocabulary, width, device, raised=True)
-                weighed = call(weigh_loss, variant, count, vocabulary, width, fast, device, raised=True)
+                weighed = call(weigh_loss, variant, count, vocabulary, width, device, raised=True)
                 records.append(
                     {"maker": variant.maker, "tokens": count, "vocabulary": vocabulary, "seconds": spent}
                     | {"peak_mb": weighed["peak_mb"]}

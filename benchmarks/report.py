@@ -185,15 +185,16 @@ def _bars(
     names = [record["variant"] for record in records]
     values = [record.get(key) or 0.0 for record in records]
     colors = ["tab:blue" if name.startswith("ours") else "tab:gray" for name in names]
-    bars = axis.barh(names, values, color=colors)
+    axis.barh(names, values, color=colors)
     texts = [
         "not measured" if not record.get(key) else memory_cell(record) if key == "peak_mb" else _short(value)
         for record, value in zip(records, values, strict=True)
     ]
-    axis.bar_label(bars, labels=texts, padding=6)
-    if before:
-        points = [(float(before[name][key]), name) for name in names if before.get(name, {}).get(key)]
-        axis.scatter([value for value, _ in points], [name for _, name in points], color="black", s=22, zorder=3)
+    dots = [float((before or {}).get(name, {}).get(key) or 0.0) for name in names]
+    for name, value, dot, text in zip(names, values, dots, texts, strict=True):
+        if dot:
+            axis.scatter([dot], [name], color="black", s=22, zorder=3)
+        axis.annotate(text, (max(value, dot), name), (7, 0), textcoords="offset points", va="center")
     axis.invert_yaxis()
     axis.set_title(title, fontsize=10, loc="left")
     axis.margins(x=0.18)

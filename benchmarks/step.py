@@ -144,11 +144,11 @@ def time_steps(work: Workload, fast: Precision, batch_size: int, rounds: int) ->
     """Time the variants in turn, one record for each.
 
     Ours compiles in a warm-up; for the others the median leaves a slow first round out. A processor without bf16 units
-    emulates bf16, up to a hundred times slower than fp32: there the variants in bf16 run once, on a quarter of a block.
+    emulates bf16, up to a hundred times slower than fp32: there the variants in bf16 run once, on an eighth of a block.
     """
     steps = build_steps(variants(fast, work.family), work)
-    whole, quarter = batch_of(work, batch_size), batch_of(replace(work, length=max(8, work.length // 4)), 1)
-    batches = {variant: quarter if _emulated(variant, work, fast) else whole for variant in steps}
+    whole, part = batch_of(work, batch_size), batch_of(replace(work, length=max(8, work.length // 8)), 1)
+    batches = {variant: part if _emulated(variant, work, fast) else whole for variant in steps}
     for variant, step in steps.items():
         if variant.maker == "ours":
             step(batches[variant])
@@ -184,15 +184,18 @@ def _emulated(variant: Variant, work: Workload, fast: Precision) -> bool:
     return work.device == "cpu" and variant.precision == "bf16" and fast == "fp32"
 
 
-def weigh_step(work: Workload, fast: Precision, variant: Variant, batch_size: int) -> dict[str, Any]:
+def weigh_step(work: Workload, variant: Variant, batch_size: int) -> dict[str, Any]:
     """Measure the peak memory of a variant's step in MB, beyond weights and optimizer state.
 
-    Emulated bf16 is weighed without its matrix products (``NoProducts``), which take no memory but their results.
+    On a CPU the naive step is weighed without its matrix products (``NoProducts``), which take no memory but their
+    results; ours, whose core is compiled, computes them.
     """
     (step,) = build_steps([variant], work).values()
-    emulated = _emulated(variant, work, fast)
-    with NoProducts() if emulated else nullcontext():
-        step(batch_of(work, batch_size if variant.maker == "ours" else 1))  # ours compiles for the shapes it sees
+    products = work.device == "cuda" or variant.maker == "ours"
+    with nullcontext() if products else NoProducts():
+        step(batch_of(work, 1))  # the optimizer's state
+        if variant.maker == "ours":
+            step.loss(batch_of(work, batch_size))  # compiles, which takes memory of its own
         step.optimizer.zero_grad()
         peak = peak_megabytes(partial(step, batch_of(work, batch_size)), device=work.device)
-    return {"variant": variant.name, "blocks": batch_size, "peak_mb": peak, "products": not emulated}
+    return {"variant": variant.name, "blocks": batch_size, "peak_mb": peak, "products": products}

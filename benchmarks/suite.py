@@ -55,7 +55,7 @@ class Plan:
 STANDARD = Plan(
     size="base",
     length=128,
-    blocks=8,
+    blocks=4,
     memory_blocks=32,
     step_rounds=3,
     loss_tokens=4096,
@@ -98,12 +98,12 @@ def run_suite(call: Caller, plan: Plan, *, out: Path) -> dict[str, Any]:
             weighed: dict[str, Any] = {"peak_mb": None, "products": True}
             if malloc in plan.weighed:
                 say(f"memory of {variant.name}, malloc thresholds {malloc}")
-                weighed = _weighed(call, weigh_step, work, fast, variant, plan.memory_blocks, raised=raised)
+                weighed = _weighed(call, weigh_step, work, variant, plan.memory_blocks, raised=raised)
             steps.append({**record, **weighed, "malloc": malloc, "memory_tokens": plan.memory_blocks * plan.length})
     say("the loss alone")
     losses = call(time_losses, plan.loss_tokens, vocabulary, width, fast, plan.loss_rounds, raised=True)
     for record, loss_variant in zip(losses, loss_variants(fast), strict=True):
-        record |= _weighed(call, weigh_loss, loss_variant, plan.loss_tokens, vocabulary, width, fast, raised=False)
+        record |= _weighed(call, weigh_loss, loss_variant, plan.loss_tokens, vocabulary, width, raised=False)
     say("the data path")
     data = call(time_data_path, plan.length, 32, plan.data_batches, plan.data_rounds, raised=True)
     for record in (*steps, *losses):
