@@ -15,7 +15,7 @@ from hydra.core.utils import JobReturn
 from omegaconf import OmegaConf
 
 from conftest import build_model
-from distilkit import report
+from distilkit import comparison
 
 AFTER = {"val/loss": 3.0, "val/nll": 2.5, "val/accuracy": 0.4321, "val/agreement": 0.5}
 
@@ -30,7 +30,7 @@ def write_run(
     after: dict[str, float] | None = None,
     **fields: Any,
 ) -> Path:
-    """Write what the report reads of a finished run, as if it had ended ``order`` seconds into 1970."""
+    """Write what the comparison reads of a finished run, as if it had ended ``order`` seconds into 1970."""
     folder = sweep / job
     (folder / ".hydra").mkdir(parents=True)
     if overrides is not None:
@@ -58,7 +58,7 @@ def test_runs_are_read_in_the_order_they_ended_and_unfinished_ones_are_left_out(
     write_run(tmp_path, "0", ["x=a"], order=2)
     write_run(tmp_path, "10", ["x=b"], order=3)
     (tmp_path / "3" / "checkpoints").mkdir(parents=True)
-    runs = report.read_runs(tmp_path)
+    runs = comparison.read_runs(tmp_path)
     assert [run["folder"] for run in runs] == [str(tmp_path / job) for job in ("2", "0", "10")]
     assert [run["label"] for run in runs] == ["x=c", "x=a", "x=b"]
     assert runs[0]["after"] == AFTER
@@ -66,7 +66,7 @@ def test_runs_are_read_in_the_order_they_ended_and_unfinished_ones_are_left_out(
 
 
 def test_an_empty_sweep_has_no_runs(tmp_path: Path) -> None:
-    assert report.read_runs(tmp_path) == []
+    assert comparison.read_runs(tmp_path) == []
 
 
 def test_a_run_is_named_by_what_not_all_runs_share(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_a_run_is_named_by_what_not_all_runs_share(tmp_path: Path) -> None:
     write_run(tmp_path, "0", [*shared, "objective.temperature=1", "seed=1"], order=0)
     write_run(tmp_path, "1", [*shared, "objective.temperature=2", "seed=1"], order=1)
     write_run(tmp_path, "2", [*shared, "objective.temperature=2", "seed=2"], order=2)
-    assert [run["label"] for run in report.read_runs(tmp_path)] == [
+    assert [run["label"] for run in comparison.read_runs(tmp_path)] == [
         "objective.temperature=1, seed=1",
         "objective.temperature=2, seed=1",
         "objective.temperature=2, seed=2",
@@ -94,12 +94,12 @@ def test_a_run_is_named_by_what_not_all_runs_share(tmp_path: Path) -> None:
     ],
 )
 def test_a_label_is_the_override_and_a_stage_is_its_name_alone(override: str, label: str, tmp_path: Path) -> None:
-    assert report.run_label(write_run(tmp_path, "0", ["seed=1", override]), {"seed=1"}) == label
+    assert comparison.run_label(write_run(tmp_path, "0", ["seed=1", override]), {"seed=1"}) == label
 
 
 @pytest.mark.parametrize("overrides", [None, [], ["seed=1"]])
 def test_a_run_without_overrides_of_its_own_is_named_by_its_folder(overrides: list[str] | None, tmp_path: Path) -> None:
-    assert report.run_label(write_run(tmp_path, "only", overrides), {"seed=1"}) == "only"
+    assert comparison.run_label(write_run(tmp_path, "only", overrides), {"seed=1"}) == "only"
 
 
 # ----------------------------------------------------------------------------------- table
@@ -108,7 +108,7 @@ def test_a_run_without_overrides_of_its_own_is_named_by_its_folder(overrides: li
 def test_the_table_has_the_numbers_of_each_run(tmp_path: Path) -> None:
     write_run(tmp_path, "0", ["x=a"], order=0)
     write_run(tmp_path, "1", ["x=b"], order=1, tokens_seen=8192, after={**AFTER, "val/nll": 1.9996})
-    header, rows = report.table_rows(report.read_runs(tmp_path))
+    header, rows = comparison.table_rows(comparison.read_runs(tmp_path))
     assert header == [
         "run",
         "parameters",
@@ -129,7 +129,7 @@ def test_a_column_that_no_run_fills_is_left_out_and_one_that_some_fill_has_dashe
     alone = {"val/loss": 3.0, "val/nll": 2.5, "val/accuracy": 0.4}
     write_run(tmp_path, "0", ["x=a"], order=0, before={}, after=alone, tokens_per_second=None)
     write_run(tmp_path, "1", ["x=b"], order=1, before={}, tokens_per_second=None, latency_ms=12.34)
-    header, rows = report.table_rows(report.read_runs(tmp_path))
+    header, rows = comparison.table_rows(comparison.read_runs(tmp_path))
     assert header == ["run", "parameters", "tokens seen", "cross-entropy", "accuracy", "agreement", "latency ms"]
     assert [row[-2:] for row in rows] == [["-", "-"], ["0.500", "12.3"]]
     assert {len(row) for row in rows} == {len(header)}
@@ -137,9 +137,9 @@ def test_a_column_that_no_run_fills_is_left_out_and_one_that_some_fill_has_dashe
 
 def test_a_metric_of_zero_is_a_number_and_no_dash() -> None:
     run = {"before": {"val/nll": 0.0}, "after": {"val/accuracy": 0.0}}
-    assert report.cell(run, "val/accuracy", "{:.3f}") == "0.000"
-    assert report.cell(run, "before", "{:.3f}") == "0.000"
-    assert report.cell(run, "val/agreement", "{:.3f}") == "-"
+    assert comparison.cell(run, "val/accuracy", "{:.3f}") == "0.000"
+    assert comparison.cell(run, "before", "{:.3f}") == "0.000"
+    assert comparison.cell(run, "val/agreement", "{:.3f}") == "-"
 
 
 # ----------------------------------------------------------------------------------- files
@@ -148,7 +148,7 @@ def test_a_metric_of_zero_is_a_number_and_no_dash() -> None:
 def test_the_comparison_is_written_as_table_data_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path, "0", ["+experiment/demo=teacher"], order=0)
     write_run(tmp_path, "1", ["+experiment/demo=distilled"], order=1, after={**AFTER, "val/nll": 3.5})
-    report.compare(tmp_path, latency=False)
+    comparison.compare(tmp_path, latency=False)
     header, rule, *rows = (tmp_path / "comparison.md").read_text("utf-8").splitlines()
     columns = header.count("|") - 1
     assert rule == "| " + " | ".join(["---"] * columns) + " |"
@@ -186,9 +186,9 @@ def test_bars_grow_with_the_metric_and_the_teachers_are_gray(tmp_path: Path) -> 
     def run(label: str, nll: float) -> dict[str, Any]:
         return {"label": label, "after": {"val/nll": nll, "val/accuracy": 0.001}, "before": {}}
 
-    report.plot_runs([run("a", 2.0), run("b", 2.0)], tmp_path / "students.png")
-    report.plot_runs([run("a", 2.0), run("teacher", 2.0)], tmp_path / "teacher.png")
-    report.plot_runs([run("a", 2.0), run("b", 1.0)], tmp_path / "shorter.png")
+    comparison.plot_runs([run("a", 2.0), run("b", 2.0)], tmp_path / "students.png")
+    comparison.plot_runs([run("a", 2.0), run("teacher", 2.0)], tmp_path / "teacher.png")
+    comparison.plot_runs([run("a", 2.0), run("b", 1.0)], tmp_path / "shorter.png")
     both, one = bars(tmp_path / "students.png", blue=True), bars(tmp_path / "teacher.png", blue=True)
     assert bars(tmp_path / "students.png", blue=False) < 0.02 * both
     assert one == pytest.approx(both / 2, rel=0.1)
@@ -199,20 +199,20 @@ def test_bars_grow_with_the_metric_and_the_teachers_are_gray(tmp_path: Path) -> 
 
 def test_a_plot_has_room_for_many_runs(tmp_path: Path) -> None:
     runs = [{"label": f"seed={seed}", "after": {"val/nll": 2.0, "val/accuracy": 0.5}} for seed in range(12)]
-    report.plot_runs(runs[:2], tmp_path / "few.png")
-    report.plot_runs(runs, tmp_path / "many.png")
+    comparison.plot_runs(runs[:2], tmp_path / "few.png")
+    comparison.plot_runs(runs, tmp_path / "many.png")
     few, many = (matplotlib.image.imread(tmp_path / name).shape[0] for name in ("few.png", "many.png"))
     assert many > 2 * few
 
 
 def test_a_sweep_without_finished_runs_writes_nothing(tmp_path: Path) -> None:
-    report.compare(tmp_path, latency=True)
+    comparison.compare(tmp_path, latency=True)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_hydra_calls_the_report_at_the_end_of_a_sweep(tmp_path: Path) -> None:
+def test_hydra_calls_the_comparison_at_the_end_of_a_sweep(tmp_path: Path) -> None:
     write_run(tmp_path, "0", ["x=a"])
-    callback = report.SweepReport(measure_latency=False)
+    callback = comparison.SweepReport(measure_latency=False)
     callback.on_multirun_end(
         OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}), config_name="train", job_return=[JobReturn()]
     )
@@ -234,7 +234,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def test_the_latency_of_each_model_is_measured_and_a_deep_one_takes_longer(folders: list[str]) -> None:
-    small, large, causal = report.measure_latency(folders, block_size=16, rounds=9)
+    small, large, causal = comparison.measure_latency(folders, block_size=16, rounds=9)
     assert 0 < small < large
     assert causal > 0
 
@@ -256,9 +256,9 @@ def test_models_are_timed_in_turn_on_one_block_of_the_given_size(
         return from_pretrained
 
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
-    for auto in (report.AutoModelForCausalLM, report.AutoModelForMaskedLM):
+    for auto in (comparison.AutoModelForCausalLM, comparison.AutoModelForMaskedLM):
         monkeypatch.setattr(auto, "from_pretrained", load(auto.from_pretrained))
-    medians = report.measure_latency(folders, block_size=8, rounds=2)
+    medians = comparison.measure_latency(folders, block_size=8, rounds=2)
     assert medians == [1000.0, 1000.0, 1000.0]  # a tick a pass, in milliseconds
     assert calls == [(folder, torch.Size([1, 8])) for _ in range(2 + 3) for folder in folders]
 
@@ -274,8 +274,8 @@ def test_the_comparison_measures_the_students_on_the_smallest_block(
         asked.append((paths, block_size))
         return [1.25, 2.0]
 
-    monkeypatch.setattr(report, "measure_latency", measure)
-    report.compare(tmp_path, latency=True)
+    monkeypatch.setattr(comparison, "measure_latency", measure)
+    comparison.compare(tmp_path, latency=True)
     assert asked == [([f"{tmp_path}/0/student", f"{tmp_path}/1/student"], 16)]
     table = (tmp_path / "comparison.md").read_text("utf-8").splitlines()
     assert table[0].split("|")[-2].strip() == "latency ms"

@@ -34,7 +34,11 @@ from jobs import QUIET, SMALL, call, only
 
 CONF = Path(distilkit.conf.__file__).parent
 SOURCE = Path(distilkit.__file__).parent
-OPTIONS = sorted(file.relative_to(CONF).with_suffix("").as_posix() for file in CONF.glob("*/**/*.yaml"))
+OPTIONS = sorted(
+    file.relative_to(CONF).with_suffix("").as_posix()
+    for file in CONF.glob("*/**/*.yaml")
+    if file.relative_to(CONF).parts[0] != "evaluate"  # a root of its own, see test_evaluate_configs.py
+)
 FILLED = {  # what a user of the option has to fill in
     "data/hf": ["data.corpus.path=someone/something"],
     "data/text": ["data.corpus.paths=nothing.txt"],
@@ -43,6 +47,7 @@ FILLED = {  # what a user of the option has to fill in
     "teacher/hf": ["teacher.name=someone/something"],
     "trainer/multi_node": ["trainer.num_nodes=2"],
     "experiment/demo": ["stage=teacher"],
+    "experiment/demo_student": ["teacher.name=someone/something"],
 }
 GIVEN_BY_TRAIN = {"teacher", "tokenizer", "task", "needs_head", "params", "callbacks", "logger"}
 
@@ -116,7 +121,8 @@ def changed(cfg: DictConfig, base: DictConfig) -> dict[str, Any]:
 def test_the_options_on_disk_are_found() -> None:
     assert {"objective/distilbert", "data/text", "experiment/demo/teacher", "sweep/ablation/no_ce"} <= set(OPTIONS)
     assert {option.split("/")[0] for option in OPTIONS} == {path.name for path in CONF.iterdir() if path.is_dir()} - {
-        "__pycache__"
+        "__pycache__",
+        "evaluate",
     }
 
 
@@ -451,7 +457,10 @@ def test_each_row_of_the_ablation_changes_one_thing() -> None:
     assert cfg.hydra.mode.name == "MULTIRUN"
     (group, values), *rest = cfg.hydra.sweeper.params.items()
     assert (group, rest) == ("+sweep/ablation", [])
-    rows = {value: changed(composed("sweep=ablation", f"{group}={value}"), composed()) for value in values.split(",")}
+    rows = {
+        value: changed(composed("sweep=ablation", f"{group}={value}"), composed("sweep=ablation"))
+        for value in values.split(",")
+    }
     assert rows == {
         "full": {},
         "no_ce": {"objective.alpha_ce": 0.0},
@@ -463,7 +472,7 @@ def test_each_row_of_the_ablation_changes_one_thing() -> None:
 
 
 def test_the_ablation_goes_with_an_experiment() -> None:
-    base = composed("experiment=distilroberta")
+    base = composed("experiment=distilroberta", "sweep=ablation")
     row = composed("experiment=distilroberta", "sweep=ablation", "+sweep/ablation=no_cos")
     assert changed(row, base) == {"objective.alpha_cos": 0.0}
 
@@ -511,9 +520,16 @@ PURE = {
     "student",
 }
 LEVELS = (  # a module imports from its own level and those before it
-    PURE | {"malloc", "corpus", "text_files", "hub", "docstrings", "tokenizer", "tokens"},
-    {"entry", "export", "callbacks", "data", "module", "flops", "launch", "tracking"},
-    {"summary", "report", "train", "prepare"},
+    PURE
+    | {"malloc", "corpus", "text_files", "hub", "docstrings", "tokenizer", "tokens"}
+    | {"task_rows", "task_model", "classification", "squad", "squad_answers"}
+    | {"candidate", "latency", "onnx_export"},
+    {"entry", "export", "callbacks", "data", "module", "flops", "launch", "tracking", "finetune"},
+    {"summary", "comparison", "train", "prepare"},
+    {"results", "speed", "language_score"},
+    {"published", "medians", "pages", "tables", "published_tables", "speed_tables", "run_tables", "plots", "card"},
+    {"evaluate", "report"},
+    {"ablation"},
 )
 
 

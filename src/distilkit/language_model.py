@@ -144,6 +144,12 @@ def num_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def num_parameters_without_embeddings(model: nn.Module) -> int:
+    """Count the parameters but those of the tables of words, positions and segments."""
+    tables = {id(module.weight): module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    return num_parameters(model) - sum(table.numel() for table in tables.values())
+
+
 def check_block_size(model: PreTrainedModel, block_size: int, *, name: str) -> None:
     """Make sure that a block fits the model's positions.
 

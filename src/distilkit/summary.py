@@ -41,7 +41,7 @@ def peak_memory_mb(device: torch.device) -> dict[str, float]:
     return {name: round(value, 1) for name, value in peak.items()}
 
 
-def write_json(file: Path, content: Mapping[str, Any]) -> None:
+def write_json(file: Path, content: Any) -> None:
     """Write JSON beside its place and rename it, so that a reader finds all of it or none."""
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", "utf-8")

@@ -41,6 +41,10 @@ def load_tokenizer(
             "A hub id needs the network (and HF_HUB_OFFLINE unset) or a filled Hugging Face cache; a folder needs its "
             "tokenizer's files, or tokenizer.tokenizer_type for a bare vocabulary"
         ) from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a folder without its files
+        raise UserError(
+            f"{name!r} has no tokenizer: there is no vocabulary in it; add the tokenizer's files (tokenizer.save_pretrained)"
+        )
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer of {name!r} is not a fast one; save it once with a fast tokenizer class")
     return tokenizer

@@ -1,0 +1,476 @@
+"""From results to tables: which score counts, medians, averages and shares against sums done by hand."""
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distilkit import medians, pages, published, published_tables, run_tables, speed_tables, tables
+from distilkit.medians import choose
+from distilkit.results import Result, read_results, write_results
+from distilkit.tables import Roles
+
+GLUE = published.GLUE_TASKS
+COST = {
+    "seconds": 1800.0,
+    "tokens": 1_000_000,
+    "device": "cpu",
+    "machine": "Some CPU, 2 cores",
+    "date": "2026-11-20",
+    "versions": {"python": "3.11", "torch": "2.13"},
+}
+BERT = dict(zip(GLUE, (0.56, 0.84, 0.88, 0.91, 0.89, 0.69, 0.92, 0.89, 0.53), strict=True))  # sum 7.11
+STUDENT = dict(zip(GLUE, (0.51, 0.82, 0.87, 0.89, 0.88, 0.59, 0.91, 0.86, 0.56), strict=True))  # sum 6.89
+BASELINE = dict(zip(GLUE, (0.30, 0.75, 0.81, 0.84, 0.85, 0.55, 0.88, 0.80, 0.56), strict=True))  # sum 6.34
+PARAMETERS = {"bert": 110_000_000, "student": 66_000_000, "baseline": 66_000_000}
+ROLES = Roles(teacher="bert", baseline="baseline")
+
+
+def result(name: str, task: str, score: float | None, **fields: Any) -> Result:
+    """Make a result as scoring writes it."""
+    parameters = PARAMETERS.get(name, 66_000_000)
+    given = {
+        "model": f"outputs/{name}/student",
+        "sha256": f"{name:0<7}0123456789",
+        "model_type": "bert",
+        "parameters": parameters,
+        "parameters_without_embeddings": parameters - 24_000_000,
+        "kind": "finetuned",
+        "seed": 1,
+        "settings": {"lr": 2e-5, "batch_size": 32},
+        "scores": {} if score is None else {"accuracy": score},
+        "cost": COST,
+        **fields,
+    }
+    return Result(name=name, task=task, score=score, **given)
+
+
+def glue(*, seeds: Sequence[int] = (1, 2, 3)) -> list[Result]:
+    """Nine tasks, three models, three seeds: the middle one has the score of the tables above."""
+    shift = {1: 0.0, 2: -0.02, 3: 0.01}
+    return [
+        result(name, task, score + shift[seed], seed=seed)
+        for name, scores in (("student", STUDENT), ("bert", BERT), ("baseline", BASELINE))
+        for task, score in scores.items()
+        for seed in seeds
+    ]
+
+
+def speed(name: str, latency: float, **fields: Any) -> Result:
+    scores = {
+        "cpu/latency_ms": latency,
+        "cpu/latency_ms_p10": latency - 1,
+        "cpu/latency_ms_p90": latency + 2,
+        "cpu/sentences_per_second": 3000 / latency,
+        "cpu/onnx/latency_ms": latency / 2,
+        "file_mb": 438.0,
+        "onnx_mb": 440.5,
+    }
+    return result(name, "sst2", None, kind="speed", seed=None, scores=scores, **fields)
+
+
+def perplexity(name: str, value: float, **fields: Any) -> Result:
+    given = {"task": "wikitext103", "scores": {"perplexity": value, "nll": math.log(value)}, **fields}
+    return result(name, score=value, kind="language_model", seed=None, higher_is_better=False, **given)
+
+
+def by_row(table: pages.Table | None) -> dict[str, dict[str, str]]:
+    """Read a table's cells by row and column."""
+    assert table is not None
+    return {row[0]: dict(zip(table.header, row, strict=True)) for row in table.rows}
+
+
+# ------------------------------------------------------------------------ what counts
+
+
+def test_a_score_is_the_median_of_its_seeds() -> None:
+    (score,) = choose([result("m", "rte", value, seed=seed) for seed, value in enumerate((0.6, 0.9, 0.61, 0.2))])
+    assert score.spread == (pytest.approx(0.605), 0.2, 0.9, 4)
+
+
+def test_a_seed_that_has_no_number_is_not_passed_over() -> None:
+    (score,) = choose([result("m", "stsb", value, seed=seed) for seed, value in enumerate((0.6, math.nan, 0.61))])
+    assert math.isnan(score.median)
+    assert score.spread.seeds == 3
+    assert by_row(tables.quality([score], Roles(teacher=None, baseline=None)))["m"]["STS-B"] == "nan"
+
+
+@pytest.mark.parametrize(("higher", "best"), [(True, 2), (False, 1)])
+def test_settings_are_chosen_on_held_out_rows_and_not_by_the_score(higher: bool, best: int) -> None:
+    results = [
+        result("m", "rte", score, settings={"lr": lr}, held_out=held_out, seed=seed, higher_is_better=higher)
+        for lr, held_out, score in ((1, 0.70, 0.99), (2, 0.80, 0.60), (3, 0.75, 0.90))
+        for seed in (1, 2)
+    ]
+    (score,) = choose(results)
+    assert [each.settings["lr"] for each in score.results] == [best, best]
+    assert score.row == "m"
+
+
+def test_the_median_on_held_out_rows_decides_and_not_the_best_seed() -> None:
+    lucky, steady = (0.9, 0.1, 0.2), (0.5, 0.5, 0.5)
+    results = [
+        result("m", "rte", 0.6, settings={"lr": lr}, held_out=value, seed=seed)
+        for lr, values in ((1, lucky), (2, steady))
+        for seed, value in enumerate(values)
+    ]
+    assert choose(results)[0].results[0].settings == {"lr": 2}
+
+
+def test_settings_without_held_out_scores_are_rows_of_their_own_named_by_what_differs() -> None:
+    results = [
+        result("m", "rte", score, settings={"lr": lr, "batch_size": 32}, held_out=held_out)
+        for lr, score, held_out in ((1e-5, 0.7, None), (2e-5, 0.6, 0.8))
+    ]
+    assert [(score.row, score.median) for score in choose(results)] == [("m (lr=1e-05)", 0.7), ("m (lr=2e-05)", 0.6)]
+
+
+def test_the_later_of_two_results_of_one_seed_counts() -> None:
+    results = [
+        result("m", "rte", 0.7, cost={**COST, "date": "2026-11-21"}),
+        result("m", "rte", 0.5, cost={**COST, "date": "2026-11-20"}),
+    ]
+    (score,) = choose(results)
+    assert (score.median, score.spread.seeds) == (0.7, 1)
+
+
+def test_two_models_of_one_name_are_two_rows() -> None:
+    results = [result("m", "rte", 0.7, sha256="a" * 64), result("m", "rte", 0.5, sha256="b" * 64)]
+    assert {score.row: score.median for score in choose(results)} == {"m @aaaaaaa": 0.7, "m @bbbbbbb": 0.5}
+
+
+def test_the_hashes_of_different_kinds_of_scores_are_not_compared() -> None:
+    results = [result("m", "rte", 0.7, sha256="a" * 64), perplexity("m", 9.0, sha256="b" * 64)]
+    assert {score.row for score in choose(results)} == {"m"}
+
+
+def test_settings_with_long_values_have_short_names_that_differ() -> None:
+    texts = ["a" * 99 + end for end in "xy"]
+    results = [result("m", "rte", 0.7, settings={"text": text}) for text in ["b" * 99, texts[0]]]
+    assert {score.row for score in choose(results)} == {f"m (text={'a' * 40})", f"m (text={'b' * 40})"}
+    results = [result("m", "rte", 0.7, settings={"text": text}) for text in texts]
+    assert {score.row for score in choose(results)} == {f"m (text={text})" for text in texts}
+
+
+def test_second_distillations_that_differ_in_the_temperature_are_two_settings() -> None:
+    results = [
+        result("m", "rte", score, teacher={"name": "bert", "temperature": temperature}, held_out=held_out)
+        for temperature, score, held_out in ((1.0, 0.9, 0.5), (2.0, 0.6, 0.8))
+    ]
+    assert [score.median for score in choose(results)] == [0.6]
+
+
+def test_a_second_distillation_is_a_row_of_its_own() -> None:
+    results = [result("m", "squad", 0.8), result("m", "squad", 0.85, teacher={"name": "bert-squad"})]
+    assert {score.row: score.median for score in choose(results)} == {"m": 0.8, "m + 2nd distillation": 0.85}
+
+
+# ------------------------------------------------------------------- quality, retention
+
+
+def test_the_quality_table_has_medians_and_the_macro_average() -> None:
+    table = tables.quality(choose(glue()), ROLES)
+    rows = by_row(table)
+    assert list(rows) == ["bert (teacher)", "student", "baseline"]
+    assert table is not None
+    assert table.header[:4] == ["model", "parameters", "GLUE average", "CoLA"]
+    assert rows["student"]["CoLA"] == "51.0"
+    assert rows["student"]["parameters"] == "66,000,000"
+    averages = [row["GLUE average"] for row in rows.values()]
+    assert averages == ["79.0", "76.6", "70.4"]  # 711 / 9, 689 / 9, 634 / 9
+    assert "student, lowest to highest: CoLA 49.0 to 52.0 (3 seeds), MNLI 80.0 to 83.0 (3 seeds)" in table.notes[2]
+    record = next(each for each in table.records if (each["model"], each["task"]) == ("student", "cola"))
+    assert (record["seeds"], record["lowest"], record["highest"]) == (3, pytest.approx(0.49), pytest.approx(0.52))
+
+
+def test_without_all_nine_tasks_the_average_is_over_those_that_all_rows_share() -> None:
+    results = [each for each in glue() if not (each.name == "student" and each.task in GLUE[2:])]
+    results = [each for each in results if each.task != "wnli"]
+    results.append(result("student", "squad", 0.9, teacher={"name": "bert-squad"}))  # narrows nothing
+    table = tables.quality(choose(results), ROLES)
+    rows = by_row(table)
+    assert rows["bert (teacher)"]["average of 2 tasks"] == "70.0"  # (56 + 84) / 2
+    assert rows["student"]["average of 2 tasks"] == "66.5"
+    assert rows["student + 2nd distillation"]["average of 2 tasks"] == "-"
+    assert table is not None
+    assert "average of 2 tasks: CoLA, MNLI." in table.notes[0]
+
+
+def test_perplexities_keep_their_unit_and_stay_out_of_averages() -> None:
+    results = [*glue(), *(perplexity(name, value) for name, value in (("bert", 16.3), ("student", 21.1)))]
+    scores = choose(results)
+    rows = by_row(tables.quality(scores, ROLES))
+    assert rows["student"]["WikiText-103 perplexity"] == "21.10"
+    assert rows["student"]["GLUE average"] == "76.6"
+    assert by_row(tables.kept(scores, ROLES))["student"]["WikiText-103 perplexity"] == "77.3"  # 16.3 / 21.1
+
+
+def test_what_is_kept_is_a_share_of_the_teachers_score_and_of_its_average() -> None:
+    table = tables.kept(choose(glue()), ROLES)
+    rows = by_row(table)
+    assert list(rows) == ["student", "baseline"]
+    assert rows["student"]["CoLA"] == "91.1"  # 51 / 56
+    assert rows["student"]["WNLI"] == "105.7"  # 56 / 53
+    assert rows["student"]["GLUE average"] == "96.9"  # 689 / 711
+    assert rows["baseline"]["GLUE average"] == "89.2"  # 634 / 711
+    assert table is not None
+    assert table.notes[1] == (
+        "On the GLUE average student keeps 96.9 % of bert, baseline, which was trained without a teacher, 89.2 %: student "
+        "keeps more, by 7.7 points."
+    )
+
+
+def test_the_verdict_names_the_baseline_where_it_keeps_more() -> None:
+    scores = choose([result("bert", "rte", 0.8), result("student", "rte", 0.4), result("baseline", "rte", 0.6)])
+    (line,) = tables.verdicts(scores, ROLES)
+    assert line.startswith("On RTE student keeps 50.0 % of bert")
+    assert line.endswith("baseline keeps more, by 25.0 points.")
+
+
+@pytest.mark.parametrize("score", [0.0, -0.1])
+def test_nothing_is_a_share_of_a_teachers_score_of_zero_or_less(score: float) -> None:
+    scores = choose([result("bert", "cola", score), result("student", "cola", 0.4)])
+    assert tables.kept(scores, ROLES) is None
+
+
+def test_metrics_have_a_table_of_their_own() -> None:
+    results = [
+        result("m", "mnli", 0.82, seed=seed, scores={"matched/accuracy": value, "mismatched/accuracy": 0.83})
+        for seed, value in enumerate((0.80, 0.82, 0.85))
+    ]
+    table = tables.metrics(choose([*results, perplexity("m", 20.0)]), ROLES)
+    assert table is not None
+    assert table.rows == [
+        ["m", "MNLI", "matched/accuracy", "82.0", "3", "80.0 to 85.0"],
+        ["m", "MNLI", "mismatched/accuracy", "83.0", "3", "83.0 to 83.0"],
+        ["m", "WikiText-103", "perplexity", "20.00", "1", "-"],
+        ["m", "WikiText-103", "nll", "3.00", "1", "-"],
+    ]
+
+
+# -------------------------------------------------------------------------- published
+
+
+@pytest.mark.parametrize("model", [model for model in published.MODELS if "glue" in model.figures])
+def test_published_averages_are_the_means_of_their_tasks(model: published.Published) -> None:
+    mean = statistics.fmean(model.figures[task] for task in GLUE)
+    assert model.figures["glue"] == pytest.approx(mean, abs=0.051)
+
+
+def test_only_the_scripts_mnli_gives_the_published_average_of_bert() -> None:
+    (bert,) = (model for model in published.MODELS if model.name == "BERT-base")
+    assert bert.figures["mnli"] == 84.7
+    assert round(statistics.fmean(bert.figures[task] for task in GLUE), 1) == 79.5
+    assert round(statistics.fmean({**bert.figures, "mnli": 86.7}[task] for task in GLUE), 1) != 79.5
+
+
+def test_published_students_name_a_published_teacher_with_the_same_figures() -> None:
+    names = {model.name: model for model in published.MODELS}
+    for student in (model for model in published.MODELS if model.teacher):
+        assert student.figures.keys() <= names[str(student.teacher)].figures.keys()
+
+
+def test_what_published_students_keep() -> None:
+    assert published.published_retention("rte") == ("DistilBERT", pytest.approx(100 * 59.9 / 69.3))
+    assert published.published_retention("glue") == ("DistilBERT", pytest.approx(100 * 77.0 / 79.5))
+    assert published.published_retention("wikitext103") == ("DistilGPT2", pytest.approx(100 * 16.3 / 21.1))
+    kept = 100 * (77.7 + 85.8) / (81.2 + 88.5)
+    assert published.published_retention("squad") == ("DistilBERT", pytest.approx(kept))
+    assert published.published_retention("cbt") is None
+
+
+def test_published_rows_stand_beside_ours_for_the_same_tasks_alone() -> None:
+    scores = choose(
+        [
+            result("m", "squad", 0.8, scores={"exact_match": 0.75, "f1": 0.85}),
+            result("m", "squad", 0.9, scores={"exact_match": 0.85, "f1": 0.95}, teacher={"name": "bert-squad"}),
+            result("m", "xnli", 0.6, scores={"en/accuracy": 0.7, "de/accuracy": 0.5, "accuracy": 0.6}),
+            perplexity("gpt", 30.0),
+        ]
+    )
+    table = published_tables.beside_published(scores, ROLES)
+    rows = by_row(table)
+    assert table is not None
+    assert table.header[2:] == ["SQuAD EM", "SQuAD F1", "XNLI en", "XNLI de", "WikiText-103 perplexity"]
+    assert [rows["m"][name] for name in table.header[1:]] == ["measured here", "75.0", "85.0", "70.0", "50.0", "-"]
+    assert rows["m + 2nd distillation"]["SQuAD F1"] == "95.0"
+    assert rows["gpt"]["WikiText-103 perplexity"] == "30.0"
+    assert rows["DistilBERT + 2nd distillation"]["SQuAD EM"] == "79.1"
+    assert rows["mBERT"]["XNLI de"] == "72.3"
+    assert rows["GPT-2"]["source"] == "published, the original scripts' README"
+    assert {"ELMo", "RoBERTa-base"}.isdisjoint(rows)
+
+
+@pytest.mark.parametrize(("path", "shown"), [("Salesforce/wikitext wikitext-103-raw-v1", True), ("my/text", False)])
+def test_the_perplexity_on_wikitext_is_the_published_one_whatever_the_task_is_called(path: str, shown: bool) -> None:
+    scores = choose([perplexity("m", 30.0, task="perplexity", settings={"text": {"hub": {"path": path}}})])
+    assert (published_tables.beside_published(scores, ROLES) is not None) == shown
+    table = tables.quality(scores, ROLES)
+    assert table is not None
+    assert table.header == ["model", "parameters", "perplexity"]
+
+
+def test_tasks_that_nobody_published_have_no_published_table() -> None:
+    assert published_tables.beside_published(choose([result("m", "my_task", 0.8)]), ROLES) is None
+
+
+# ------------------------------------------------------------------------------ speed
+
+
+def test_size_and_speed_have_a_row_for_each_model_and_backend() -> None:
+    against = {"bert": {"cpu/latency_ms": 1.63, "cpu/latency_ms_p10": 9.0, "cpu/onnx/latency_ms": 1.5}}
+    results = [speed("student", 20.0, details={"against": against}), speed("bert", 33.0)]
+    table = speed_tables.speed(results, ROLES)
+    assert table is not None
+    sizes = ["66,000,000", "42,000,000"]
+    assert [row[:2] for row in table.rows] == [
+        ["bert (teacher)", "cpu"],
+        ["student", "cpu"],
+        ["bert (teacher)", "cpu/onnx"],
+        ["student", "cpu/onnx"],
+    ]
+    assert table.rows[1] == [
+        "student",
+        "cpu",
+        *sizes,
+        "438.0",
+        "20.0 (19.0 to 22.0)",
+        "150.0",
+        "latency 1.63 x bert",
+    ]
+    assert table.rows[3] == ["student", "cpu/onnx", *sizes, "440.5", "10.0", "-", "latency 1.50 x bert"]
+    assert "Some CPU, 2 cores" in table.notes[0]
+
+
+def test_the_papers_timings_stand_beside_ours_alone() -> None:
+    assert published_tables.published_speed(glue()) is None
+    rows = by_row(published_tables.published_speed([speed("bert", 33.0)]))
+    assert rows["DistilBERT"]["times as fast as BERT-base"] == "1.63"
+
+
+# --------------------------------------------------------------------------- ablation
+
+
+def run(label: str, nll: float, *, folder: str = "outputs/a", **fields: Any) -> dict[str, Any]:
+    """What the comparison of a sweep reads of a run."""
+    return {
+        "label": label,
+        "name": "distil",
+        "folder": f"{folder}/{label}",
+        "before": {"val/nll": 9.0},
+        "after": {"val/nll": nll},
+        "student_parameters": 1000,
+        "tokens_seen": 64,
+        **fields,
+    }
+
+
+ABLATED = {"full": 0.70, "no_ce": 0.66, "no_mlm": 0.71, "no_cos": 0.69, "random_init": 0.60}
+
+
+def ablated() -> list[Result]:
+    return [result(f"tiny/{name}", task, s) for name, s in ABLATED.items() for task in ("sst2", "rte")]
+
+
+def test_the_ablation_shows_changes_against_the_full_objective_and_compares_signs() -> None:
+    runs = [run(name, nll) for name, nll in (("full", 4.0), ("no_ce", 4.25), ("random_init", 5.5))]
+    table = run_tables.ablation(choose(ablated()), runs)
+    assert table is not None
+    assert table.rows == [
+        ["full", "70.0", "-", "4.000", "-", "-", "-"],
+        ["no_ce", "66.0", "-4.00", "4.250", "+0.250", "-2.96", "yes"],
+        ["no_mlm", "71.0", "+1.00", "-", "-", "-0.31", "no"],
+        ["no_cos", "69.0", "-1.00", "-", "-", "-1.46", "yes"],
+        ["random_init", "60.0", "-10.00", "5.500", "+1.500", "-3.69", "yes"],
+    ]
+    assert "3 of 4 agree" in table.notes[0]
+
+
+def test_without_scores_a_higher_cross_entropy_has_the_papers_sign() -> None:
+    table = run_tables.ablation([], [run("full", 4.0), run("no_ce", 4.5), run("no_cos", 3.5)])
+    assert table is not None
+    assert [row[-1] for row in table.rows] == ["-", "yes", "no"]
+
+
+def test_a_random_init_without_a_full_row_is_no_ablation() -> None:
+    assert run_tables.ablation([], [run("distilled", 4.0), run("random_init", 5.0)]) is None
+    assert medians.ablation_row("carefull") is None
+    assert medians.ablation_row("x/no_ce") == ("x/", "no_ce")
+
+
+def test_rows_of_two_sweeps_are_not_mixed() -> None:
+    runs = [run("full", 4.0), run("no_ce", 4.5), run("full", 2.0, folder="b"), run("no_ce", 1.0, folder="b")]
+    table = run_tables.ablation([], runs)
+    assert table is not None
+    assert [row[4] for row in table.rows] == ["-", "+0.500", "-", "-1.000"]
+
+
+# ------------------------------------------------------------------- training and cost
+
+
+def test_training_runs_show_what_they_took_and_reached() -> None:
+    teacher = {"name": "outputs/demo/teacher/student", "parameters": 2000}
+    distilled = run(
+        "distilled",
+        4.5,
+        teacher=teacher,
+        layers=[0, 2],
+        objective={"alpha_ce": 5.0, "alpha_mlm": 2.0, "temperature": 2.0},
+        wall_seconds=5400,
+        tokens_per_second=1234.5,
+        peak_memory_mb={"host": 900.0, "device": 1200.5},
+    )
+    distilled["after"] |= {"val/agreement": 0.5, "val/teacher_nll": 4.25}
+    rows = by_row(run_tables.training([distilled, run("teacher", 4.25)]))
+    assert list(rows["distilled"].values()) == [
+        *("distilled", "teacher", "1,000", "0 2", "ce 5.0, mlm 2.0, temperature 2.0", "64", "1.50", "1,234", "1,200"),
+        *("9.000", "4.500", "4.250", "0.500"),
+    ]
+    assert list(rows["teacher"].values())[1:4] == ["none", "1,000", "random init"]
+
+
+def test_the_cost_of_scoring_is_summed_over_seeds_and_settings() -> None:
+    results = [result("m", "rte", 0.6, seed=seed, settings={"lr": lr}) for seed in (1, 2) for lr in (1, 2)]
+    table = run_tables.cost([*results, result("m", "cola", 0.5, cost={})])
+    assert table is not None
+    assert table.rows == [["m", "RTE", "4", "4,000,000", "2.00", "Some CPU, 2 cores", "2026-11-20", "1"]]
+    assert table.notes == [
+        "All seeds and settings together: 4,000,000 tokens in 2.00 hours.",
+        "Versions 1: python 3.11, torch 2.13.",
+    ]
+
+
+def test_tables_without_anything_to_show_are_left_out() -> None:
+    made = [tables.quality([], ROLES), tables.kept([], ROLES), tables.metrics([], ROLES)]
+    made += [published_tables.beside_published([], ROLES), speed_tables.speed([], ROLES)]
+    made += [run_tables.ablation([], []), run_tables.training([]), run_tables.cost([])]
+    assert made == [None] * len(made)
+
+
+# ------------------------------------------------------------------------- model card
+
+
+def test_the_card_of_a_model_gets_its_scores() -> None:
+    results = [each for each in glue() if each.name == "student" and each.task in ("rte", "cola")]
+    text = tables.results_markdown([*results, perplexity("student", 21.0), speed("student", 20.0)])
+    assert text.splitlines() == [
+        "| task | score | seeds | lowest to highest | metrics |",
+        "| --- | ---: | ---: | ---: | --- |",
+        "| CoLA | 51.0 | 3 | 49.0 to 52.0 | accuracy 51.0 |",
+        "| RTE | 59.0 | 3 | 57.0 to 60.0 | accuracy 59.0 |",
+        "| WikiText-103 perplexity | 21.00 | 1 | - | perplexity 21.00, nll 3.04 |",
+        "| average of 2 tasks | 55.0 | - | - | - |",
+    ]
+    assert tables.results_markdown([]) == ""
+    assert tables.results_markdown([speed("student", 20.0)]) == ""
+
+
+def test_results_are_read_back_as_they_were_written(tmp_path: Path) -> None:
+    results = [*glue(seeds=[1]), speed("bert", 33.0), perplexity("bert", 16.3)]
+    write_results(tmp_path / "a", results)
+    assert read_results([tmp_path]) == results
+    assert json.loads((tmp_path / "a" / "results.json").read_text("utf-8"))["format"] == 1
