@@ -122,7 +122,10 @@ def test_the_official_files_of_a_task_are_read(task: str, tmp_path: Path) -> Non
 
 def test_xnli_scores_each_language_by_itself(tmp_path: Path) -> None:
     lines = ["language\tgold_label\tsentence1\tsentence2"]
-    lines += [f"{language}\tneutral\tpremise {language}\thypothesis" for language in ["en", "es", "zh", "de", "ar", "ur", "fr"]]
+    lines += [
+        f"{language}\tneutral\tpremise {language}\thypothesis"
+        for language in ["en", "es", "zh", "de", "ar", "ur", "fr"]
+    ]
     (tmp_path / "xnli.test.tsv").write_text("\n".join(lines) + "\n", "utf-8")
     scored = instantiate(composed("task=xnli", f"task.data_dir={tmp_path}").task).scored_examples()
     assert {name: example.texts[0] for name, (example,) in scored.items()} == {

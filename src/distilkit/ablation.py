@@ -10,12 +10,11 @@ from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.experimental.callback import Callback
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from distilkit.comparison import read_runs
-from distilkit.entry import report_errors
-from distilkit.errors import UserError
+from distilkit.entry import check_names, report_errors
 from distilkit.evaluate import evaluate
 from distilkit.report import find_runs, write_report
 from distilkit.results import read_results
@@ -36,20 +35,13 @@ def evaluation_configs() -> Iterator[None]:
         hydra.hydra = before
 
 
-def score_students(
-    models: dict[str, str], *, tasks: Sequence[str], seeds: Sequence[int], overrides: Sequence[str], out: Path
-) -> None:
-    """Fine-tune each model, by the name of its row, on each task with each seed; what is done already is skipped."""
+def evaluation(task: str, *, data_dir: str | None, overrides: Sequence[str]) -> DictConfig:
+    """Compose the config of a task, before its model is known."""
     with evaluation_configs():
-        for task in tasks:
-            for seed in seeds:
-                for name, model in models.items():
-                    log.info("%s: %s, seed %d", task, name, seed)
-                    given = [f"task={task}", f"seed={seed}", "save_model=false", *overrides]
-                    cfg = compose("evaluate", given)
-                    with open_dict(cfg):
-                        cfg.model, cfg.name, cfg.output_dir = model, name, str(out)
-                    evaluate(cfg)
+        cfg = compose("evaluate", [f"task={task}", "save_model=false", *overrides])
+    if data_dir is not None:
+        cfg.task.data_dir = data_dir
+    return cfg
 
 
 class Ablation(Callback):
@@ -64,30 +56,29 @@ class Ablation(Callback):
         Raises:
             UserError: a key or a task is unknown, or its rows cannot be read.
         """
-        known = {"tasks", "seeds", "overrides"}
-        if set(config.ablation) - known:
-            raise UserError(
-                f"ablation.{min(set(config.ablation) - known)} is unknown; ablation takes {', '.join(sorted(known))}"
-            )
+        check_names(config.ablation, ("tasks", "data_dir", "seeds", "overrides"), path="ablation")
         for task in config.ablation.tasks:
-            with evaluation_configs():
-                cfg = compose("evaluate", [f"task={task}", *config.ablation.overrides])
-            found = instantiate(cfg.task)
+            found = instantiate(evaluation(task, **_given(config)).task)
             if hasattr(found, "scored_examples"):
                 found.scored_examples()
 
     @report_errors
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Fine-tune and report."""
+        """Fine-tune each student and the teacher on each task, unless it is done already, and report."""
         sweep = Path(config.hydra.sweep.dir).resolve()
-        settings: Any = OmegaConf.to_container(config.ablation)
-        if not settings["tasks"] or not read_runs(sweep):
+        runs = read_runs(sweep)
+        if not config.ablation.tasks or not runs:
             return
-        models = {str(run["label"]): f"{run['folder']}/student" for run in read_runs(sweep)}
+        models = {str(run["label"]): f"{run['folder']}/student" for run in runs}
         teacher = OmegaConf.select(config, "teacher.name")
         if teacher is not None:
             models = {"teacher": str(teacher), **models}
-        score_students(models, **settings, out=sweep / "scores")
+        for task in config.ablation.tasks:
+            for seed in config.ablation.seeds:
+                for name, model in models.items():
+                    cfg = evaluation(task, **_given(config))
+                    cfg.model, cfg.name, cfg.seed, cfg.output_dir = model, name, seed, str(sweep / "scores")
+                    evaluate(cfg)
         file = write_report(
             read_results([sweep / "scores"]),
             find_runs([sweep]),
@@ -98,3 +89,9 @@ class Ablation(Callback):
             wandb=None,
         )
         Console().print(f"report: {file}", soft_wrap=True, highlight=False)
+
+
+def _given(config: DictConfig) -> dict[str, Any]:
+    """Return what a sweep says of its evaluations; they run where the training ran."""
+    where = f"trainer.accelerator={config.trainer.accelerator}"
+    return {"data_dir": config.ablation.data_dir, "overrides": [where, *config.ablation.overrides]}

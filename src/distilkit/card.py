@@ -23,7 +23,13 @@ def add_scores(folder: Path, results: Sequence[Result]) -> bool:
         return False
     before, begin, rest = text.partition(_BEGIN)
     after = rest.partition(_END)[2] if begin else "\n"
-    lines = [_BEGIN, "## Scores", "", "After fine-tuning on each task; medians over seeds, in percent where they are shares.", ""]
+    lines = [
+        _BEGIN,
+        "## Scores",
+        "",
+        "After fine-tuning on each task; medians over seeds, in percent where they are shares.",
+        "",
+    ]
     section = "\n".join([*lines, table, _END])
     temporary = card.with_suffix(".tmp")
     temporary.write_text(before.rstrip("\n") + "\n\n" + section + after, "utf-8")

@@ -9,7 +9,10 @@ from typing import Any
 
 import hydra
 import matplotlib.image
+import rich.table
+from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, ListConfig
+from rich.console import Console
 
 from distilkit import plots, published_tables, run_tables, speed_tables, tables
 from distilkit.comparison import read_runs
@@ -189,6 +192,24 @@ def log_report(blocks: Sequence[Block], *, out: Path, project: str, title: str) 
             picture = matplotlib.image.imread(io.BytesIO(block.png))
             logger.log_image(key=f"plots/{block.name}", images=[picture], caption=[block.caption])
     logger.experiment.finish()
+
+
+class SweepScores(Callback):
+    """Hydra callback: when a sweep of evaluations has ended, print all scores below its folder."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Print medians over seeds, a row for each model."""
+        out = Path(config.output_dir).expanduser()
+        scores = choose(read_results([out])) if out.is_dir() else []
+        table = tables.quality(scores, Roles(teacher=None, baseline=None))
+        if table is None:
+            return
+        shown = rich.table.Table(title=f"{table.title}, below {out}", title_justify="left")
+        for index, column in enumerate(table.header):
+            shown.add_column(column, justify="right" if index else "left", overflow="fold")
+        for row in table.rows:
+            shown.add_row(*row)
+        Console().print(shown)
 
 
 @hydra.main(version_base="1.3", config_path="pkg://distilkit.conf.evaluate", config_name="report")
