@@ -12,15 +12,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks import synthetic
-from benchmarks.loss import LossVariant, build_loss, draw_heads, weigh_loss
+from benchmarks.loss import LossVariant, build_loss, draw_heads
 from benchmarks.machine import Precision
-from benchmarks.measure import Caller, in_turn
+from benchmarks.measure import Caller, Timing, in_turn, peak_megabytes
 from distilkit.text_files import TextFiles
 from distilkit.tokens import prepare
 
 TOKENS = (1024, 2048, 4096, 8192, 16384)
 VOCABULARIES = (30522, 50265, 250002)  # BERT, RoBERTa, XLM-R
 MEGABYTES = (10, 30, 100, 300, 1000)
+_WARM_UP = 512  # tokens: enough that the loss is compiled
 
 
 def loss_growth(
@@ -45,21 +46,31 @@ def loss_growth(
             if vocabulary == vocabularies[0] and 9 * 4e-6 * count * vocabulary < naive_limit_mb:
                 makers.append(LossVariant("naive", fast))
             for variant in makers:
-                spent = call(_time_once, variant, count, vocabulary, width, device, raised=True)
-                weighed = call(weigh_loss, variant, count, vocabulary, width, device, raised=True)
+                spent, peak = call(_measure_once, variant, count, vocabulary, width, device, raised=True)
                 records.append(
-                    {"maker": variant.maker, "tokens": count, "vocabulary": vocabulary, "seconds": spent}
-                    | {"peak_mb": weighed["peak_mb"]}
+                    {
+                        "maker": variant.maker,
+                        "tokens": count,
+                        "vocabulary": vocabulary,
+                        "seconds": spent,
+                        "peak_mb": peak,
+                    }
                 )
     return records
 
 
-def _time_once(variant: LossVariant, count: int, vocabulary: int, width: int, device: str) -> float:
-    """Return the seconds of one forward and backward pass (CPU: core-seconds), the median of two after a warm-up."""
+def _measure_once(variant: LossVariant, count: int, vocabulary: int, width: int, device: str) -> tuple[float, float]:
+    """Return seconds (CPU: core-seconds) and peak MB of one forward and backward pass, after a short one to warm up.
+
+    One run for both: there are many sizes, and what they show is how cost grows, not a ratio of a few per cent.
+    """
+    few = draw_heads(min(count, _WARM_UP), vocabulary=vocabulary, width=width, device=device)
+    build_loss(variant, few)()  # compiles, for any number of tokens
+    del few
     run = build_loss(variant, draw_heads(count, vocabulary=vocabulary, width=width, device=device))
-    run()
-    timing = in_turn({"loss": run}, rounds=2, device=device)["loss"]
-    return timing.wall_seconds if device == "cuda" else timing.core_seconds
+    timed: list[Timing] = []
+    peak = peak_megabytes(lambda: timed.append(in_turn({"loss": run}, rounds=1, device=device)["loss"]), device=device)
+    return timed[0].wall_seconds if device == "cuda" else timed[0].core_seconds, peak
 
 
 def preparation_growth(call: Caller, *, megabytes: Sequence[int]) -> list[dict[str, Any]]:

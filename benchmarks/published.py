@@ -3,6 +3,7 @@
 It fine-tunes the published DistilBERT on three tasks of table 1 (arXiv 1910.01108) and compares medians over seeds.
 """
 
+import math
 import statistics
 import subprocess
 import sys
@@ -17,17 +18,25 @@ from distilkit.results import Result, read_results
 
 MODEL = "distilbert/distilbert-base-uncased"
 TASKS = ("rte", "mrpc", "sst2")
+SEEDS = (1, 2, 3, 4, 5)
 TOLERANCE = 2.0  # points; seeds of RTE differ by more than that, their medians less
 
 
 def compare(
     results: Sequence[Result], published: Mapping[str, float], *, tolerance: float
 ) -> list[tuple[str, float, float, bool]]:
-    """Return task, median in points, the paper's figure, and whether it is reached but for the tolerance."""
+    """Return task, median in points, the paper's figure, and whether it is reached but for the tolerance.
+
+    Without a score of each seed, of which the later counts, a task has no median, and its figure is not reached.
+    """
     rows = []
-    for task in dict.fromkeys(result.task for result in results):
-        scores = [100 * result.score for result in results if result.task == task and result.score is not None]
-        median = statistics.median(scores)
+    for task in TASKS:
+        mine = [
+            result for result in results if result.task == task and result.model == MODEL and result.teacher is None
+        ]
+        mine.sort(key=lambda result: str(result.cost.get("date", "")))
+        scores = {result.seed: 100 * result.score for result in mine if result.score is not None}
+        median = statistics.median(scores[seed] for seed in SEEDS) if set(SEEDS) <= set(scores) else math.nan
         rows.append((task, median, published[task], median >= published[task] - tolerance))
     return rows
 
@@ -36,7 +45,9 @@ def main() -> None:
     """Fine-tune, compare, and exit with 1 where a figure is missed."""
     out = Path("outputs/verify-published")
     command = [sys.executable, "-m", "distilkit.evaluate", "--multirun", f"model={MODEL}", "save_model=false"]
-    subprocess.run([*command, f"task={','.join(TASKS)}", "seed=1,2,3,4,5", f"output_dir={out}"], check=True)
+    subprocess.run(
+        [*command, f"task={','.join(TASKS)}", f"seed={','.join(map(str, SEEDS))}", f"output_dir={out}"], check=True
+    )
     rows = compare(
         read_results([out]), next(model.figures for model in MODELS if model.name == "DistilBERT"), tolerance=TOLERANCE
     )
@@ -46,7 +57,7 @@ def main() -> None:
         ["task", "here", "paper", ""],
         [[task, f"{ours:.1f}", f"{paper:.1f}", "reached" if fits else "missed"] for task, ours, paper, fits in rows],
     )
-    sys.exit(0 if rows and all(fits for *_, fits in rows) else 1)
+    sys.exit(0 if all(fits for *_, fits in rows) else 1)
 
 
 if __name__ == "__main__":

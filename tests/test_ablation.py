@@ -1,10 +1,14 @@
 """The ablation, from its command to its report."""
 
+import contextlib
+import io
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_module
 
+from distilkit.ablation import Ablation, evaluation
 from distilkit.card import add_scores
 from distilkit.results import read_results
 from jobs import QUIET, SMALL, only, spawn
@@ -63,10 +67,31 @@ def test_what_is_wrong_with_a_task_is_said_before_anything_is_trained(command: l
     assert not list(tmp_path.glob("outputs/**/checkpoints"))
 
 
-def test_a_key_that_is_none_of_the_ablations_is_named(command: list[str], tmp_path: Path) -> None:
-    done = spawn(*command, "+ablation.task=rte", cwd=tmp_path)
-    assert done.code == 1
-    assert "ablation.task is unknown; ablation takes tasks, data_dir, seeds, overrides" in done.err
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("+ablation.task=rte", "ablation.task is unknown; ablation takes tasks, data_dir, seeds, overrides"),
+        ("ablation.tasks=[nothing]", "task 'nothing' with overrides"),
+        ('ablation.overrides=["finetune.lr=0"]', "finetune.lr=0, but it must be a number above 0"),
+        ('ablation.overrides=["finetune.learning_rate=1"]', "finetune.learning_rate"),
+    ],
+)
+def test_settings_that_cannot_be_are_named_before_anything_is_trained(
+    override: str, message: str, tmp_path: Path
+) -> None:
+    with initialize_config_module("distilkit.conf", version_base="1.3"):
+        cfg = compose("train", ["sweep=ablation", "ablation.tasks=[sst2]", override], return_hydra_config=True)
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err), pytest.raises(SystemExit) as stopped:
+        Ablation().on_multirun_start(cfg)
+    assert stopped.value.code == 1
+    assert message in err.getvalue()
+
+
+def test_composing_an_evaluation_leaves_the_configs_in_use_as_they_were() -> None:
+    with initialize_config_module("distilkit.conf", version_base="1.3"):
+        evaluation("rte", data_dir="there", overrides=["finetune.lr=1e-4"])
+        assert compose("train", ["objective.temperature=3"]).objective.temperature == 3
 
 
 def test_scores_come_into_the_card_once_and_only_into_our_cards(tmp_path: Path) -> None:

@@ -305,6 +305,27 @@ def test_activation_checkpointing_gives_the_same_gradients(model: PreTrainedMode
     assert saved[True] < saved[False] / 2
 
 
+def test_attention_with_dropout_keeps_no_weights_for_backward_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same gradients as without making them again, and nothing of (batch, heads, length, length) in between."""
+    model = build_model("bert", num_layers=2).double().train()
+    use_attention(model)
+    whole = copy.deepcopy(model)
+    square = 2 * 4 * 60 * 60
+    saved: list[list[int]] = []
+    for each, again in ((model, True), (whole, False)):
+        if not again:
+            plain = lambda function, *tensors, use_reentrant: function(*tensors)  # noqa: E731
+            monkeypatch.setattr(distilkit.attention, "checkpoint", plain)
+        torch.manual_seed(0)
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(functools.partial(_measure, sizes), lambda tensor: tensor):
+            states = last_hidden_state(each, ids_of(2, 60))
+        states.square().sum().backward()
+        saved.append(sizes)
+    assert square not in saved[0] and square in saved[1]
+    assert_same_gradients(model, whole)
+
+
 def _measure(sizes: list[int], tensor: Tensor) -> Tensor:
     sizes.append(tensor.numel())
     return tensor

@@ -1,5 +1,6 @@
 """Tasks on texts: metrics against scikit-learn and scipy, encoding, losses, limits."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,31 @@ def test_correlations_are_scipys() -> None:
     assert measured["spearman"] == pytest.approx(scipy.stats.spearmanr(said[:, 0], targets).statistic, abs=1e-5)
 
 
+def test_one_number_alone_said_is_a_correlation_of_zero() -> None:
+    same = [(torch.tensor([0.5]),)] * 5
+    assert task(**NUMBERS).scores(same, [{"target": float(n)} for n in range(5)], []) == {
+        "pearson": 0.0,
+        "spearman": 0.0,
+    }
+
+
+def test_gpt2_gets_a_separator_between_two_texts(causal_tokenizer: PreTrainedTokenizerBase) -> None:
+    (feature,) = task().encode([Example(texts=("ba be", "bi"), label=1)], causal_tokenizer, train=True)
+    assert causal_tokenizer.convert_ids_to_tokens(feature["input_ids"]) == ["ba", "be", "[SEP]", "bi"]
+
+
+def test_token_types_are_there_for_a_teacher_that_needs_them(tokenizer: PreTrainedTokenizerBase) -> None:
+    own = copy.deepcopy(tokenizer)
+    own.model_input_names = ["input_ids", "attention_mask"]  # as a DistilBERT's
+    (feature,) = task().encode([Example(texts=("ba be", "bi"), label=1)], own, train=True)
+    assert feature["token_type_ids"].tolist() == [0, 0, 0, 0, 1, 1]
+
+
+def test_special_tokens_that_a_text_spells_are_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    (feature,) = task().encode([Example(texts=("ba [SEP]", "bi"), label=1)], tokenizer, train=True)
+    assert feature["input_ids"].tolist().count(tokenizer.sep_token_id) == 2
+
+
 def test_one_class_alone_said_is_a_matthews_of_zero() -> None:
     logits = torch.tensor([[1.0, 0.0]] * 6)
     targets = [{"target": index % 2} for index in range(6)]
@@ -145,13 +171,17 @@ def test_a_teacher_must_predict_the_same_classes() -> None:
     same = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
     turned = {"id2label": {0: "yes", 1: "no"}, "label2id": {"no": 1, "yes": 0}}
     task().check_teacher(teacher(**same), name="t")
+    task(labels=["No", "YES"]).check_teacher(teacher(**same), name="t")  # as distilbert's NEGATIVE and POSITIVE
     task().check_teacher(teacher(), name="t")  # LABEL_0, LABEL_1: it does not say
     task(**NUMBERS).check_teacher(teacher(num_labels=1), name="t")
-    with pytest.raises(UserError, match="teacher 't' predicts yes, no, but task mine has no, yes"):
+    with pytest.raises(
+        UserError,
+        match="'t' predicts yes, no, but task mine has no, yes; fine-tune it on this task first, or set task.labels",
+    ):
         task().check_teacher(teacher(**turned), name="t")
     with pytest.raises(UserError, match="predicts LABEL_0, LABEL_1, LABEL_2, but task mine has no, yes"):
         task().check_teacher(teacher(num_labels=3), name="t")
-    with pytest.raises(UserError, match="but task mine has one number; fine-tune the teacher"):
+    with pytest.raises(UserError, match="but task mine has one number; fine-tune it"):
         task(**NUMBERS).check_teacher(teacher(), name="t")
 
 
@@ -160,6 +190,8 @@ def test_a_teacher_must_predict_the_same_classes() -> None:
     [
         ({"metrics": ["bleu"]}, "task.metrics=\\['bleu'\\]; it takes one or more of accuracy, f1, matthews"),
         ({"metrics": []}, "it takes one or more of"),
+        ({"labels": ["one"]}, "task.labels=\\['one'\\], but it takes two or more names, each once"),
+        ({"labels": ["a", "a"]}, "it takes two or more names, each once"),
         ({"metrics": ["pearson"]}, "does not go with task.labels=\\['no', 'yes'\\]"),
         ({"labels": None}, "does not go with task.labels=None"),
         ({"metrics": ["f1"], "labels": ["a", "b", "c"]}, "f1, which is for two classes, and task.labels has 3"),

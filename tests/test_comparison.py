@@ -65,6 +65,12 @@ def test_runs_are_read_in_the_order_they_ended_and_unfinished_ones_are_left_out(
     assert runs[0]["tokens_seen"] == 4096
 
 
+def test_a_summary_that_is_not_asked_for_is_not_read_and_names_runs_all_the_same(tmp_path: Path) -> None:
+    one = write_run(tmp_path, "0", ["seed=1", "x=a"])
+    (write_run(tmp_path, "1", ["seed=1", "x=b"]) / "summary.json").write_text("{", "utf-8")
+    assert [run["label"] for run in comparison.read_runs(tmp_path, only=[str(one)])] == ["x=a"]
+
+
 def test_an_empty_sweep_has_no_runs(tmp_path: Path) -> None:
     assert comparison.read_runs(tmp_path) == []
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 from omegaconf import OmegaConf
 
-from distilkit import medians, pages, plots, report, speed_tables
+from distilkit import medians, pages, plots, report, speed_tables, tables
 from distilkit.errors import UserError
 from distilkit.results import Result, write_results
 from distilkit.tables import Roles
@@ -86,8 +86,18 @@ def write(results: list[Result], out: Path, *, runs: list[dict[str, Any]] | None
 
 # ------------------------------------------------------------------------------ files
 
-TABLES = ["ablation", "cost", "metrics", "published", "published_speed", "quality", "retention", "speed", "training"]
-PLOTS = ["loss_curves", "quality_latency", "quality_parameters", "retention"]
+TABLES = [
+    "ablation",
+    "cost",
+    "each_metric",
+    "published",
+    "published_speed",
+    "quality",
+    "retention",
+    "speed",
+    "training",
+]
+PLOTS = ["held_out_loss", "quality_latency", "quality_parameters", "retention"]
 
 
 def test_the_report_has_all_its_files(written: Path) -> None:
@@ -112,7 +122,7 @@ def test_csv_files_read_back(written: Path) -> None:
     assert all(read.values())
     kept = {(row["model"], row["task"]): float(row["percent"]) for row in read["retention"]}
     assert kept["student", "GLUE average"] == pytest.approx(100 * 6.89 / 7.11)
-    assert kept["student", "wikitext103"] == pytest.approx(100 * 16.3 / 21.1)
+    assert kept["student", "perplexity"] == pytest.approx(100 * 16.3 / 21.1)
     scores = {(row["model"], row["task"]): row for row in read["quality"]}
     assert scores["student", "rte"]["seeds"] == "3"
     assert float(scores["student", "rte"]["lowest"]) == pytest.approx(0.57)
@@ -157,7 +167,7 @@ def test_plots_are_pictures_of_a_readable_size(name: str, written: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "name", ["a|b", "<script>alert(1)</script>", "$x_1", "_hidden", "a & b", "x](http://y)", "a\\|b", "é\n2"]
+    "name", ["_a_ ~b~", "a|b", "<script>alert(1)</script>", "$x_1", "_hidden", "a & b", "x](http://y)", "a\\|b", "é\n2"]
 )
 def test_a_name_of_any_letters_does_no_harm(name: str, tmp_path: Path) -> None:
     results = [result("bert", task, 0.8) for task in ("rte", "cola")]
@@ -168,6 +178,7 @@ def test_a_name_of_any_letters_does_no_harm(name: str, tmp_path: Path) -> None:
     text = write(results, tmp_path / "out", runs=runs, teacher="bert", title=name)
     assert "<" not in text
     assert not re.search(r"(?<!\\)\]\(http", text)
+    assert not re.search(r"(?<!\\)~|(?<![\w\\])_", text)
     widths: dict[bool, set[int]] = {True: set(), False: set()}
     for block in text.split("\n\n"):
         lines = [line for line in block.splitlines() if line.startswith("|")]
@@ -191,7 +202,7 @@ def test_a_later_report_leaves_nothing_of_the_earlier_one_but_a_users_own_files(
     (tmp_path / "out" / "notes.txt").write_text("mine", "utf-8")
     write([result("m", "rte", 0.7)], tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        *("notes.txt", "report.md", "report.html", "quality.csv", "published.csv", "metrics.csv", "cost.csv")
+        *("notes.txt", "report.md", "report.html", "quality.csv", "published.csv", "each_metric.csv", "cost.csv")
     }
 
 
@@ -231,6 +242,35 @@ def test_a_damaged_summary_is_an_error_that_names_it(tmp_path: Path) -> None:
         report.find_runs([tmp_path])
 
 
+def test_a_damaged_summary_beside_what_was_given_stops_nothing(tmp_path: Path) -> None:
+    write_training(tmp_path, "full", [9.0, 4.0])
+    damaged = write_training(tmp_path, "no_ce", [9.0, 4.0])
+    (damaged / "summary.json").write_text("{", "utf-8")
+    assert [run["label"] for run in report.find_runs([tmp_path / "full"])] == ["full"]
+
+
+def test_the_folder_of_a_training_run_is_no_place_for_a_report(tmp_path: Path) -> None:
+    folder = write_training(tmp_path, "full", [9.0, 4.0])
+    files = {file: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+    with pytest.raises(
+        UserError, match=r"out='.*full' is the folder of a training run; give another one, such as .*report"
+    ):
+        write([result("m", "rte", 0.7)], folder)
+    assert {file: file.read_bytes() for file in folder.iterdir() if file.is_file()} == files
+
+
+def test_timings_under_another_name_are_of_the_row_of_their_weights(tmp_path: Path) -> None:
+    timed = [speed("my-bert", 33.0, sha256="bert0000123456789"), speed("student", 20.0)]
+    text = write([*glue(seeds=[1]), *timed], tmp_path / "out", teacher="bert")
+    assert "my-bert" not in text
+    assert "| bert (teacher) | cpu |" in text
+
+
+def test_why_nothing_is_kept_of_a_known_teacher_is_said(tmp_path: Path) -> None:
+    text = write([result("bert", "rte", 0.7), result("student", "cola", 0.6)], tmp_path / "out", teacher="bert")
+    assert "What is kept of bert is left out. No other row has a score on a task" in text
+
+
 # ------------------------------------------------------------------------ the teacher
 
 
@@ -244,12 +284,14 @@ def roles(results: list[Result], runs: list[dict[str, Any]], **names: str) -> tu
         ({"name": "someone/bert"}, "someone/bert"),  # the hub id is the row
         ({"name": "outputs/bert/student"}, "bert"),  # the folder that was scored
         ({"name": "elsewhere", "sha256": "bert0000123456789"}, "bert"),  # the same weights
+        ({"name": "elsewhere", "sha256": "tensors of bert"}, "bert"),  # the same, loaded
         ({"name": "outputs/demo/now/bert/student"}, "bert"),  # the stage that made it
         ({"name": "outputs/evaluate/bert/squad/seed1-abc/model"}, "bert"),  # fine-tuned for a second distillation
     ],
 )
 def test_the_teacher_is_the_row_that_a_training_run_names(said: dict[str, str], row: str) -> None:
-    results = [result("student", "rte", 0.5), result(row, "rte", 0.6)]
+    loaded = {"weights_sha256": f"tensors of {row}"}
+    results = [result("student", "rte", 0.5), result(row, "rte", 0.6, details=loaded)]
     assert roles(results, [run("full", 4.0, teacher=said)]) == (Roles(teacher=row, baseline=None), [])
 
 
@@ -334,7 +376,7 @@ def test_tables_and_plots_go_to_wandb_offline(tmp_path: Path, monkeypatch: pytes
         f"tables/{name}": "Table" for name in TABLES if name != "training"
     }
     assert {name: kind for name, kind in kinds.items() if name.startswith("plots/")} == {
-        f"plots/{name}": "Image" for name in PLOTS if name != "loss_curves"
+        f"plots/{name}": "Image" for name in PLOTS if name != "held_out_loss"
     }
     table = logged["tables/quality"]
     assert table.columns[:3] == ["model", "parameters", "GLUE average"]
@@ -370,15 +412,59 @@ def test_names_beside_points_cover_neither_each_other_nor_a_point_nor_a_range(ga
 
 def test_a_panel_shows_each_device_and_backend() -> None:
     scores = medians.choose(every_kind())
-    two = plots.quality_latency(scores, speed_tables.speeds(every_kind()), ROLES)
+    two = plots.quality_latency(scores, speed_tables.speeds(every_kind(), teacher="bert"), ROLES)
     one = plots.quality_latency(
-        scores, [each for each in speed_tables.speeds(every_kind()) if each["backend"] == "cpu"], ROLES
+        scores, [each for each in speed_tables.speeds(every_kind(), teacher="bert") if each["backend"] == "cpu"], ROLES
     )
     assert one is not None
     assert two is not None
     widths = [matplotlib.image.imread(io.BytesIO(plot.png)).shape[1] for plot in (one, two)]
     assert widths[1] == 2 * widths[0]
     assert plots.quality_latency(scores, [], ROLES) is None
+
+
+def test_the_panel_of_int8_has_no_scores_of_float32() -> None:
+    scores, timings = medians.choose(every_kind()), speed_tables.speeds(every_kind(), teacher="bert")
+    quantized = [{**each, "backend": "cpu/onnx-int8"} for each in timings]
+    assert plots.quality_latency(scores, quantized, ROLES) is None
+    with_int8 = plots.quality_latency(scores, timings + quantized, ROLES)
+    assert with_int8 == plots.quality_latency(scores, timings, ROLES)
+
+
+def legend_of(results: list[Result], monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], list[Any]]:
+    """Return labels and colours of the bars of what is kept."""
+    found: list[Any] = []
+    monkeypatch.setattr(plots, "_png", lambda figure: found.append(figure) or b"")
+    assert plots.retention_bars(medians.choose(results), ROLES) is not None
+    bars = found[0].axes[0].containers
+    return [each.get_label() for each in bars], [each.patches[0].get_facecolor() for each in bars]
+
+
+def test_the_baseline_has_its_bars_however_many_rows_there_are_and_no_colour_is_used_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    many = [result(f"student{number}", "rte", 0.6) for number in range(12)]
+    labels, colours = legend_of([*glue(seeds=[1]), *many], monkeypatch)
+    assert labels == ["student", *(f"student{number}" for number in range(5)), "baseline", "DistilBERT (published)"]
+    assert len(set(colours)) == len(colours)
+
+
+def test_published_bars_have_the_names_of_the_published_students(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = [each for name in ("bert", "student") for each in (perplexity(name, 20.0), result(name, "xnli", 0.7))]
+    labels, colours = legend_of([*results, *glue(seeds=[1])], monkeypatch)
+    assert labels[2:] == ["DistilBERT (published)", "DistilmBERT (published)", "DistilGPT2 (published)"]
+    assert len(set(colours)) == len(colours)
+
+
+def test_plots_and_tables_show_the_same_number_of_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = [result(name, task, 0.6, parameters=n) for name in "ab" for task, n in (("cola", 1_000), ("rte", 9_000))]
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "_scatter", lambda panels, roles, **labels: drawn.extend(panels.values()) or b"")
+    plots.quality_parameters(medians.choose(results), ROLES)
+    assert [point.x for point in drawn[0]] == [1.0, 1.0]  # thousands, of CoLA, which is the table's first task
+    table = tables.quality(medians.choose(results), ROLES)
+    assert table is not None
+    assert table.rows[0][1] == "1,000"
 
 
 def test_curves_are_drawn_over_tokens(outputs: Path) -> None:

@@ -123,12 +123,18 @@ def test_padding_carries_no_mass() -> None:
     targets = torch.tensor([[1, 2], [0, 3]])
     alone, padded = (random_logits(length=6, width=width) for width in (6, 11))
     teacher_alone = tuple(logits.roll(1, dims=1) for logits in alone)
-    wide = torch.full((2, 5), torch.finfo(torch.float32).min)
+    wide = torch.full((2, 5), -1e9)
     teacher_padded = tuple(torch.cat([logits, wide], dim=1) for logits in teacher_alone)
     torch.testing.assert_close(task.hard_loss(padded, targets), task.hard_loss(alone, targets))
     soft = task.soft_loss(padded, teacher_padded, temperature=2.0)
     torch.testing.assert_close(soft, task.soft_loss(alone, teacher_alone, temperature=2.0))
     assert soft > 0.1 and soft.isfinite()
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.5, 4.0])
+def test_padding_is_finite_at_every_temperature(temperature: float) -> None:
+    student, teacher = random_logits(length=6, width=9), random_logits(length=6, width=9)[::-1]
+    assert QuestionTask(**SETTINGS).soft_loss(student, teacher, temperature=temperature).isfinite()
 
 
 def test_the_soft_loss_is_the_mean_of_two_divergences() -> None:

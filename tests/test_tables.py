@@ -73,9 +73,18 @@ def speed(name: str, latency: float, **fields: Any) -> Result:
     return result(name, "sst2", None, kind="speed", seed=None, scores=scores, **fields)
 
 
-def perplexity(name: str, value: float, **fields: Any) -> Result:
-    given = {"task": "wikitext103", "scores": {"perplexity": value, "nll": math.log(value)}, **fields}
-    return result(name, score=value, kind="language_model", seed=None, higher_is_better=False, **given)
+WIKITEXT = {"path": "Salesforce/wikitext", "name": "wikitext-103-raw-v1", "split": "test", "revision": None}
+
+
+def perplexity(name: str, value: float, *, task: str = "perplexity", **fields: Any) -> Result:
+    """Make a result as LanguageScore writes it; ``settings`` and ``details`` are changes of what it writes."""
+    given = {"scores": {task: value, "word_perplexity": 2 * value}, **fields}
+    given["settings"] = {
+        **{"text": {"hub": WIKITEXT}, "max_tokens": None, "block_size": 512, "vocabulary": 50_257, "stride": 256},
+        **fields.get("settings", {}),
+    }
+    given["details"] = {"documents": 60, "text_tokens": 900, "words": 700, **fields.get("details", {})}
+    return result(name, task, value, kind="language_model", seed=None, higher_is_better=False, **given)
 
 
 def by_row(table: pages.Table | None) -> dict[str, dict[str, str]]:
@@ -121,18 +130,29 @@ def test_the_median_on_held_out_rows_decides_and_not_the_best_seed() -> None:
     assert choose(results)[0].results[0].settings == {"lr": 2}
 
 
-def test_settings_without_held_out_scores_are_rows_of_their_own_named_by_what_differs() -> None:
+@pytest.mark.parametrize(
+    ("held_out", "rows"),
+    [
+        ((None, None, None), [("m (lr=1e-05)", 0.7), ("m (lr=2e-05)", 0.6), ("m (lr=3e-05)", 0.5)]),
+        ((None, 0.8, 0.9), [("m", 0.5), ("m (lr=1e-05)", 0.7)]),  # a plain run beside a grid
+    ],
+)
+def test_settings_without_held_out_scores_are_rows_of_their_own_named_by_what_differs(
+    held_out: Sequence[float | None], rows: list[tuple[str, float]]
+) -> None:
     results = [
-        result("m", "rte", score, settings={"lr": lr, "batch_size": 32}, held_out=held_out)
-        for lr, score, held_out in ((1e-5, 0.7, None), (2e-5, 0.6, 0.8))
+        result("m", "rte", score, settings={"lr": lr, "batch_size": 32}, held_out=each)
+        for lr, score, each in zip((1e-5, 2e-5, 3e-5), (0.7, 0.6, 0.5), held_out, strict=True)
     ]
-    assert [(score.row, score.median) for score in choose(results)] == [("m (lr=1e-05)", 0.7), ("m (lr=2e-05)", 0.6)]
+    assert [(score.row, score.median) for score in choose(results)] == rows
+    assert [score.plain for score in choose(results)] == [row == "m" for row, _ in rows]
 
 
 def test_the_later_of_two_results_of_one_seed_counts() -> None:
     results = [
-        result("m", "rte", 0.7, cost={**COST, "date": "2026-11-21"}),
-        result("m", "rte", 0.5, cost={**COST, "date": "2026-11-20"}),
+        result("m", "rte", 0.7, cost={**COST, "date": "2026-11-20T10:00:01+00:00"}),
+        result("m", "rte", 0.5, cost={**COST, "date": "2026-11-20T09:59:59+00:00"}),
+        result("m", "rte", 0.4, cost={**COST, "date": "2026-11-20"}),
     ]
     (score,) = choose(results)
     assert (score.median, score.spread.seeds) == (0.7, 1)
@@ -141,11 +161,6 @@ def test_the_later_of_two_results_of_one_seed_counts() -> None:
 def test_two_models_of_one_name_are_two_rows() -> None:
     results = [result("m", "rte", 0.7, sha256="a" * 64), result("m", "rte", 0.5, sha256="b" * 64)]
     assert {score.row: score.median for score in choose(results)} == {"m @aaaaaaa": 0.7, "m @bbbbbbb": 0.5}
-
-
-def test_the_hashes_of_different_kinds_of_scores_are_not_compared() -> None:
-    results = [result("m", "rte", 0.7, sha256="a" * 64), perplexity("m", 9.0, sha256="b" * 64)]
-    assert {score.row for score in choose(results)} == {"m"}
 
 
 def test_settings_with_long_values_have_short_names_that_differ() -> None:
@@ -162,6 +177,15 @@ def test_second_distillations_that_differ_in_the_temperature_are_two_settings() 
         for temperature, score, held_out in ((1.0, 0.9, 0.5), (2.0, 0.6, 0.8))
     ]
     assert [score.median for score in choose(results)] == [0.6]
+
+
+def test_the_seeds_of_a_second_distillation_are_one_row_though_each_has_a_teacher_of_its_seed() -> None:
+    def second(teacher: str, score: float, *, seed: int) -> Result:
+        return result("m", "rte", score, seed=seed, teacher={"name": f"{teacher}/rte/seed{seed}-abc/model"})
+
+    (score,) = choose([second("bert", value, seed=seed) for seed, value in enumerate((0.6, 0.9, 0.7), 1)])
+    assert score.spread == (0.7, 0.6, 0.9, 3)
+    assert len(choose([second("bert", 0.6, seed=1), second("roberta", 0.7, seed=1)])) == 2
 
 
 def test_a_second_distillation_is_a_row_of_its_own() -> None:
@@ -204,9 +228,99 @@ def test_perplexities_keep_their_unit_and_stay_out_of_averages() -> None:
     results = [*glue(), *(perplexity(name, value) for name, value in (("bert", 16.3), ("student", 21.1)))]
     scores = choose(results)
     rows = by_row(tables.quality(scores, ROLES))
-    assert rows["student"]["WikiText-103 perplexity"] == "21.10"
+    assert rows["student"]["perplexity"] == "21.10"
     assert rows["student"]["GLUE average"] == "76.6"
-    assert by_row(tables.kept(scores, ROLES))["student"]["WikiText-103 perplexity"] == "77.3"  # 16.3 / 21.1
+    assert by_row(tables.kept(scores, ROLES))["student"]["perplexity"] == "77.3"  # 16.3 / 21.1
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"settings": {"block_size": 128}}, "block_size (128, not 512)"),
+        ({"settings": {"stride": 512}}, "stride (512, not 256)"),
+        ({"settings": {"max_tokens": 100}}, "max_tokens (100, not None)"),
+        (
+            {"settings": {"text": "other"}},
+            "text (other, not {'hub': {'path': 'Salesforce/wikitext', 'name': 'wikitext-10)",
+        ),
+        ({"details": {"words": 500}}, "words (500, not 700)"),
+    ],
+)
+def test_perplexities_that_were_measured_in_different_ways_are_no_share(changes: dict[str, Any], said: str) -> None:
+    given = [*glue(seeds=[1]), perplexity("bert", 16.0), perplexity("student", 20.0, **changes)]
+    given.append(perplexity("baseline", 32.0))
+    table = tables.kept(choose(given), ROLES)
+    assert table is not None
+    assert [by_row(table)[name]["perplexity"] for name in ("student", "baseline")] == ["-", "50.0"]
+    assert table.notes[1] == f"student on perplexity is not compared, for it differs from bert in {said}."
+
+
+def test_with_different_tokenizers_perplexities_per_word_are_compared_where_there_are_any() -> None:
+    cut = {"settings": {"vocabulary": 30_000}, "details": {"text_tokens": 1100}}
+    given = [
+        perplexity("gpt2", 16.0),
+        perplexity("m", 20.0, scores={"perplexity": 20.0, "word_perplexity": 64.0}, **cut),
+    ]
+    roles = Roles(teacher="gpt2", baseline=None)
+    table = tables.kept(choose(given), roles)
+    assert table is not None
+    assert table.rows == [["m", "50.0"]]  # 32 / 64
+    assert table.notes[1] == "m on perplexity: by the perplexity per word, for its tokenizer is not that of gpt2."
+    masked = [perplexity("gpt2", 16.0, task="pseudo_perplexity", scores={"pseudo_perplexity": 16.0})]
+    masked.append(perplexity("m", 20.0, task="pseudo_perplexity", scores={"pseudo_perplexity": 20.0}, **cut))
+    assert tables.kept(choose(masked), roles) is None
+    said = tables.nothing_kept(choose(masked), roles)
+    assert said is not None
+    assert said.endswith("it differs from gpt2 in vocabulary (30000, not 50257), text_tokens (1100, not 900).")
+
+
+def test_a_row_with_few_tasks_or_others_takes_no_average_from_the_rest() -> None:
+    tasks = ("cola", "rte", "mrpc")
+    given = [each for each in glue() if each.task in tasks and (each.name, each.task) != ("baseline", "mrpc")]
+    given += [result("odd", "imdb", 0.9), result("one", "rte", 0.5)]
+    table = tables.quality(choose(given), ROLES)
+    assert table is not None
+    assert table.header[2] == "average of 2 tasks"  # of all that teacher and baseline have
+    assert [row[2] for row in table.rows] == ["62.5", "55.0", "-", "-", "42.5"]  # (56 + 69) / 2
+    (line, *others) = tables.verdicts(choose(given), ROLES)
+    assert line.startswith("On average of 2 tasks student keeps 88.0 % of bert")  # 110 / 125
+    assert [other.partition(" keeps")[0] for other in others] == ["On RTE one"]
+
+
+def test_a_verdict_is_over_the_tasks_that_all_three_have() -> None:
+    lacking = {"bert": "qnli", "student": "sst2", "baseline": "mrpc"}
+    few = ("cola", "rte", "mrpc", "qnli", "sst2")
+    given = [each for each in glue() if each.task in few and each.task != lacking[each.name]]
+    (line,) = tables.verdicts(choose(given), ROLES)
+    assert line.startswith("On average of 2 tasks student keeps 88.0 % of bert")  # CoLA and RTE: 110 / 125
+
+
+def test_a_teacher_of_two_settings_is_not_passed_over_without_a_word() -> None:
+    given = [result("bert", "rte", 0.7, settings={"lr": lr}) for lr in (1, 2)] + [result("student", "rte", 0.6)]
+    assert tables.kept(choose(given), ROLES) is None
+    said = tables.nothing_kept(choose(given), ROLES)
+    assert said is not None
+    assert said.startswith("What is kept of bert is left out. bert (lr=1) is one of several settings of bert on RTE")
+    assert "set teacher='bert (lr=2)' or remove" in said
+    assert tables.nothing_kept(choose([result("bert", "rte", 0.7)]), ROLES) is None
+
+
+def test_what_was_scored_on_a_part_of_the_rows_is_said_to_be() -> None:
+    part = {
+        "settings": {"epochs": 1, "lr": 5e-5, "max_train_rows": 100},
+        "details": {"rows": {"dev": 277}, "train_rows": 100},
+    }
+    whole = {"settings": {"epochs": 3, "lr": 5e-5}, "details": {"rows": {"dev": 277}, "train_rows": 2490}}
+    scores = choose(
+        [result("m", "rte", 0.6, **part), result("n", "rte", 0.6, **whole), result("m", "cola", 0.5, **whole)]
+    )
+    said = (
+        "RTE on a part of its rows: trained on 100 rows, scored on 277 of dev, epochs=1 (m); trained on 2,490 rows, scored on "
+        "277 of dev, epochs=3 (n)."
+    )
+    for table in (tables.quality(scores, ROLES), published_tables.beside_published(scores, ROLES)):
+        assert table is not None
+        assert table.notes[1:] == [said]
 
 
 def test_what_is_kept_is_a_share_of_the_teachers_score_and_of_its_average() -> None:
@@ -247,8 +361,8 @@ def test_metrics_have_a_table_of_their_own() -> None:
     assert table.rows == [
         ["m", "MNLI", "matched/accuracy", "82.0", "3", "80.0 to 85.0"],
         ["m", "MNLI", "mismatched/accuracy", "83.0", "3", "83.0 to 83.0"],
-        ["m", "WikiText-103", "perplexity", "20.00", "1", "-"],
-        ["m", "WikiText-103", "nll", "3.00", "1", "-"],
+        ["m", "perplexity", "perplexity", "20.00", "1", "-"],
+        ["m", "perplexity", "word_perplexity", "40.00", "1", "-"],
     ]
 
 
@@ -305,13 +419,20 @@ def test_published_rows_stand_beside_ours_for_the_same_tasks_alone() -> None:
     assert {"ELMo", "RoBERTa-base"}.isdisjoint(rows)
 
 
-@pytest.mark.parametrize(("path", "shown"), [("Salesforce/wikitext wikitext-103-raw-v1", True), ("my/text", False)])
-def test_the_perplexity_on_wikitext_is_the_published_one_whatever_the_task_is_called(path: str, shown: bool) -> None:
-    scores = choose([perplexity("m", 30.0, task="perplexity", settings={"text": {"hub": {"path": path}}})])
-    assert (published_tables.beside_published(scores, ROLES) is not None) == shown
-    table = tables.quality(scores, ROLES)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"text": {"hub": {**WIKITEXT, "name": "wikitext-2-raw-v1"}}},
+        {"text": {"hub": {**WIKITEXT, "split": "train"}}},
+        {"text": {"files": [["wikitext-103.txt", 1, 1]]}},
+        {"max_tokens": 1000},
+    ],
+)
+def test_only_the_perplexity_on_all_of_wikitexts_test_split_stands_beside_the_published_one(settings: Any) -> None:
+    table = published_tables.beside_published(choose([perplexity("m", 30.0)]), ROLES)
     assert table is not None
-    assert table.header == ["model", "parameters", "perplexity"]
+    assert "the published models were fine-tuned on it, ours were not" in table.notes[1]
+    assert published_tables.beside_published(choose([perplexity("m", 30.0, settings=settings)]), ROLES) is None
 
 
 def test_tasks_that_nobody_published_have_no_published_table() -> None:
@@ -344,6 +465,41 @@ def test_size_and_speed_have_a_row_for_each_model_and_backend() -> None:
     ]
     assert table.rows[3] == ["student", "cpu/onnx", *sizes, "440.5", "10.0", "-", "latency 1.50 x bert"]
     assert "Some CPU, 2 cores" in table.notes[0]
+    assert "batch 1" not in table.notes[0]
+
+
+def test_the_note_on_speed_says_how_it_was_timed() -> None:
+    details = {"threads": 2, "num_sentences": 200, "rounds": 5}
+    table = speed_tables.speed([speed("m", 20.0, settings={"batch_sizes": [4, 16]}, details=details)], ROLES)
+    assert table is not None
+    assert table.notes[0].endswith(
+        " Batches of 4 and 16, sentences: 200, CPU threads: 2, measured on Some CPU, 2 cores."
+    )
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_later_timing_counts_and_of_the_teacher_that_beside_a_student(turned: bool) -> None:
+    def at(hour: int) -> dict[str, Any]:
+        return {"cost": {**COST, "date": f"2026-11-20T{hour:02}:00:00+00:00"}}
+
+    beside = [speed("student", 20.0, details={"against": {"bert": {}}}, **at(8)), speed("bert", 30.0, **at(8))]
+    later = [speed("bert", 99.0, **at(9)), speed("baseline", 50.0, **at(9))]
+    earlier = [speed("baseline", 40.0, **at(7))]
+    order = [*later, *earlier, *beside] if turned else [*beside, *later, *earlier]
+    found = speed_tables.speeds(order, teacher="bert")
+    latency = {each["model"]: each["latency_ms"] for each in found if each["backend"] == "cpu"}
+    assert latency == {"student": 20.0, "bert": 30.0, "baseline": 50.0}
+    assert speed_tables.speeds(order, teacher=None)[0]["latency_ms"] == (99.0 if turned else 20.0)
+
+
+def test_timings_have_the_name_under_which_the_weights_were_scored() -> None:
+    scored = [result("teacher", "rte", 0.7, sha256="t" * 64), result("student", "rte", 0.6)]
+    against = {"against": {"bert-base": {"cpu/latency_ms": 1.5}}}
+    timed = [speed("student", 20.0, details=against), speed("bert-base", 30.0, sha256="t" * 64), speed("new", 1.0)]
+    renamed = medians.name_alike([*timed, *scored])
+    assert [each.name for each in renamed] == ["student", "teacher", "new", "teacher", "student"]
+    assert renamed[0].details == {"against": {"teacher": {"cpu/latency_ms": 1.5}}}
+    assert renamed[3:] == scored
 
 
 def test_the_papers_timings_stand_beside_ours_alone() -> None:
@@ -430,13 +586,33 @@ def test_training_runs_show_what_they_took_and_reached() -> None:
         *("distilled", "teacher", "1,000", "0 2", "ce 5.0, mlm 2.0, temperature 2.0", "64", "1.50", "1,234", "1,200"),
         *("9.000", "4.500", "4.250", "0.500"),
     ]
-    assert list(rows["teacher"].values())[1:4] == ["none", "1,000", "random init"]
+    assert list(rows["teacher"].values())[1:4] == ["none", "1,000", "-"]
+
+
+@pytest.mark.parametrize(
+    ("student", "said"),
+    [
+        ({"_target_": "distilkit.student.cut_student", "init": "random"}, "random init"),
+        ({"_target_": "distilkit.student.new_student"}, "random init"),
+        ({"_target_": "distilkit.student.pretrained_student", "name": "bert"}, "-"),
+    ],
+)
+def test_a_random_init_is_one_that_the_config_of_the_run_asks_for(
+    student: dict[str, str], said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "full" / ".hydra").mkdir(parents=True)
+    (tmp_path / "full" / ".hydra" / "config.yaml").write_text(json.dumps({"student": student}), "utf-8")
+    assert by_row(run_tables.training([run("full", 4.0, folder=str(tmp_path))]))["full"]["layers"] == said
 
 
 def test_the_cost_of_scoring_is_summed_over_seeds_and_settings() -> None:
-    results = [result("m", "rte", 0.6, seed=seed, settings={"lr": lr}) for seed in (1, 2) for lr in (1, 2)]
+    results = [
+        result("m", "rte", 0.6, seed=seed, settings={"lr": lr}, cost={**COST}) for seed in (1, 2) for lr in (1, 2)
+    ]
+    results[0].cost["date"] = "2026-11-20T08:00:00+00:00"
     table = run_tables.cost([*results, result("m", "cola", 0.5, cost={})])
     assert table is not None
+    assert table.title == "Cost of fine-tuning and scoring"
     assert table.rows == [["m", "RTE", "4", "4,000,000", "2.00", "Some CPU, 2 cores", "2026-11-20", "1"]]
     assert table.notes == [
         "All seeds and settings together: 4,000,000 tokens in 2.00 hours.",
@@ -462,7 +638,7 @@ def test_the_card_of_a_model_gets_its_scores() -> None:
         "| --- | ---: | ---: | ---: | --- |",
         "| CoLA | 51.0 | 3 | 49.0 to 52.0 | accuracy 51.0 |",
         "| RTE | 59.0 | 3 | 57.0 to 60.0 | accuracy 59.0 |",
-        "| WikiText-103 perplexity | 21.00 | 1 | - | perplexity 21.00, nll 3.04 |",
+        "| perplexity | 21.00 | 1 | - | perplexity 21.00, word_perplexity 42.00 |",
         "| average of 2 tasks | 55.0 | - | - | - |",
     ]
     assert tables.results_markdown([]) == ""

@@ -88,7 +88,15 @@ def test_a_label_is_a_name_an_alias_or_an_id(value: Any, expected: float | None)
     assert label_of(value, labels=["negative", "positive"], aliases={"good": "positive"}) == expected
 
 
-@pytest.mark.parametrize(("value", "expected"), [("3.5", 3.5), (2, 2.0), ("much", None), (None, None), ("nan", None)])
+def test_labels_that_are_numbers_are_names() -> None:
+    stars = ["1", "2", "3"]
+    found = [label_of(value, labels=stars, aliases={}) for value in ("0", "1", 3, "4")]
+    assert found == [None, 0, 2, None]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [("3.5", 3.5), (2, 2.0), ("much", None), (None, None), ("nan", None), ("inf", None)]
+)
 def test_a_number_is_a_number(value: Any, expected: float | None) -> None:
     assert label_of(value, labels=None, aliases={}) == expected
 
@@ -133,6 +141,39 @@ def test_two_files_for_one_split_are_an_error(tmp_path: Path) -> None:
         (tmp_path / name).write_text("", "utf-8")
     with pytest.raises(UserError, match="has 2 files 'dev.*'"):
         read(FileSplit(folder=tmp_path, file="dev.*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("dev.tsv", b"sentence\tlabel\n\xff\xfe\t1\n"),
+        ("dev.tsv.gz", gzip.compress(b"sentence\tlabel\none\t1\n" * 99)[:-20]),
+        ("dev.tsv.gz", b"sentence\tlabel\none\t1\n"),
+        ("dev.jsonl.xz", lzma.compress(b"{}" * 999)[:-20]),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"cannot read .*{name}: .*; it may be cut short, not UTF-8"):
+        read(FileSplit(folder=tmp_path, file="dev.*"))
+
+
+def test_blank_lines_and_a_byte_order_mark_are_no_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"sentence": "one", "label": 1}\n\n', "utf-8-sig")
+    (tmp_path / "b.tsv").write_text("sentence\tlabel\n\none\t1\n\n", "utf-8")
+    for name in ("a.jsonl", "b.tsv"):
+        assert read(FileSplit(folder=tmp_path, file=name)) == [Example(texts=("one",), label=1)]
+
+
+def test_a_text_may_be_longer_than_what_csv_reads_by_default(tmp_path: Path) -> None:
+    split = written(tmp_path, "dev.tsv", f"sentence\tlabel\n{'ab ' * 100_000}\t1\n")
+    assert len(read(split)[0].texts[0]) == 300_000
+
+
+def test_a_folder_of_texts_is_for_one_text(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    with pytest.raises(UserError, match="is a folder of texts, one column, but this task reads a, b"):
+        read(FileSplit(folder=tmp_path, file="train"), texts=["a", "b"])
 
 
 def test_a_line_that_is_no_json_is_malformed(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -58,7 +59,16 @@ def attend(
     mask = visible.full if sliding_window is None else visible.sliding
     if isinstance(mask, BlockMask):
         return flex_attention_forward(module, query, key, value, mask, **kwargs)
-    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, None]:
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+    if kwargs.get("dropout") and query.device.type == "cpu" and not torch.compiler.is_compiling():
+        # torch's CPU kernels with dropout keep several (batch, heads, length, length) for backward, a sixth of what a step
+        # of BERT holds; made again, with the same dropout, they cost little time.
+        output: tuple[Tensor, None] = checkpoint(attention, query, key, value, use_reentrant=False)
+        return output
+    return attention(query, key, value)
 
 
 AttentionInterface.register(_NAME, attend)

@@ -11,7 +11,6 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from distilkit.errors import UserError
 from distilkit.language_model import max_positions, num_parameters
 from distilkit.latency import Batch
 from distilkit.onnx_export import quiet
@@ -106,11 +105,6 @@ def load_candidate(
     vocabulary = load_task_tokenizer(
         source, tokenizer=tokenizer, revision=revision, trust_remote_code=False, vocabulary=words
     )
-    if vocabulary.pad_token_id is None:
-        raise UserError(
-            f"the tokenizer of {source!r} has neither a pad token nor an end-of-text token; set pad_token in its "
-            "tokenizer_config.json"
-        )
     if network.config.pad_token_id is None:  # GPT-2 refuses batches without
         network.config.pad_token_id = vocabulary.pad_token_id
     network.config.use_cache = False  # nothing is generated

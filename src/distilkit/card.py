@@ -1,10 +1,14 @@
 """Put a model's scores into its model card."""
 
+import logging
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from distilkit.results import Result
 from distilkit.tables import results_markdown
+
+log = logging.getLogger(__name__)
 
 _BEGIN, _END = "<!-- scores of distilkit.evaluate -->", "<!-- end of scores -->"
 
@@ -22,7 +26,7 @@ def add_scores(folder: Path, results: Sequence[Result]) -> bool:
     if "distilkit]" not in text.partition("\n# ")[0]:  # among the tags of its header
         return False
     before, begin, rest = text.partition(_BEGIN)
-    after = rest.partition(_END)[2] if begin else "\n"
+    after = rest.partition(_END)[2] if begin and _END in rest else "\n"
     lines = [
         _BEGIN,
         "## Scores",
@@ -31,7 +35,12 @@ def add_scores(folder: Path, results: Sequence[Result]) -> bool:
         "",
     ]
     section = "\n".join([*lines, table, _END])
-    temporary = card.with_suffix(".tmp")
-    temporary.write_text(before.rstrip("\n") + "\n\n" + section + after, "utf-8")
-    temporary.replace(card)
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".card", delete=False, encoding="utf-8") as temporary:
+            temporary.write(before.rstrip("\n") + "\n\n" + section + after)
+        Path(temporary.name).chmod(0o644)
+        Path(temporary.name).replace(card)
+    except OSError as error:  # a folder that is not ours to write: the scores are safe in their own file
+        log.warning("%s keeps its old table: %s", card, error)
+        return False
     return True

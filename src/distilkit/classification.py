@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,8 +26,9 @@ METRICS: dict[str, Metric] = {  # of predictions (rows,), targets (rows,) and th
     "matthews": lambda predictions, targets, n: matthews_corrcoef(
         predictions, targets, task="multiclass", num_classes=n
     ),
-    "pearson": lambda predictions, targets, _: pearson_corrcoef(predictions, targets),
-    "spearman": lambda predictions, targets, _: spearman_corrcoef(predictions, targets),
+    # of predictions that are all the same there is none
+    "pearson": lambda predictions, targets, _: pearson_corrcoef(predictions, targets).nan_to_num(),
+    "spearman": lambda predictions, targets, _: spearman_corrcoef(predictions, targets).nan_to_num(),
 }
 _OF_NUMBERS = ("pearson", "spearman")
 
@@ -71,6 +73,8 @@ class TextTask:
                 f"task.metrics={list(metrics)} does not go with task.labels={labels and list(labels)}: "
                 f"{', '.join(_OF_NUMBERS)} are for numbers (task.labels=null), the others for classes"
             )
+        if labels is not None and not 2 <= len(set(labels)) == len(labels):
+            raise UserError(f"task.labels={list(labels)}, but it takes two or more names, each once; null for a number")
         if "f1" in metrics and len(labels or ()) != 2:
             raise UserError(f"task.metrics has f1, which is for two classes, and task.labels has {len(labels or ())}")
         if not 1 <= len(texts) <= 2:
@@ -152,21 +156,34 @@ class TextTask:
         config: Any = teacher.config
         theirs = [str(config.id2label[index]) for index in range(config.num_labels)]
         unnamed = [f"LABEL_{index}" for index in range(len(theirs))]
-        if len(theirs) != len(self.labels or [0]) or (self.labels and theirs not in (self.labels, unnamed)):
+        same = [label.casefold() for label in theirs] == [label.casefold() for label in self.labels or []]
+        if len(theirs) != len(self.labels or [0]) or (self.labels and not same and theirs != unnamed):
             raise UserError(
-                f"teacher {name!r} predicts {', '.join(theirs)}, but task {self.name} has "
-                f"{', '.join(self.labels or ['one number'])}; fine-tune the teacher on this task first"
+                f"{name!r} predicts {', '.join(theirs)}, but task {self.name} has "
+                f"{', '.join(self.labels or ['one number'])}; fine-tune it on this task first, or set task.labels to its own"
             )
+        if self.labels and theirs == unnamed:
+            log.warning("%r does not name its classes; they are taken to be %s, in this order", name, self.labels)
 
     def encode(
         self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, train: bool
     ) -> list[dict[str, Any]]:
         """Turn examples into features of token ids and a ``target``, cut to ``max_length`` tokens, longest text first."""
         columns = [list(column) for column in zip(*(example.texts for example in examples), strict=True)]
-        encoded = tokenizer(*columns, truncation="longest_first", max_length=self.max_length)
+        bare = not tokenizer.num_special_tokens_to_add(pair=True)
+        if bare and len(columns) == 2:  # GPT-2 has no separator of its own
+            columns[1] = [f"{tokenizer.eos_token} {text}" for text in columns[1]]
+        encoded = tokenizer(
+            *columns,
+            truncation="longest_first",
+            max_length=self.max_length,
+            return_attention_mask=True,
+            return_token_type_ids=True,  # a student may have none, and its teacher may need them
+            split_special_tokens=not bare,  # what is spelled out in a text is text
+        )
         kind: type = float if self.labels is None else int
         return [
-            {name: encoded[name][index] for name in encoded} | {"target": kind(example.label)}
+            {name: np.array(encoded[name][index], dtype=np.int32) for name in encoded} | {"target": kind(example.label)}
             for index, example in enumerate(examples)
         ]
 

@@ -4,7 +4,7 @@ import json
 import logging
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +38,18 @@ def _overrides(folder: Path) -> list[str]:
     return [str(item) for item in OmegaConf.load(file)] if file.is_file() else []
 
 
-def read_runs(sweep: Path) -> list[dict[str, Any]]:
-    """Read the summaries of a sweep's finished runs, in the order they ran, each with ``label`` and ``folder``."""
+def read_runs(sweep: Path, *, only: Collection[str] | None = None) -> list[dict[str, Any]]:
+    """Read the summaries of a sweep's finished runs, in the order they ran, each with ``label`` and ``folder``.
+
+    With ``only`` the summaries of other folders are left unread; what is common to all runs names none all the same.
+    """
     files = sorted(sweep.glob("*/summary.json"), key=lambda file: file.stat().st_mtime)
     sets = [set(_overrides(file.parent)) for file in files]
     common = set.intersection(*sets) if len(sets) > 1 else set()
     return [
         {**json.loads(file.read_text("utf-8")), "label": run_label(file.parent, common), "folder": str(file.parent)}
         for file in files
+        if only is None or str(file.parent) in only
     ]
 
 

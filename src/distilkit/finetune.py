@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from distilkit.task_model import has_token_types
 
 log = logging.getLogger(__name__)
 
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # of a feature and a batch; not every model takes them all
 Feature = Mapping[str, Any]
 Logits = tuple[Tensor, ...]
 
@@ -24,11 +26,12 @@ Logits = tuple[Tensor, ...]
 class Task(Protocol):
     """What can be fine-tuned on: ``TextTask`` and ``QuestionTask``.
 
-    Features hold ``input_ids`` and what else the tokenizer gives, each a list of ints, and ``target`` where they are
-    trained on. Logits are a tuple, one tensor for each output of the head.
+    Features hold ``INPUTS``, each an array of ints, and ``target`` where they are trained on. Logits are a tuple, one tensor
+    for each output of the head.
     """
 
     name: str
+    max_length: int
     auto_class: Any
 
     @property
@@ -131,10 +134,10 @@ class Batches(LightningDataModule):
 
     def collate(self, features: Sequence[Feature]) -> dict[str, Any]:
         """Pad to the longest; ``target`` and ``row`` become tensors beside the tokens."""
-        names = [name for name in self.tokenizer.model_input_names if name in features[0]]
-        batch = dict(
-            self.tokenizer.pad([{name: feature[name] for name in names} for feature in features], return_tensors="pt")
+        batch: dict[str, Any] = dict(
+            self.tokenizer.pad([{name: feature[name] for name in INPUTS} for feature in features], return_tensors="pt")
         )
+        batch["num_tokens"] = sum(len(feature["input_ids"]) for feature in features)
         for name in ("target", "row"):
             if name in features[0]:
                 batch[name] = torch.tensor([feature[name] for feature in features])
@@ -181,7 +184,7 @@ class FinetuningModule(LightningModule):
         self.lr, self.weight_decay, self.warmup_share = lr, weight_decay, warmup_share
         self.alphas = (alpha_task, alpha_ce) if teacher is not None else (1.0, 0.0)
         self.temperature, self.seed = temperature, seed
-        self.tokens_seen = 0
+        self.tokens_seen, self.seconds, self.started = 0, 0.0, time.perf_counter()
         self.collected: dict[int, Logits] = {}
         self.strict_loading = False  # the teacher is in no checkpoint
         if teacher is not None:
@@ -190,8 +193,7 @@ class FinetuningModule(LightningModule):
 
     def logits(self, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Logits:
         """Run a model on what it takes of a batch: DistilBERT knows no token types."""
-        names = [name for name in batch if name not in ("target", "row")]
-        inputs = {name: batch[name] for name in names if name != "token_type_ids" or has_token_types(model)}
+        inputs = {name: batch[name] for name in INPUTS if name != "token_type_ids" or has_token_types(model)}
         return self.task.logits(model(**inputs), batch["attention_mask"])
 
     def on_train_batch_start(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
@@ -211,7 +213,7 @@ class FinetuningModule(LightningModule):
             with torch.no_grad():
                 targets = self.logits(self.teacher, batch)
             loss = loss + alpha_ce * self.task.soft_loss(logits, targets, temperature=self.temperature)
-        self.tokens_seen += int(batch["attention_mask"].sum())
+        self.tokens_seen += int(batch["num_tokens"])
         log_every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by one of its connectors
         if log_every and (self.trainer.global_step + 1) % log_every == 0:
             if not math.isfinite(float(loss.detach())):
@@ -253,7 +255,9 @@ class FinetuningModule(LightningModule):
             {"params": [parameter for parameter in parameters if parameter.ndim >= 2]},
             {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, weight_decay=self.weight_decay, fused=True)
+        # Lightning does not clip the gradients of a fused optimizer where it mixes precisions.
+        whole = str(self.trainer.precision) == "32-true"
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, weight_decay=self.weight_decay, fused=whole)
         num_steps = int(self.trainer.estimated_stepping_batches)
         schedule = get_scheduler(
             "linear", optimizer, num_warmup_steps=round(self.warmup_share * num_steps), num_training_steps=num_steps
@@ -264,8 +268,16 @@ class FinetuningModule(LightningModule):
         """Leave the teacher out."""
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: tensor for name, tensor in state.items() if name.startswith("model.")}
-        checkpoint["tokens_seen"] = self.tokens_seen
+        checkpoint["spent"] = {"tokens": self.tokens_seen, "seconds": self.seconds + time.perf_counter() - self.started}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on counting."""
-        self.tokens_seen = checkpoint["tokens_seen"]
+        self.tokens_seen, self.seconds = checkpoint["spent"]["tokens"], checkpoint["spent"]["seconds"]
+
+    def on_train_start(self) -> None:
+        """Start the clock."""
+        self.started = time.perf_counter()
+
+    def on_train_end(self) -> None:
+        """Stop the clock."""
+        self.seconds += time.perf_counter() - self.started

@@ -35,6 +35,7 @@ from distilkit.losses import IGNORE_INDEX
 from distilkit.masking import VALIDATION_EPOCH, Ids, Masker, Masking
 from distilkit.results import Result, cost
 from distilkit.student import check_vocabulary
+from distilkit.task_model import weights_id
 from distilkit.teacher import load_language_model, weight_hash
 from distilkit.text_files import TextFiles
 from distilkit.tokenizer import load_tokenizer
@@ -312,7 +313,7 @@ class LanguageScore:
         words = load_tokenizer(name=tokenizer or model, revision="main" if tokenizer else revision)
         check_vocabulary(network, words, name=model)
         check_split(network)
-        sha256 = weight_hash(network)
+        tensors = weight_hash(network)  # by which training runs know their teacher
         block_size = self._window(network, name=model)
         start = time.perf_counter()
         scored = (
@@ -324,24 +325,24 @@ class LanguageScore:
             Result(
                 name=name,
                 model=model,
-                sha256=sha256,
+                sha256=weights_id(model, revision=revision),
                 model_type=network.config.model_type,
                 parameters=num_parameters(network),
                 parameters_without_embeddings=num_parameters_without_embeddings(network),
                 task=scored.task,
                 kind="language_model",
-                seed=seed,
+                seed=seed if kind == "mlm" else None,  # a causal model's perplexity draws nothing
                 settings={
                     "text": self.corpus.fingerprint(),
                     "max_tokens": self.max_tokens,
                     "block_size": block_size,
-                    "batch_size": self.batch_size,
+                    "vocabulary": len(words),
                     **scored.settings,
                 },
                 scores=scored.scores,
                 score=scored.scores[scored.task],
                 higher_is_better=False,
-                details=scored.details,
+                details={**scored.details, "weights_sha256": tensors},
                 cost=cost(
                     seconds=time.perf_counter() - start, tokens=scored.details["tokens"], device=str(self.device)
                 ),
@@ -405,7 +406,11 @@ class LanguageScore:
         sums = score(model, self._show(batches, len(begins), f"windows of {block_size} tokens"))
         return Scored(
             "perplexity",
-            {"perplexity": _exp(sums.nll / sums.tokens), "word_perplexity": _exp(sums.nll / text.words)},
+            {
+                "perplexity": _exp(sums.nll / sums.tokens),
+                # Per word of what was scored: windows side by side leave out their first tokens.
+                "word_perplexity": _exp(sums.nll / sums.tokens * (len(ids) - 1) / text.words),
+            },
             {"stride": stride},
             {**text.counts(), "tokens": sums.tokens, "windows": len(begins)},
         )

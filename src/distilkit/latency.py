@@ -19,19 +19,19 @@ Pass = Sequence[Callable[[], object]]  # a model's batches, each ready to run
 def seconds_in_turn(passes: Sequence[Pass], *, warm_up: int, rounds: int) -> list[NDArray[np.float64]]:
     """Time every batch of every pass, (rounds, batches) seconds for each pass.
 
-    First each pass runs ``warm_up`` batches untimed. Then in each round the passes take turns, so that a slow moment of
-    the machine hits all of them.
+    First each pass runs ``warm_up`` batches untimed. Then each batch is run by all passes before the next one is, in an
+    order that turns round each round, so that a slow moment of the machine hits all of them.
     """
     for batches in passes:
         for run in itertools.islice(itertools.cycle(batches), warm_up):
             run()
     seconds = [np.empty((rounds, len(batches))) for batches in passes]
     for turn in range(rounds):
-        for own, batches in zip(seconds, passes, strict=True):
-            for number, run in enumerate(batches):
-                start = time.perf_counter()
-                run()
-                own[turn, number] = time.perf_counter() - start
+        order = range(len(passes)) if turn % 2 == 0 else reversed(range(len(passes)))
+        for number, which in itertools.product(range(len(passes[0])), list(order)):
+            start = time.perf_counter()
+            passes[which][number]()
+            seconds[which][turn, number] = time.perf_counter() - start
     return seconds
 
 

@@ -34,9 +34,7 @@ class Plot:
 Block = str | Table | Plot  # a page is a title and blocks of these, one below the other
 
 _FIGURE = re.compile(r"[-+]?[\d.,]+( .*)?|-|\+?nan")
-_MARKDOWN = str.maketrans(
-    {"\\": "\\\\", "|": "\\|", "`": "\\`", "*": "\\*", "[": "\\[", "]": "\\]", "&": "&amp;", "<": "&lt;", ">": "&gt;"}
-)
+_MARKDOWN = str.maketrans({each: f"\\{each}" for each in "\\|`~*[]"} | {"&": "&amp;", "<": "&lt;", ">": "&gt;"})
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 .wide { overflow-x: auto; }
@@ -56,7 +54,8 @@ def is_figures(rows: Sequence[Sequence[str]], column: int) -> bool:
 
 def markdown(text: str) -> str:
     """Escape what markdown or HTML would read as more than text."""
-    return " ".join(text.translate(_MARKDOWN).split())
+    escaped = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text.translate(_MARKDOWN))  # within a word it is a letter
+    return " ".join(escaped.split())
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

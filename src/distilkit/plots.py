@@ -17,12 +17,13 @@ from distilkit.pages import Plot
 from distilkit.published import published_retention
 from distilkit.run_tables import run_labels
 from distilkit.summary import read_metrics
-from distilkit.tables import Roles, ordered_rows, ordered_tasks, task_label
+from distilkit.tables import Roles, mean_columns, ordered_rows, ordered_tasks, row_parameters, task_label
 
-MAX_BARS = 8  # of one task: more cannot be told apart
+MAX_BARS = 7  # of one task: there are as many colours beside the baseline's
 _LINE = 13  # points between the lines of names
-_PUBLISHED = "published (paper)"
+_PUBLISHED = " (published)"  # behind the name of a published student
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#000000")
+_GRAYS = ("#999999", "#c8c8c8", "#6a6a6a")  # of published students: one for each kind of task
 
 
 class Point(NamedTuple):
@@ -142,7 +143,7 @@ def _scatter(panels: Mapping[str, Sequence[Point]], roles: Roles, *, x: str, y: 
 
 def _score_axis(scores: Sequence[Score], roles: Roles) -> tuple[str, dict[str, float]]:
     """Return the label of the axis of scores, and each row's value: the first average that two rows have."""
-    for average in averages(scores):
+    for average in averages(scores, *roles.anchors):
         values = {row: mean(scores, row, average.tasks) for row in ordered_rows(scores, roles)}
         finite = {row: 100 * value for row, value in values.items() if value is not None and math.isfinite(value)}
         if len(finite) > 1:
@@ -161,8 +162,7 @@ def _legend(roles: Roles) -> str:
 def quality_parameters(scores: Sequence[Score], roles: Roles) -> Plot | None:
     """Draw the average score against the number of parameters."""
     label, values = _score_axis(scores, roles)
-    sizes = {score.row: score.results[0].parameters for score in scores}
-    points = [Point(row, sizes[row], value) for row, value in values.items()]
+    points = [Point(row, row_parameters(scores, row), value) for row, value in values.items()]
     if not points:
         return None
     largest = max(point.x for point in points)
@@ -173,19 +173,20 @@ def quality_parameters(scores: Sequence[Score], roles: Roles) -> Plot | None:
 
 
 def quality_latency(scores: Sequence[Score], timings: Sequence[Mapping[str, Any]], roles: Roles) -> Plot | None:
-    """Draw the average score against the latency at batch 1, one panel for each device and backend."""
+    """Draw the average score against the latency, one panel for each device and backend that was scored: int8 was not."""
     label, values = _score_axis(scores, roles)
     panels: dict[str, list[Point]] = {}
     for record in timings:
-        if record["model"] in values and "latency_ms" in record:
+        if record["model"] in values and "latency_ms" in record and not record["backend"].endswith("int8"):
             ends = record.get("latency_ms_p10"), record.get("latency_ms_p90")
             point = Point(record["model"], record["latency_ms"], values[record["model"]], *ends)
             panels.setdefault(f"score against latency: {record['backend']}", []).append(point)
     panels = {title: points for title, points in panels.items() if len(points) > 1}
     if not panels:
         return None
-    x = "latency of one sentence (ms), median, 10th to 90th percentile"
-    caption = f"Average score against latency at batch 1{_legend(roles)}."
+    x = "latency of one batch (ms), median, 10th to 90th percentile"
+    sizes = " or ".join(dict.fromkeys(record["batch_sizes"].partition(" ")[0] for record in timings))
+    caption = f"Average score against latency{f' at batch {sizes}' if sizes else ''}{_legend(roles)}."
     return Plot(name="quality_latency", caption=caption, png=_scatter(panels, roles, x=x, y=label))
 
 
@@ -194,23 +195,29 @@ def _kept_series(scores: Sequence[Score], roles: Roles, teacher: str) -> tuple[l
     theirs = {score.task for score in scores if score.row == teacher}
     tasks = [task for task in ordered_tasks(scores) if task in theirs]
     rows = [row for row in ordered_rows(scores, roles) if row != teacher]
-    means = [average for average in averages(scores) if len(average.tasks) > 1][:1]
+    means = mean_columns(scores, *roles.anchors)[:1]
     series = {
         row: [retention(scores, row, teacher, task) for task in tasks]
         + [mean_retention(scores, row, teacher, average.tasks) for average in means]
         for row in rows
     }
-    if any(published_retention(task) for task in tasks):
-        found = [published_retention(task) for task in tasks]
-        series[_PUBLISHED] = [each[1] if each else None for each in found]
-        glue = published_retention("glue")
-        series[_PUBLISHED] += [glue[1] if glue and "GLUE" in average.label else None for average in means]
+    named = {score.task: score.published_task for score in scores if score.row == teacher}
+    asked = [named[task] for task in tasks] + ["glue" if "GLUE" in average.label else "" for average in means]
+    found = [published_retention(task) for task in asked]
+    for name in dict.fromkeys(each[0] for each in found if each):
+        series[name + _PUBLISHED] = [each[1] if each and each[0] == name else None for each in found]
     numbers = {
         row: [math.nan if value is None else value for value in values]
         for row, values in series.items()
         if any(value is not None for value in values)
     }
     return [task_label(task) for task in tasks] + [average.label for average in means], numbers
+
+
+def drawn_rows(rows: Sequence[str], roles: Roles) -> list[str]:
+    """Return the rows that have room, the baseline always among them."""
+    without = [row for row in rows if row != roles.baseline]
+    return [*without[: MAX_BARS - (roles.baseline in rows)], *(row for row in rows if row == roles.baseline)]
 
 
 def retention_bars(scores: Sequence[Score], roles: Roles) -> Plot | None:
@@ -221,11 +228,12 @@ def retention_bars(scores: Sequence[Score], roles: Roles) -> Plot | None:
     if roles.teacher is None:
         return None
     groups, series = _kept_series(scores, roles, roles.teacher)
-    ours = [row for row in series if row != _PUBLISHED]
+    theirs = [row for row in series if row.endswith(_PUBLISHED)]
+    ours = [row for row in series if row not in theirs]
     ours = [row for row in ours if ablation_row(row) is None] or ours
     if not ours:
         return None
-    drawn = [*ours[:MAX_BARS], *(row for row in series if row == _PUBLISHED)]
+    drawn = drawn_rows(ours, roles) + theirs
     bars: dict[str, list[tuple[float, float]]] = {row: [] for row in drawn}  # places from the top, and values
     ticks, place = [], 0.0
     for index in range(len(groups)):
@@ -238,7 +246,7 @@ def retention_bars(scores: Sequence[Score], roles: Roles) -> Plot | None:
     figure = Figure(figsize=(10, 1.8 + 0.19 * place), layout="constrained")
     axis = figure.subplots()
     for index, row in enumerate(drawn):
-        colour = "#999999" if row == _PUBLISHED else _COLOURS[7 if row == roles.baseline else index % 7]
+        colour = _COLOURS[7 if row == roles.baseline else index] if row not in theirs else _GRAYS[theirs.index(row)]
         places, values = zip(*bars[row], strict=True) if bars[row] else ((), ())
         filled = axis.barh(places, values, height=0.85, color=colour, label=plain(row))
         for mark in axis.bar_label(filled, fmt="%.1f", padding=3, fontsize=8):
@@ -251,8 +259,10 @@ def retention_bars(scores: Sequence[Score], roles: Roles) -> Plot | None:
     _finish(axis)
     axis.grid(visible=False, axis="y")
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
-    left_out = f" The first {MAX_BARS} of {len(ours)} rows." if len(ours) > MAX_BARS else ""
-    caption = f"What is kept of {roles.teacher} on each task; published figures are the paper's.{left_out}"
+    left_out = f" {MAX_BARS} of {len(ours)} rows." if len(ours) > MAX_BARS else ""
+    caption = (
+        f"What is kept of {roles.teacher} on each task; published students keep it of their own teachers.{left_out}"
+    )
     return Plot(name="retention", caption=caption, png=_png(figure))
 
 
@@ -294,4 +304,4 @@ def loss_curves(runs: Sequence[Mapping[str, Any]]) -> Plot | None:
     _finish(axis)
     figure.legend(loc="outside right upper", frameon=False)
     caption = "Held-out cross-entropy of each training run over tokens."
-    return Plot(name="loss_curves", caption=caption, png=_png(figure))
+    return Plot(name="held_out_loss", caption=caption, png=_png(figure))

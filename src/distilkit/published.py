@@ -96,7 +96,8 @@ ABLATION = {"no_ce": -2.96, "no_mlm": -0.31, "no_cos": -1.46, "random_init": -3.
 def published_retention(task: str) -> tuple[str, float] | None:
     """Return the published student that has this task, and the percentage of its teacher's score that it keeps.
 
-    A task of several figures counts with their mean; of perplexities it is the teacher's over the student's.
+    Of several it is the first. A task of several figures counts with their mean; of perplexities it is the teacher's over
+    the student's.
     """
     by_name = {model.name: model for model in MODELS}
     for student in MODELS:

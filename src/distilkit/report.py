@@ -18,7 +18,7 @@ from distilkit import plots, published_tables, run_tables, speed_tables, tables
 from distilkit.comparison import read_runs
 from distilkit.entry import report_errors
 from distilkit.errors import UserError
-from distilkit.medians import Score, choose, row_names
+from distilkit.medians import Score, choose, name_alike, row_names
 from distilkit.pages import Block, Plot, Table, html_page, markdown_page, write_csv
 from distilkit.results import Result, read_results
 from distilkit.run_tables import Run, teacher_label
@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 
 _NEEDED = ("before", "after", "student_parameters", "tokens_seen")  # of a summary.json
 _NAMES = (  # of the tables and plots that a report may have written
-    *("quality", "retention", "published", "metrics", "speed", "published_speed", "ablation", "training", "cost"),
-    *("quality_parameters", "quality_latency", "loss_curves"),
+    *("quality", "retention", "published", "each_metric", "speed", "published_speed", "ablation", "training", "cost"),
+    *("quality_parameters", "quality_latency", "held_out_loss"),
 )
 
 
@@ -51,7 +51,7 @@ def find_runs(folders: Iterable[Path]) -> list[dict[str, Any]]:
         found = {str(file.parent) for file in folder.rglob("summary.json")}
         for sweep in sorted({PurePath(run).parent for run in found}):
             try:
-                runs += [run for run in read_runs(Path(sweep)) if run["folder"] in found]
+                runs += read_runs(Path(sweep), only=found)
             except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
                 raise UserError(f"a summary.json below {sweep} is damaged ({error}); delete it") from error
     for run in runs:
@@ -84,7 +84,12 @@ def find_teacher(results: Sequence[Result], runs: Sequence[Run]) -> list[str]:
         dict.fromkeys(
             row
             for row, result in named
-            if result.teacher is None and (result.name in names or result.model in names or result.sha256 in hashes)
+            if result.teacher is None
+            and (
+                result.name in names
+                or result.model in names
+                or hashes & {result.sha256, result.details.get("weights_sha256")}
+            )
         )
     )
 
@@ -120,12 +125,12 @@ def assign_roles(
 def lay_out(results: Sequence[Result], runs: Sequence[Run], roles: Roles) -> list[Block]:
     """Return the report's tables and plots in their order; what would be empty is left out."""
     scores: list[Score] = choose(results)
-    timings = speed_tables.speeds(results)
+    timings = speed_tables.speeds(results, teacher=roles.teacher)
     blocks = (
         tables.quality(scores, roles),
         plots.quality_parameters(scores, roles),
         plots.quality_latency(scores, timings, roles),
-        tables.kept(scores, roles),
+        tables.kept(scores, roles) or tables.nothing_kept(scores, roles),
         plots.retention_bars(scores, roles),
         published_tables.beside_published(scores, roles),
         speed_tables.speed(results, roles),
@@ -155,7 +160,7 @@ def write_report(
     project of a Weights & Biases run that takes the same tables and plots, or None.
 
     Raises:
-        UserError: there is nothing to report, a name is no row, or ``out`` is a file.
+        UserError: there is nothing to report, a name is no row, or ``out`` is a file or the folder of a training run.
     """
     if not results and not runs:
         raise UserError(
@@ -164,6 +169,9 @@ def write_report(
         )
     if out.exists() and not out.is_dir():
         raise UserError(f"out={str(out)!r} is a file; give the name of a folder")
+    if (out / "summary.json").exists():
+        raise UserError(f"out={str(out)!r} is the folder of a training run; give another one, such as {out / 'report'}")
+    results = name_alike(results)
     roles, notes = assign_roles(results, runs, teacher=teacher, baseline=baseline)
     blocks = [*notes, *lay_out(results, runs, roles)]
     out.mkdir(parents=True, exist_ok=True)
@@ -231,7 +239,7 @@ def main(cfg: DictConfig) -> None:
         title=cfg.title,
         wandb=cfg.wandb,
     )
-    scored, trained = len(set(row_names(results))), len(runs)
+    scored, trained = len(set(row_names(name_alike(results)))), len(runs)
     print(json.dumps({"report": str(file.resolve()), "models": scored, "training_runs": trained}))
 
 

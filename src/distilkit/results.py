@@ -73,7 +73,7 @@ def cost(*, seconds: float, tokens: int, device: str) -> dict[str, Any]:
         "tokens": tokens,
         "device": device,
         "machine": processor(device),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
     }
 

@@ -1,9 +1,11 @@
-"""From runs to tables: the ablation, the training runs, and what scoring cost."""
+"""From runs to tables: the ablation, the training runs, and what fine-tuning and scoring cost."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
+
+from omegaconf import OmegaConf
 
 from distilkit.medians import Score, ablation_row, mean, row_names
 from distilkit.pages import Table
@@ -132,6 +134,14 @@ def run_labels(runs: Sequence[Run]) -> list[str]:
     return labels
 
 
+def _origin(run: Run) -> str:
+    """Tell whether a run began with fresh weights, as its config says: ``init`` is random, or the model a new one."""
+    file = Path(run["folder"]) / ".hydra" / "config.yaml"
+    student = OmegaConf.select(OmegaConf.load(file), "student", default={}) if file.is_file() else {}
+    fresh = student.get("init") == "random" or str(student.get("_target_")).endswith(".new_student")
+    return "random init" if fresh else "-"
+
+
 def training(runs: Sequence[Run]) -> Table | None:
     """Lay out how each student was trained, at what cost, and its held-out cross-entropy before and after."""
     records = []
@@ -142,7 +152,7 @@ def training(runs: Sequence[Run]) -> Table | None:
                 "run": label,
                 "teacher": teacher_label(run.get("teacher")),
                 "parameters": run["student_parameters"],
-                "layers": "random init" if layers is None else " ".join(map(str, layers)),
+                "layers": _origin(run) if layers is None else " ".join(map(str, layers)),
                 "objective": ", ".join(f"{name.removeprefix('alpha_')} {value}" for name, value in objective.items()),
                 "tokens": run["tokens_seen"],
                 "hours": None if seconds is None else seconds / 3600,
@@ -191,7 +201,7 @@ def _versions(versions: Mapping[str, Any]) -> str:
 
 
 def cost(results: Sequence[Result]) -> Table | None:
-    """Lay out what scoring took: each row's and task's tokens and hours over all seeds and settings, where and when."""
+    """Lay out what fine-tuning and scoring took: each row's and task's tokens and hours over all seeds and settings."""
     records: dict[tuple[str, str, str], dict[str, Any]] = {}
     for row, result in zip(row_names(results), results, strict=True):
         if not result.cost:
@@ -205,7 +215,7 @@ def cost(results: Sequence[Result]) -> Table | None:
         record["results"] += 1
         record["tokens"] += result.cost.get("tokens") or 0
         record["hours"] += (result.cost.get("seconds") or 0) / 3600
-        record["dates"].append(str(result.cost.get("date", "-")))
+        record["dates"].append(str(result.cost.get("date", "-"))[:10])  # the day
         record["versions"].append(_versions(result.cost.get("versions", {})))
     if not records:
         return None
@@ -223,7 +233,7 @@ def cost(results: Sequence[Result]) -> Table | None:
     total = _total(records.values())
     return Table(
         name="cost",
-        title="Cost of scoring",
+        title="Cost of fine-tuning and scoring",
         header=["model", "task", "results", "tokens", "hours", "machine", "date", "versions"],
         rows=rows,
         records=list(records.values()),

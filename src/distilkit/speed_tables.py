@@ -17,14 +17,27 @@ def _against(details: Mapping[str, Any], backend: str) -> Iterator[str]:
                 yield f"{label} {ratios[f'{backend}/{metric}']:.2f} x {other}"
 
 
-def speeds(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """List the timings: one record for each model, device and backend (``cpu``, ``cpu/onnx``), the later of two."""
-    records: dict[tuple[str, str], dict[str, Any]] = {}
+def _later_last(results: Sequence[Result], teacher: str | None) -> list[tuple[str, Result]]:
+    """Sort timings with their rows by date, the teacher's that were taken in a student's own run behind all others."""
+    found: list[tuple[bool, str, str, Result]] = []
+    beside: set[str] = set()  # whom the run that is being read has timed in turn, and are yet to come
     for row, result in zip(row_names(results), results, strict=True):
-        if result.kind != "speed":
-            continue
-        backends = dict.fromkeys(name.rpartition("/")[0] for name in result.scores if "/" in name)
-        for backend in backends or [""]:
+        if result.kind == "speed":
+            in_turn = result.name in beside  # a run's results follow that of its model, which names the others
+            beside = beside - {result.name} if in_turn else set(result.details.get("against", ()))
+            found.append((in_turn and row == teacher, str(result.cost.get("date", "")), row, result))
+    return [(row, result) for *_, row, result in sorted(found, key=lambda each: each[:2])]
+
+
+def speeds(results: Sequence[Result], *, teacher: str | None) -> list[dict[str, Any]]:
+    """List the timings: one record for each model, device and backend (``cpu``, ``cpu/onnx``), the later of two.
+
+    Of the teacher's it is the one in turn with a student, where there is one.
+    """
+    rows = dict.fromkeys(row for row, result in zip(row_names(results), results, strict=True) if result.kind == "speed")
+    records: dict[tuple[str, str], dict[str, Any]] = {}
+    for row, result in _later_last(results, teacher):
+        for backend in dict.fromkeys(name.rpartition("/")[0] for name in result.scores if "/" in name):
             get = {name.rpartition("/")[2]: name for name in result.scores if name.rpartition("/")[0] == backend}
             values = {name: result.scores[full] for name, full in get.items()}
             device, _, runtime = backend.partition("/")  # cpu, cpu/onnx or cpu/onnx-int8
@@ -38,13 +51,31 @@ def speeds(results: Sequence[Result]) -> list[dict[str, Any]]:
                 **{name: value for name, value in values.items() if not name.endswith("_mb")},
                 "against": "; ".join(_against(result.details, backend)),
                 "machine": result.details.get("processors", {}).get(device) or result.cost.get("machine", ""),
+                "batch_sizes": " and ".join(map(str, result.settings.get("batch_sizes", ()))),
+                "threads": result.details.get("threads"),
+                "sentences": result.details.get("num_sentences"),
             }
-    return list(records.values())
+    order = list(rows)
+    return sorted(records.values(), key=lambda record: order.index(record["model"]))
+
+
+def _conditions(records: Sequence[Mapping[str, Any]]) -> str:
+    """Say how it was timed; where that differs, each of the values."""
+    labels = {
+        "batch_sizes": "batches of",
+        "sentences": "sentences:",
+        "threads": "CPU threads:",
+        "machine": "measured on",
+    }
+    found = {name: dict.fromkeys(str(each[name]) for each in records if each[name]) for name in labels}
+    said = ", ".join(f"{labels[name]} {' or '.join(values)}" for name, values in found.items() if values)
+    return f" {said[0].upper()}{said[1:]}." if said else ""
 
 
 def speed(results: Sequence[Result], roles: Roles) -> Table | None:
-    """Lay out sizes, latencies at batch 1 and throughputs at batch 32 for each device and backend."""
-    records = sorted(speeds(results), key=lambda record: (record["backend"], record["model"] != roles.teacher))
+    """Lay out sizes, latencies and throughputs for each device and backend."""
+    records = speeds(results, teacher=roles.teacher)
+    records.sort(key=lambda record: (record["backend"], record["model"] != roles.teacher))
     rows = []
     for record in records:
         latency = figure(record.get("latency_ms"), "{:,.1f}")
@@ -54,7 +85,6 @@ def speed(results: Sequence[Result], roles: Roles) -> Table | None:
         rate = figure(record.get("sentences_per_second"), "{:,.1f}")
         rows.append([roles.label(record["model"]), record["backend"], *sizes, figure(record["file_mb"], "{:,.1f}")])
         rows[-1] += [latency, rate, record["against"] or "-"]
-    machines = ", ".join(dict.fromkeys(record["machine"] for record in records if record["machine"]))
     if not rows:
         return None
     return Table(
@@ -73,7 +103,7 @@ def speed(results: Sequence[Result], roles: Roles) -> Table | None:
         rows=rows,
         records=records,
         notes=[
-            "Latency of one sentence at batch 1: median (10th to 90th percentile). Sentences per second at batch 32."
-            + (f" Measured on {machines}." if machines else "")
+            "Latency of one batch of the first size: median (10th to 90th percentile) over batches. Sentences per second at "
+            "the second size." + _conditions(records)
         ],
     )

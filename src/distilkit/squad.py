@@ -103,7 +103,7 @@ class QuestionTask:
     def logits(self, outputs: Any, attention_mask: Tensor) -> tuple[Tensor, ...]:
         """Return the logits of starts and of ends, each (rows, length), with no mass on padding."""
         return tuple(
-            logits.float().masked_fill(attention_mask == 0, torch.finfo(torch.float32).min)
+            logits.float().masked_fill(attention_mask == 0, -1e9)  # finite, whatever the temperature
             for logits in (outputs.start_logits, outputs.end_logits)
         )
 

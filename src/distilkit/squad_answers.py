@@ -131,6 +131,9 @@ def _question(node: Mapping[str, Any], *, context: str, answers: Sequence[tuple[
 # ---------------------------------------------------------------------- windows
 
 
+_AT_ONCE = 1000  # questions: as Python's lists of pairs, the offsets of all of SQuAD take gigabytes
+
+
 def encode_questions(
     questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, *, max_length: int, doc_stride: int
 ) -> list[dict[str, Any]]:
@@ -147,25 +150,29 @@ def encode_questions(
         return []
     asked = [question.question.lstrip() for question in questions]  # as the files have some with blanks before them
     _check_room(questions, asked, tokenizer, max_length=max_length, doc_stride=doc_stride)
-    encoded = tokenizer(
-        asked,
-        [question.context for question in questions],
-        truncation="only_second",
-        max_length=max_length,
-        stride=doc_stride,
-        return_overflowing_tokens=True,
-        return_offsets_mapping=True,
-        split_special_tokens=True,
-    )
-    numbers, mapping = encoded.pop("overflow_to_sample_mapping"), encoded.pop("offset_mapping")
     windows = []
-    for row, number in enumerate(numbers):
-        in_context = np.array([part == 1 for part in encoded.sequence_ids(row)])
-        offsets = np.where(in_context[:, None], np.array(mapping[row], dtype=np.int32), np.int32(-1))
-        text, start = questions[number].answers[0]
-        window = {name: values[row] for name, values in encoded.items()}
-        window |= {"question": number, "offsets": offsets, "target": find_span(offsets, start, start + len(text))}
-        windows.append(window)
+    for begin in range(0, len(questions), _AT_ONCE):
+        some = slice(begin, begin + _AT_ONCE)
+        encoded = tokenizer(
+            asked[some],
+            [question.context for question in questions[some]],
+            truncation="only_second",
+            max_length=max_length,
+            stride=doc_stride,
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+            return_attention_mask=True,
+            return_token_type_ids=True,  # a student may have none, and its teacher may need them
+            split_special_tokens=True,
+        )
+        numbers, mapping = encoded.pop("overflow_to_sample_mapping"), encoded.pop("offset_mapping")
+        for row, number in enumerate(numbers):
+            in_context = np.array([part == 1 for part in encoded.sequence_ids(row)])
+            offsets = np.where(in_context[:, None], np.array(mapping[row], dtype=np.int32), np.int32(-1))
+            text, start = questions[begin + number].answers[0]
+            window: dict[str, Any] = {name: np.array(values[row], dtype=np.int32) for name, values in encoded.items()}
+            window |= {"question": begin + number, "offsets": offsets}
+            windows.append(window | {"target": find_span(offsets, start, start + len(text))})
     return windows
 
 

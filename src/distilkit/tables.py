@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from distilkit.medians import (
+    TOKENIZER,
     Average,
     Score,
     Spread,
@@ -15,6 +16,7 @@ from distilkit.medians import (
     mean,
     mean_retention,
     retention,
+    unlike,
 )
 from distilkit.pages import Table, markdown_table
 from distilkit.published import GLUE_TASKS
@@ -33,7 +35,6 @@ LABELS = {
     "imdb": "IMDb",
     "squad": "SQuAD",
     "xnli": "XNLI",
-    "wikitext103": "WikiText-103",
     "perplexity": "perplexity",
     "pseudo_perplexity": "pseudo-perplexity",
 }
@@ -46,6 +47,11 @@ class Roles:
 
     teacher: str | None
     baseline: str | None
+
+    @property
+    def anchors(self) -> tuple[str | None, str | None]:
+        """The rows whose tasks averages are taken over."""
+        return self.teacher, self.baseline
 
     def label(self, row: str) -> str:
         """Name a row with its role, unless its name says it."""
@@ -87,9 +93,36 @@ def _task_header(scores: Sequence[Score], task: str) -> str:
     return label if one.higher_is_better or "perplexity" in label else f"{label} perplexity"
 
 
-def _mean_columns(scores: Sequence[Score]) -> list[Average]:
+def mean_columns(scores: Sequence[Score], *anchors: str | None) -> list[Average]:
     """Return the averages that are worth a column: a task alone has its own."""
-    return [average for average in averages(scores) if len(average.tasks) > 1]
+    return [average for average in averages(scores, *anchors) if len(average.tasks) > 1]
+
+
+def row_parameters(scores: Sequence[Score], row: str) -> int:
+    """Return a row's number of parameters, of its first task: heads differ from task to task."""
+    mine = [score for score in scores if score.row == row]
+    return next(score.results[0].parameters for task in ordered_tasks(mine) for score in mine if score.task == task)
+
+
+def limit_notes(scores: Sequence[Score]) -> list[str]:
+    """Say of each task on which of its rows models were trained and scored, where these were limited."""
+    notes = []
+    for task in ordered_tasks(scores):
+        mine = [score for score in scores if score.task == task]
+        first = {score.row: score.results[0] for score in mine}
+        if not any(name in each.settings for each in first.values() for name in ("max_train_rows", "max_scored_rows")):
+            continue
+        names = [
+            name for name in ("epochs", "lr") if len({str(each.settings.get(name)) for each in first.values()}) > 1
+        ]
+        said: dict[str, list[str]] = {}
+        for row, each in first.items():
+            scored = ", ".join(f"{number:,} of {split}" for split, number in each.details.get("rows", {}).items())
+            text = f"trained on {each.details.get('train_rows', 0):,} rows, scored on {scored or 'some'}"
+            said.setdefault(text + "".join(f", {name}={each.settings.get(name)}" for name in names), []).append(row)
+        parts = "; ".join(f"{text} ({', '.join(rows)})" for text, rows in said.items())
+        notes.append(f"{task_label(task)} on a part of its rows: {parts}.")
+    return notes
 
 
 def _range(each: Spread, *, share: bool) -> str:
@@ -100,10 +133,10 @@ def quality(scores: Sequence[Score], roles: Roles) -> Table | None:
     """Lay out each row's median on each task, in percent, perplexities as they are, with averages and parameters."""
     if not scores:
         return None
-    tasks, means, rows, records, notes = ordered_tasks(scores), _mean_columns(scores), [], [], []
+    tasks, means, rows, records, notes = ordered_tasks(scores), mean_columns(scores, *roles.anchors), [], [], []
     for row in ordered_rows(scores, roles):
         mine = {task: score for task in tasks if (score := cell(scores, row, task))}
-        parameters = next(iter(mine.values())).results[0].parameters
+        parameters = row_parameters(scores, row)
         rows.append(
             [roles.label(row), f"{parameters:,}"]
             + [shown(mean(scores, row, average.tasks), share=True) for average in means]
@@ -135,21 +168,22 @@ def quality(scores: Sequence[Score], roles: Roles) -> Table | None:
         header=header + [_task_header(scores, task) for task in tasks],
         rows=rows,
         records=records,
-        notes=[first, *notes],
+        notes=[first, *limit_notes(scores), *notes],
     )
 
 
-def kept_by(scores: Sequence[Score], row: str, teacher: str) -> tuple[str, float] | None:
-    """Return the one figure of what a row keeps, and over what: the average, or where there is none the first task."""
-    for average in averages(scores):
-        kept = mean_retention(scores, row, teacher, average.tasks)
-        if kept is not None:
+def _kept_by(scores: Sequence[Score], rows: Sequence[str], teacher: str) -> tuple[str, list[float]] | None:
+    """Return what each row keeps, and over what: the first average that all have, or else the first task."""
+    mine = [score for score in scores if score.row in (teacher, *rows)]
+    for average in averages(mine, teacher, *rows):
+        kept = [mean_retention(mine, row, teacher, average.tasks) for row in rows]
+        if None not in kept:
             over = task_label(average.label) if len(average.tasks) == 1 else f"the {average.label}"
-            return over.replace("the average", "average"), kept
-    for task in ordered_tasks(scores):
-        kept = retention(scores, row, teacher, task)
-        if kept is not None:
-            return task_label(task), kept
+            return over.replace("the average", "average"), [each for each in kept if each is not None]
+    for task in ordered_tasks(mine):
+        kept = [retention(mine, row, teacher, task) for row in rows]
+        if None not in kept:
+            return task_label(task), [each for each in kept if each is not None]
     return None
 
 
@@ -161,10 +195,10 @@ def verdicts(scores: Sequence[Score], roles: Roles) -> list[str]:
     for row in ordered_rows(scores, roles):
         if row in (roles.teacher, roles.baseline):
             continue
-        mine, theirs = (kept_by(scores, each, roles.teacher) for each in (row, roles.baseline))
-        if mine is None or theirs is None or mine[0] != theirs[0] or math.isnan(mine[1] - theirs[1]):
+        found = _kept_by(scores, [row, roles.baseline], roles.teacher)
+        if found is None or math.isnan(sum(found[1])):
             continue
-        (over, kept), (_, base) = mine, theirs
+        over, (kept, base) = found
         by = f"by {abs(kept - base):.1f} points"
         which = f"{row} keeps more, {by}" if kept > base else f"{roles.baseline} keeps more, {by}"
         which = which if kept != base else "both keep the same"
@@ -183,7 +217,7 @@ def kept(scores: Sequence[Score], roles: Roles) -> Table | None:
     theirs = [score.task for score in scores if score.row == teacher]
     tasks, means, rows, records = (
         [task for task in ordered_tasks(scores) if task in theirs],
-        _mean_columns(scores),
+        mean_columns(scores, *roles.anchors),
         [],
         [],
     )
@@ -207,8 +241,40 @@ def kept(scores: Sequence[Score], roles: Roles) -> Table | None:
         header=["model", *(average.label for average in means), *(_task_header(scores, task) for task in tasks)],
         rows=rows,
         records=records,
-        notes=[first, *verdicts(scores, roles)],
+        notes=[first, *uncompared(scores, teacher), *verdicts(scores, roles)],
     )
+
+
+def uncompared(scores: Sequence[Score], teacher: str) -> list[str]:
+    """Say which rows cannot be compared with the teacher on a task, and why."""
+    notes = []
+    for score in scores:
+        theirs = cell(scores, teacher, score.task)
+        differing = unlike(score, theirs) if theirs is not None else {}
+        line = f"{score.row} on {task_label(score.task)}"
+        if (
+            differing
+            and differing.keys() <= TOKENIZER
+            and retention(scores, score.row, teacher, score.task) is not None
+        ):
+            notes.append(f"{line}: by the perplexity per word, for its tokenizer is not that of {teacher}.")
+        elif differing:
+            pairs = (f"{name} ({str(one)[:60]}, not {str(other)[:60]})" for name, (one, other) in differing.items())
+            notes.append(f"{line} is not compared, for it differs from {teacher} in {', '.join(pairs)}.")
+        elif score.row.startswith(f"{teacher} (") and theirs is None:
+            notes.append(
+                f"{score.row} is one of several settings of {teacher} on {task_label(score.task)}, and which counts is not "
+                f"known without held-out scores; set teacher={score.row!r} or remove the others."
+            )
+    return notes
+
+
+def nothing_kept(scores: Sequence[Score], roles: Roles) -> str | None:
+    """Say why there is no table of what is kept, where the teacher is known and other rows are."""
+    if roles.teacher is None or all(score.row == roles.teacher for score in scores):
+        return None
+    why = uncompared(scores, roles.teacher) or ["No other row has a score on a task on which it has one above zero."]
+    return " ".join([f"What is kept of {roles.teacher} is left out.", *why])
 
 
 def metrics(scores: Sequence[Score], roles: Roles) -> Table | None:
@@ -224,7 +290,7 @@ def metrics(scores: Sequence[Score], roles: Roles) -> Table | None:
                 rows.append([*first, shown(each.median, share=share), str(each.seeds), range_])
                 records.append({"model": row, "task": score.task, "metric": name} | each._asdict())
     header = ["model", "task", "metric", "median", "seeds", "lowest to highest"]
-    return Table(name="metrics", title="Each metric", header=header, rows=rows, records=records) if rows else None
+    return Table(name="each_metric", title="Each metric", header=header, rows=rows, records=records) if rows else None
 
 
 def results_markdown(results: Sequence[Result]) -> str:
@@ -246,7 +312,7 @@ def results_markdown(results: Sequence[Result]) -> str:
             lines.append(
                 [*([row] if several else []), _task_header(mine, task), value, str(score.spread.seeds), range_, details]
             )
-        for average in _mean_columns(mine):
+        for average in mean_columns(mine):
             value = shown(mean(mine, row, average.tasks), share=True)
             lines.append([*([row] if several else []), average.label, value, "-", "-", "-"])
     header = [*(["model"] if several else []), "task", "score", "seeds", "lowest to highest", "metrics"]

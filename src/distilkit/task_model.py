@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from distilkit.errors import UserError
+from distilkit.language_model import max_positions
 from distilkit.tokenizer import load_tokenizer
 
 
@@ -25,8 +27,7 @@ def weights_id(model: str, *, revision: str) -> str:
     files = sorted(folder.glob("*.safetensors"))
     if not files or not (folder / "config.json").is_file():
         raise UserError(
-            f"model={model} is no Hugging Face folder with config.json and .safetensors; give the student/ of a run, "
-            "or a hub id"
+            f"{model} is no Hugging Face folder with config.json and .safetensors; give the student/ of a run, or a hub id"
         )
     for file in [folder / "config.json", *files]:
         with file.open("rb") as stream:
@@ -67,7 +68,7 @@ def load_task_model(
             ignore_mismatched_sizes=not needs_head and theirs != head.get("num_labels", theirs),
             **settings,
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         where = "folder" if Path(model).is_dir() else "hub id"
         raise UserError(
             f"cannot load {where} {model!r} at revision {revision!r} as a model for this task: "
@@ -76,6 +77,7 @@ def load_task_model(
         ) from error
     backbone = f"{loaded.base_model_prefix}."
     missing = sorted(key for key in info["missing_keys"] if not key.endswith("position_ids"))
+    missing += sorted(str(entry[0]) for entry in info["mismatched_keys"])  # of another shape than the config says
     lacking = [key for key in missing if key.startswith(backbone) and ".pooler." not in key]
     if lacking or (needs_head and missing):
         cure = "fine-tune it first, and give the model/ of its folder" if needs_head else "give a pretrained model"
@@ -106,7 +108,23 @@ def load_task_tokenizer(
         )
     if loaded.pad_token_id is None:  # GPT-2: padding is never attended to, so that any token will do
         loaded.pad_token = loaded.eos_token
+    if loaded.pad_token_id is None:
+        raise UserError(f"the tokenizer of {name!r} has no token to pad with; set its pad_token and save it")
+    loaded.padding_side = "right"  # tokens are counted from the first, and so are positions
     return loaded
+
+
+def check_length(model: PreTrainedModel, max_length: int, *, name: str) -> None:
+    """Make sure that the longest input of a task fits the model's positions.
+
+    Raises:
+        UserError: it does not.
+    """
+    limit = max_positions(model) if hasattr(model.config, "max_position_embeddings") else max_length
+    if max_length > limit:
+        raise UserError(
+            f"task.max_length={max_length}, but {name!r} has {limit} positions; set task.max_length={limit} or less"
+        )
 
 
 def check_same_vocabulary(tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, *, name: str) -> None:

@@ -3,6 +3,9 @@
 import csv
 import json
 import logging
+import lzma
+import math
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,43 +93,53 @@ class FileSplit:
         if path.is_dir():
             rows = _read_folder(path, columns=columns)
         elif ".jsonl" in path.suffixes:
-            rows = _read_json_lines(path)
+            rows = self._read_json_lines(path, columns=columns)
         else:
             rows = self._read_table(path, columns=columns)
-        for place, row in rows:
-            if row is None or all(str(row.get(name)) == value for name, value in self.where.items()):
-                yield place, row and {name: row.get(self.columns.get(name, name)) for name in columns}
+        try:
+            for place, row in rows:
+                if row is None or all(str(row.get(name)) == value for name, value in self.where.items()):
+                    yield place, row and {name: row.get(self.columns.get(name, name)) for name in columns}
+        except (OSError, EOFError, lzma.LZMAError, zlib.error, csv.Error, UnicodeDecodeError) as error:
+            raise UserError(
+                f"cannot read {path}: {error}; it may be cut short, not UTF-8, or not what its name says"
+            ) from error
 
     def _read_table(self, path: Path, *, columns: Sequence[str]) -> Iterator[tuple[str, Row | None]]:
         commas = ".csv" in path.suffixes
         quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if commas else csv.QUOTE_NONE  # in GLUE's files a quote is a letter
         with fsspec.open(str(path), "rt", encoding="utf-8-sig", newline="", compression="infer") as stream:
             lines = csv.reader(stream, delimiter="," if commas else "\t", quoting=quoting)
+            csv.field_size_limit(2**31 - 1)  # 128 kB by default, less than some reviews
             header = list(self.header) if self.header else next(lines, [])
             check_columns([self.columns.get(name, name) for name in columns], header, where=str(path))
             for fields in lines:
-                yield (
-                    f"line {lines.line_num}",
-                    dict(zip(header, fields, strict=True)) if len(fields) == len(header) else None,
-                )
+                if fields:  # a blank line is no row
+                    fits = len(fields) == len(header)
+                    yield f"line {lines.line_num}", dict(zip(header, fields, strict=True)) if fits else None
+
+    def _read_json_lines(self, path: Path, *, columns: Sequence[str]) -> Iterator[tuple[str, Row | None]]:
+        with fsspec.open(str(path), "rt", encoding="utf-8-sig", compression="infer") as stream:
+            for number, line in enumerate(stream, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:
+                    row = None
+                if number == 1 and isinstance(row, dict):
+                    check_columns([self.columns.get(name, name) for name in columns], row, where=str(path))
+                yield f"line {number}", row if isinstance(row, dict) else None
 
     def __str__(self) -> str:
         """Name it for an error."""
         return str(self.path())
 
 
-def _read_json_lines(path: Path) -> Iterator[tuple[str, Row | None]]:
-    with fsspec.open(str(path), "rt", encoding="utf-8", compression="infer") as stream:
-        for number, line in enumerate(stream, start=1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                row = None
-            yield f"line {number}", row if isinstance(row, dict) else None
-
-
 def _read_folder(path: Path, *, columns: Sequence[str]) -> Iterator[tuple[str, Row | None]]:
     """Read IMDb's layout: a sub-folder of .txt files for each label; others, as that of unlabelled reviews, are left."""
+    if len(columns) != 2:
+        raise UserError(f"{path} is a folder of texts, one column, but this task reads {', '.join(columns[:-1])}")
     text, label = columns
     for folder in sorted(item for item in path.iterdir() if item.is_dir() and item.name != "unsup"):
         for file in sorted(folder.glob("*.txt")):
@@ -200,8 +213,10 @@ def label_of(value: Any, *, labels: Sequence[str] | None, aliases: Mapping[str, 
             number = float(value)
         except (TypeError, ValueError):
             return None
-        return number if number == number else None  # not a NaN
+        return number if math.isfinite(number) else None
     name = aliases.get(str(value), str(value))
     if name in labels:
         return list(labels).index(name)
+    if any(label.isdecimal() for label in labels):  # 1, 2, 3: these are names, and 0 is none of them
+        return None
     return int(name) if name.isdecimal() and int(name) < len(labels) else None
