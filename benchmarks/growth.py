@@ -32,16 +32,17 @@ def loss_growth(
     vocabularies: Sequence[int],
     width: int,
     naive_limit_mb: float,
+    most_logits: float,
     device: str = "cpu",
 ) -> list[dict[str, Any]]:
     """Time and weigh the loss for each number of tokens and each vocabulary, each in a process of its own.
 
     The naive loss stands beside it for the first vocabulary, as far as its nine or so (tokens, vocabulary) tensors of
-    float32 stay below ``naive_limit_mb``.
+    float32 stay below ``naive_limit_mb``. Sizes of more than ``most_logits`` (tokens times words) are left out.
     """
     records = []
     for vocabulary in vocabularies:
-        for count in tokens:
+        for count in (each for each in tokens if each * vocabulary <= most_logits):
             makers = [LossVariant("ours", fast)]
             if vocabulary == vocabularies[0] and 9 * 4e-6 * count * vocabulary < naive_limit_mb:
                 makers.append(LossVariant("naive", fast))

@@ -1,5 +1,6 @@
 """Run the measurements in their order, and write what they found."""
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from benchmarks.targets import targets
 
 Malloc = Literal["default", "raised"]  # glibc's thresholds for giving memory back
 
+MOST_LOGITS_ON_CPU = 1.1e9  # 16,384 tokens of 50k words, or 4,096 of 250k: minutes each on one core
 DROPOUT = 0.1  # as in the models that are distilled
 GPU_BATCH_SIZES = tuple(2**power for power in range(3, 13))
 GPU_LENGTHS = (128, 512)
@@ -176,6 +178,7 @@ def run_growth(
             vocabularies=vocabularies,
             width=width,
             naive_limit_mb=_memory_megabytes(device) / 2,
+            most_logits=math.inf if device == "cuda" else MOST_LOGITS_ON_CPU,
             device=device,
         ),
         "preparation": growth.preparation_growth(call, megabytes=megabytes),

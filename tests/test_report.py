@@ -224,6 +224,14 @@ def test_runs_are_found_below_folders_and_named_by_their_sweep(outputs: Path) ->
     assert one["label"] == "no_ce"
 
 
+def test_a_run_by_itself_is_not_named_by_all_its_overrides(tmp_path: Path) -> None:
+    folder = write_training(tmp_path, "now", [9.0, 4.0])
+    (folder / ".hydra").mkdir(exist_ok=True)
+    (folder / ".hydra" / "overrides.yaml").write_text("- teacher=hf\n- trainer.max_steps=3\n", "utf-8")
+    (one,) = report.find_runs([folder])
+    assert one["label"] == f"{one['name']}/now"
+
+
 def test_folders_within_each_other_count_once(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(outputs)
     given = [Path("evaluate"), outputs / "evaluate", outputs / "evaluate" / "0", outputs / "ablation"]

@@ -2,9 +2,8 @@
 
 import json
 import logging
-import statistics
-import time
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from distilkit.language_model import task_of
+from distilkit.latency import latency, seconds_in_turn
 from distilkit.summary import write_json
 
 log = logging.getLogger(__name__)
@@ -65,14 +65,8 @@ def measure_latency(folders: Sequence[str], *, block_size: int, rounds: int = 15
         causal = task_of(config["model_type"], config["architectures"]) == "clm"
         models.append((AutoModelForCausalLM if causal else AutoModelForMaskedLM).from_pretrained(folder).eval())
     ids = torch.randint(10, min(model.config.vocab_size for model in models), (1, block_size))
-    times: list[list[float]] = [[] for _ in models]
-    for round_ in range(rounds + 3):
-        for model, seconds in zip(models, times, strict=True):
-            start = time.perf_counter()
-            model(input_ids=ids)
-            if round_ >= 3:  # the first passes warm up
-                seconds.append(time.perf_counter() - start)
-    return [1000 * statistics.median(seconds) for seconds in times]
+    passes = [[partial(model, input_ids=ids)] for model in models]
+    return [latency(seconds)["latency_ms"] for seconds in seconds_in_turn(passes, warm_up=3, rounds=rounds)]
 
 
 _COLUMNS = (

@@ -51,9 +51,12 @@ def find_runs(folders: Iterable[Path]) -> list[dict[str, Any]]:
         found = {str(file.parent) for file in folder.rglob("summary.json")}
         for sweep in sorted({PurePath(run).parent for run in found}):
             try:
-                runs += read_runs(Path(sweep), only=found)
+                some = read_runs(Path(sweep), only=found)
             except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
                 raise UserError(f"a summary.json below {sweep} is damaged ({error}); delete it") from error
+            if len(some) == 1 and ", " in some[0]["label"]:  # no other run tells what is special about this one
+                some[0]["label"] = f"{some[0].get('name', '')}/{Path(some[0]['folder']).name}"
+            runs += some
     for run in runs:
         missing = [name for name in _NEEDED if name not in run]
         if missing:
