@@ -19,7 +19,7 @@ demo: $(INSTALLED)  ## train a small BERT on docstrings, distil it, and compare 
 	$(BIN)/python -m distilkit.train experiment=demo
 
 test: $(INSTALLED)  ## run the tests but the slow ones
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4
 
 test-slow: $(INSTALLED)  ## run the slow tests: the wheel, several processes, the demo in short
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow

@@ -151,6 +151,7 @@ def test_two_files_for_one_split_are_an_error(tmp_path: Path) -> None:
         ("dev.tsv.gz", b"sentence\tlabel\none\t1\n"),
         ("dev.jsonl.xz", lzma.compress(b"{}" * 999)[:-20]),
     ],
+    ids=["not UTF-8", "gzip cut short", "not gzip", "xz cut short"],
 )
 def test_a_file_that_cannot_be_read_is_named(name: str, content: bytes, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
