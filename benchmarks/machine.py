@@ -5,12 +5,13 @@ import platform
 import time
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 import transformers
+
+from distilkit.results import cpu_name
 
 Precision = Literal["fp32", "bf16"]
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -19,7 +20,9 @@ DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfl
 def describe(device: str) -> dict[str, Any]:
     """Name the processor, the versions and the time."""
     return {
-        "processor": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
+        "processor": torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"{cpu_name()} ({torch.backends.cpu.get_cpu_capability()})",
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -27,14 +30,6 @@ def describe(device: str) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
-
-
-def cpu_name() -> str:
-    """Return the processor's model and its widest instructions."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text("utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def matmul_peaks(device: str, *, side: int | None = None, repeats: int = 7) -> dict[Precision, float]:

@@ -10,9 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rich.console import Console
-
-from benchmarks.report import print_table
+from distilkit.pages import print_table
 from distilkit.published import MODELS
 from distilkit.results import Result, read_results
 
@@ -52,7 +50,6 @@ def main() -> None:
         read_results([out]), next(model.figures for model in MODELS if model.name == "DistilBERT"), tolerance=TOLERANCE
     )
     print_table(
-        Console(),
         f"{MODEL}, medians of 5 seeds, beside table 1 of the paper",
         ["task", "here", "paper", ""],
         [[task, f"{ours:.1f}", f"{paper:.1f}", "reached" if fits else "missed"] for task, ours, paper, fits in rows],

@@ -1,6 +1,5 @@
 """Show results: tables on the terminal, one JSON file, one bar chart."""
 
-import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -11,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.targets import Target
+from distilkit.pages import print_table
 
 Record = Mapping[str, Any]
 
@@ -21,16 +20,6 @@ Record = Mapping[str, Any]
 def wide_console() -> Console:
     """Return a console that cuts no table when it writes to a file or a narrow window."""
     return Console(width=max(120, Console().width))
-
-
-def print_table(console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table whose first column is text and whose others are figures."""
-    table = Table(title=title, title_justify="left")
-    for index, column in enumerate(header):
-        table.add_column(column, justify="right" if index else "left", no_wrap=index == 0)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
 
 
 def print_results(console: Console, results: Mapping[str, Any]) -> None:
@@ -47,7 +36,6 @@ def print_results(console: Console, results: Mapping[str, Any]) -> None:
     for malloc in ("default", "raised"):
         records = [record for record in results["steps"] if record["malloc"] == malloc]
         print_table(
-            console,
             f"one optimizer step, {results['length']} tokens a block, malloc thresholds {malloc}",
             ["variant", "tokens", "core-s", "tokens/core-s", "tokens/s", "of peak", "peak MB", "at tokens"],
             [
@@ -63,9 +51,9 @@ def print_results(console: Console, results: Mapping[str, Any]) -> None:
                 ]
                 for record in records
             ],
+            console=console,
         )
     print_table(
-        console,
         f"the loss alone with both heads, {results['loss_tokens']} tokens, {results['vocabulary']:,} words",
         ["variant", "tokens", "core-s", "tokens/core-s", "of peak", "peak MB"],
         [
@@ -79,12 +67,13 @@ def print_results(console: Console, results: Mapping[str, Any]) -> None:
             ]
             for record in results["losses"]
         ],
+        console=console,
     )
     print_table(
-        console,
         "the data path: masked batches out of tokens on disk",
         ["variant", "Mtokens/core-s"],
         [[record["variant"], f"{1e-6 * record['tokens_per_core_second']:.2f}"] for record in results["data"]],
+        console=console,
     )
     print_targets(console, [Target(**{key: row[key] for key in Target.__match_args__}) for row in results["targets"]])
 
@@ -99,7 +88,6 @@ def memory_cell(record: Record) -> str:
 def print_targets(console: Console, rows: Sequence[Target]) -> None:
     """Print each figure, its aim, and whether it was reached."""
     print_table(
-        console,
         "targets",
         ["figure", "measured", "aim", ""],
         [
@@ -111,18 +99,13 @@ def print_targets(console: Console, rows: Sequence[Target]) -> None:
             ]
             for row in rows
         ],
+        console=console,
     )
 
 
 def target_record(target: Target) -> dict[str, Any]:
     """Turn a target into JSON."""
     return {**asdict(target), "verdict": target.verdict}
-
-
-def write_json(file: Path, results: Mapping[str, Any]) -> None:
-    """Write all figures."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
 
 
 def caption(results: Mapping[str, Any]) -> str:

@@ -21,13 +21,13 @@ from benchmarks.report import (
     caption,
     plot_results,
     print_results,
-    print_table,
     target_record,
     wide_console,
-    write_json,
 )
 from benchmarks.step import Workload, time_steps, variants, weigh_step
 from benchmarks.targets import targets
+from distilkit.pages import markdown_table, print_table
+from distilkit.summary import write_json
 
 Malloc = Literal["default", "raised"]  # glibc's thresholds for giving memory back
 
@@ -197,7 +197,7 @@ def run_growth(
         records = results[part]
         if records:
             rows = [[f"{v:,.4g}" if isinstance(v, float) else f"{v}" for v in record.values()] for record in records]
-            print_table(console, f"how the cost of the {part} grows; {name}", list(records[0]), rows)
+            print_table(f"how the cost of the {part} grows; {name}", list(records[0]), rows, console=console)
     return results
 
 
@@ -242,8 +242,7 @@ def run_gpu(
         ]
         for record in steps
     ]
-    print_table(wide_console(), f"optimizer steps; {caption(results)}; peaks in GFLOP/s: {peaks}", header, rows)
+    print_table(f"optimizer steps; {caption(results)}; peaks in GFLOP/s: {peaks}", header, rows, console=wide_console())
     write_json(out / "bench-gpu.json", results)
-    lines = ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)]
-    (out / "bench-gpu.md").write_text(f"{caption(results)}\n\n" + "\n".join(lines) + "\n", "utf-8")
+    (out / "bench-gpu.md").write_text(f"{caption(results)}\n\n{markdown_table(header, rows)}", "utf-8")
     return results

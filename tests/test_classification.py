@@ -170,19 +170,19 @@ def test_a_teacher_must_predict_the_same_classes() -> None:
 
     same = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
     turned = {"id2label": {0: "yes", 1: "no"}, "label2id": {"no": 1, "yes": 0}}
-    task().check_teacher(teacher(**same), name="t")
-    task(labels=["No", "YES"]).check_teacher(teacher(**same), name="t")  # as distilbert's NEGATIVE and POSITIVE
-    task().check_teacher(teacher(), name="t")  # LABEL_0, LABEL_1: it does not say
-    task(**NUMBERS).check_teacher(teacher(num_labels=1), name="t")
+    task().check_head(teacher(**same), name="t")
+    task(labels=["No", "YES"]).check_head(teacher(**same), name="t")  # as distilbert's NEGATIVE and POSITIVE
+    task().check_head(teacher(), name="t")  # LABEL_0, LABEL_1: it does not say
+    task(**NUMBERS).check_head(teacher(num_labels=1), name="t")
     with pytest.raises(
         UserError,
         match="'t' predicts yes, no, but task mine has no, yes; fine-tune it on this task first, or set task.labels",
     ):
-        task().check_teacher(teacher(**turned), name="t")
+        task().check_head(teacher(**turned), name="t")
     with pytest.raises(UserError, match="predicts LABEL_0, LABEL_1, LABEL_2, but task mine has no, yes"):
-        task().check_teacher(teacher(num_labels=3), name="t")
+        task().check_head(teacher(num_labels=3), name="t")
     with pytest.raises(UserError, match="but task mine has one number; fine-tune it"):
-        task(**NUMBERS).check_teacher(teacher(), name="t")
+        task(**NUMBERS).check_head(teacher(), name="t")
 
 
 @pytest.mark.parametrize(

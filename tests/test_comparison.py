@@ -157,7 +157,7 @@ def test_the_comparison_is_written_as_table_data_and_plot(tmp_path: Path, capsys
     comparison.compare(tmp_path, latency=False)
     header, rule, *rows = (tmp_path / "comparison.md").read_text("utf-8").splitlines()
     columns = header.count("|") - 1
-    assert rule == "| " + " | ".join(["---"] * columns) + " |"
+    assert rule == "| " + " | ".join(["---"] + ["---:"] * (columns - 1)) + " |"  # figures stand to the right
     assert [row.count("|") - 1 for row in rows] == [columns, columns]
     assert [row.split("|")[1].strip() for row in rows] == ["teacher", "distilled"]
     assert "latency" not in header

@@ -5,7 +5,7 @@ from transformers import PreTrainedModel
 from conftest import ARCHITECTURES, build_model
 from distilkit.errors import UserError
 from distilkit.language_model import (
-    check_block_size,
+    check_positions,
     check_split,
     head_transform,
     last_hidden_state,
@@ -62,11 +62,11 @@ def test_one_document_needs_no_separation(model: PreTrainedModel) -> None:
 def test_all_positions_that_are_promised_exist(model: PreTrainedModel) -> None:
     limit = max_positions(model)
     assert last_hidden_state(model, ids_of(1, limit)).shape[1] == limit
-    check_block_size(model, limit, name="it")
+    check_positions(model, limit, key="data.block_size", name="it")
     with pytest.raises(
         UserError, match=rf"data.block_size={limit + 1}, but it has {limit} positions; set data.block_size="
     ):
-        check_block_size(model, limit + 1, name="it")
+        check_positions(model, limit + 1, key="data.block_size", name="it")
 
 
 def test_a_head_that_does_more_is_refused() -> None:

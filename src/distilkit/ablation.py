@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import transformers
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
@@ -86,7 +85,8 @@ class Ablation(Callback):
             check_settings(cfg)
             found = instantiate(cfg.task)
             if hasattr(found, "train_examples"):
-                found.train_examples(), found.scored_examples()
+                found.train_examples()
+                found.scored_examples()
 
     @exits
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
@@ -95,7 +95,6 @@ class Ablation(Callback):
         runs = read_runs(sweep)
         if not config.ablation.tasks or not runs:
             return
-        transformers.utils.logging.set_verbosity_error()  # a new head is what fine-tuning is for
         models = {str(run["label"]): f"{run['folder']}/student" for run in runs}
         teacher = OmegaConf.select(config, "teacher.name")
         if teacher is not None:

@@ -1,6 +1,5 @@
 """A model that is to be measured: loaded with a head of one number, with its size and its batches."""
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,8 +12,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from distilkit.language_model import max_positions, num_parameters
 from distilkit.latency import Batch
-from distilkit.onnx_export import quiet
-from distilkit.task_model import load_task_model, load_task_tokenizer, weights_id
+from distilkit.task_model import inputs_of, load_task_model, load_task_tokenizer, weights_id
 
 Sentences = Sequence[tuple[str, ...]]  # each one text or a pair
 
@@ -61,16 +59,13 @@ def encode(
     max_length: int,
 ) -> list[Batch]:
     """Tokenize sentences or pairs in their order, and pad each batch to its longest: (batch, length) of what it takes."""
-    takes = set(inspect.signature(model.forward).parameters)
-    if int(getattr(model.config, "type_vocab_size", 0) or 0) < 2:  # RoBERTa has but one segment, DistilBERT none
-        takes.discard("token_type_ids")
     if hasattr(model.config, "max_position_embeddings"):
         max_length = min(max_length, max_positions(model))
     batches: list[Batch] = []
     for start in range(0, len(sentences), batch_size):
         texts = [list(column) for column in zip(*sentences[start : start + batch_size], strict=True)]
         encoded = tokenizer(*texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
-        batches.append({key: tensor for key, tensor in encoded.items() if key in takes})
+        batches.append(inputs_of(model, encoded))
     return batches
 
 
@@ -92,7 +87,7 @@ def load_candidate(
     Raises:
         UserError: model or tokenizer cannot be loaded or do not fit each other, or there is nothing to pad with.
     """
-    with torch.random.fork_rng(devices=[]), quiet():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # for a head that is not in the files
         network = load_task_model(
             source,

@@ -147,7 +147,7 @@ class TextTask:
             "label2id": {label: index for index, label in enumerate(self.labels)},
         }
 
-    def check_teacher(self, teacher: PreTrainedModel, *, name: str) -> None:
+    def check_head(self, teacher: PreTrainedModel, *, name: str) -> None:
         """Make sure that a fine-tuned model predicts the classes of this task, in their order.
 
         Raises:
@@ -169,6 +169,8 @@ class TextTask:
         self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, train: bool
     ) -> list[dict[str, Any]]:
         """Turn examples into features of token ids and a ``target``, cut to ``max_length`` tokens, longest text first."""
+        if not examples:
+            return []
         columns = [list(column) for column in zip(*(example.texts for example in examples), strict=True)]
         bare = not tokenizer.num_special_tokens_to_add(pair=True)
         if bare and len(columns) == 2:  # GPT-2 has no separator of its own

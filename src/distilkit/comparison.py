@@ -12,11 +12,11 @@ from hydra.experimental.callback import Callback
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from distilkit.language_model import task_of
 from distilkit.latency import latency, seconds_in_turn
+from distilkit.pages import markdown_table, print_table
 from distilkit.summary import write_json
 
 log = logging.getLogger(__name__)
@@ -133,16 +133,10 @@ def compare(sweep: Path, *, latency: bool) -> None:
     first, *others = (
         [header, *rows] if len(rows) > len(header) else zip(header, *rows, strict=True)
     )  # the way that fits
-    table = Table(title=f"runs of {sweep.name}, on held-out documents", title_justify="left")
-    for index, column in enumerate(first):
-        table.add_column(column, justify="right" if index else "left", overflow="fold")
-    for line in others:
-        table.add_row(*line)
     console = Console()
-    console.print(table)
+    print_table(f"runs of {sweep.name}, on held-out documents", first, others, console=console)
     write_json(sweep / "comparison.json", {"runs": runs})
-    lines = ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)]
-    (sweep / "comparison.md").write_text("\n".join(lines) + "\n", "utf-8")
+    (sweep / "comparison.md").write_text(markdown_table(header, rows), "utf-8")
     plot_runs(runs, sweep / "comparison.png")
     console.print(f"table and plot: {sweep / 'comparison'}.md, .json, .png", soft_wrap=True, highlight=False)
     for run in runs:

@@ -14,16 +14,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from distilkit.errors import UserError
-from distilkit.task_model import has_token_types
+from distilkit.task_model import INPUTS, inputs_of
 
 log = logging.getLogger(__name__)
 
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # of a feature and a batch; not every model takes them all
 Feature = Mapping[str, Any]
 Logits = tuple[Tensor, ...]
 
 
-class Task(Protocol):
+class FinetuningTask(Protocol):
     """What can be fine-tuned on: ``TextTask`` and ``QuestionTask``.
 
     Features hold ``INPUTS``, each an array of ints, and ``target`` where they are trained on. Logits are a tuple, one tensor
@@ -47,7 +46,7 @@ class Task(Protocol):
         """Read the splits that are scored, by name."""
         ...
 
-    def check_teacher(self, teacher: PreTrainedModel, *, name: str) -> None:
+    def check_head(self, teacher: PreTrainedModel, *, name: str) -> None:
         """Make sure that a fine-tuned model has the outputs of this task."""
         ...
 
@@ -80,6 +79,38 @@ class Task(Protocol):
         ...
 
 
+NUMBERS: dict[str, tuple[type, float, float, bool]] = {  # kind, least, most, and whether the least is allowed itself
+    "finetune.lr": (float, 0, math.inf, False),
+    "finetune.batch_size": (int, 1, math.inf, True),
+    "finetune.epochs": (int, 0, math.inf, True),
+    "finetune.weight_decay": (float, 0, math.inf, True),
+    "finetune.warmup_share": (float, 0, 1, True),
+    "finetune.held_out": (float, 0, 0.9, True),
+    "finetune.patience": (int, 1, math.inf, True),
+    "distil.alpha_task": (float, 0, math.inf, True),
+    "distil.alpha_ce": (float, 0, math.inf, True),
+    "distil.temperature": (float, 0, math.inf, False),
+    "seed": (int, 0, 2**32 - 1, True),  # what numpy takes
+}
+
+
+def check_numbers(values: Mapping[str, Any]) -> None:
+    """Make sure that values, by the config keys of ``NUMBERS``, are numbers within their limits.
+
+    Raises:
+        UserError: one is not.
+    """
+    for key, value in values.items():
+        kind, least, most, closed = NUMBERS[key]
+        fits = isinstance(value, int | float) and not isinstance(value, bool)
+        fits = fits and (least <= value if closed else least < value) and value <= most
+        if not fits or (kind is int and not float(value).is_integer()):
+            what = "a whole number" if kind is int else "a number"
+            low = f"of at least {least:g}" if closed else f"above {least:g}"
+            high = f" and at most {most}" if most < math.inf else ""
+            raise UserError(f"{key}={value}, but it must be {what} {low}{high}")
+
+
 class Batches(LightningDataModule):
     """Serve features in batches padded to their longest, of like lengths together.
 
@@ -103,8 +134,7 @@ class Batches(LightningDataModule):
             UserError: the batch size is below 1.
         """
         super().__init__()
-        if batch_size < 1:
-            raise UserError(f"finetune.batch_size={batch_size}, but it must be at least 1")
+        check_numbers({"finetune.batch_size": batch_size})
         self.train, self.held_out, self.held_out_examples = train, held_out, held_out_examples
         self.tokenizer = tokenizer
         self.batch_size, self.seed = batch_size, seed
@@ -144,6 +174,29 @@ class Batches(LightningDataModule):
         return batch
 
 
+def hold_out(examples: Sequence[Any], share: float) -> tuple[list[Any], list[Any]]:
+    """Split training rows into those to train on and those to choose by: the same ones for every seed and setting.
+
+    Questions on one paragraph stay on one side.
+
+    Raises:
+        UserError: the share is out of range, or leaves one side empty.
+    """
+    check_numbers({"finetune.held_out": share})
+    groups: dict[Any, list[int]] = {}
+    for index, example in enumerate(examples):
+        groups.setdefault(getattr(example, "context", index), []).append(index)
+    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(0)).tolist()
+    members = [list(groups.values())[group] for group in order]
+    held: list[int] = []
+    while members and len(held) < round(share * len(examples)):
+        held += members.pop()
+    if share and not (held and members):
+        raise UserError(f"finetune.held_out={share} of {len(examples)} training rows leaves one side empty")
+    kept = set(range(len(examples))) - set(held)
+    return [examples[index] for index in sorted(kept)], [examples[index] for index in sorted(held)]
+
+
 class FinetuningModule(LightningModule):
     """Train a model with a task's head, beside a fine-tuned teacher or alone.
 
@@ -159,7 +212,7 @@ class FinetuningModule(LightningModule):
         *,
         model: PreTrainedModel,
         teacher: PreTrainedModel | None,
-        task: Task,
+        task: FinetuningTask,
         lr: float,
         weight_decay: float,
         warmup_share: float,
@@ -170,16 +223,18 @@ class FinetuningModule(LightningModule):
     ) -> None:
         """Wrap the models."""
         super().__init__()
-        for name, value, fits, limit in (
-            ("finetune.lr", lr, lr > 0, "above 0"),
-            ("finetune.weight_decay", weight_decay, weight_decay >= 0, "at least 0"),
-            ("finetune.warmup_share", warmup_share, 0 <= warmup_share <= 1, "between 0 and 1"),
-            ("distil.temperature", temperature, temperature > 0, "above 0"),
-            ("distil.alpha_ce", alpha_ce, alpha_ce >= 0, "at least 0"),
-            ("distil.alpha_task", alpha_task, alpha_task >= 0 and alpha_task + alpha_ce > 0, "above 0, or alpha_ce"),
-        ):
-            if not fits:
-                raise UserError(f"{name}={value}, but it must be {limit}")
+        check_numbers(
+            {
+                "finetune.lr": lr,
+                "finetune.weight_decay": weight_decay,
+                "finetune.warmup_share": warmup_share,
+                "distil.alpha_task": alpha_task,
+                "distil.alpha_ce": alpha_ce,
+                "distil.temperature": temperature,
+            }
+        )
+        if not alpha_task + alpha_ce:
+            raise UserError("distil.alpha_task=0 and distil.alpha_ce=0 leave no loss; set one of them above 0")
         self.model, self.teacher, self.task = model, teacher, task
         self.lr, self.weight_decay, self.warmup_share = lr, weight_decay, warmup_share
         self.alphas = (alpha_task, alpha_ce) if teacher is not None else (1.0, 0.0)
@@ -188,13 +243,19 @@ class FinetuningModule(LightningModule):
         self.collected: dict[int, Logits] = {}
         self.strict_loading = False  # the teacher is in no checkpoint
         if teacher is not None:
-            teacher.eval().requires_grad_(False)
-        model.train()  # models come in eval mode, and ``Trainer.fit`` leaves modes alone
+            teacher.requires_grad_(False)
+        self.train()  # models come in eval mode, and ``Trainer.fit`` leaves modes alone
+
+    def train(self, mode: bool = True) -> "FinetuningModule":
+        """Switch the model between dropout and none; the teacher stays in eval mode."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
 
     def logits(self, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Logits:
         """Run a model on what it takes of a batch: DistilBERT knows no token types."""
-        inputs = {name: batch[name] for name in INPUTS if name != "token_type_ids" or has_token_types(model)}
-        return self.task.logits(model(**inputs), batch["attention_mask"])
+        return self.task.logits(model(**inputs_of(model, batch)), batch["attention_mask"])
 
     def on_train_batch_start(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Make dropout a function of (seed, epoch, batch), so that a resumed run repeats it."""
@@ -222,11 +283,6 @@ class FinetuningModule(LightningModule):
                 )
             self.log("train/loss", loss.detach())
         return loss
-
-    def on_train_epoch_start(self) -> None:
-        """Keep the teacher out of dropout: the trainer restores modes, and validation switches them."""
-        if self.teacher is not None:
-            self.teacher.eval()
 
     def on_validation_epoch_start(self) -> None:
         """Start afresh."""

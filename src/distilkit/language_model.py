@@ -150,14 +150,12 @@ def num_parameters_without_embeddings(model: nn.Module) -> int:
     return num_parameters(model) - sum(table.numel() for table in tables.values())
 
 
-def check_block_size(model: PreTrainedModel, block_size: int, *, name: str) -> None:
-    """Make sure that a block fits the model's positions.
+def check_positions(model: PreTrainedModel, length: int, *, key: str, name: str) -> None:
+    """Make sure that sequences of a length, set by the config's ``key``, fit the model's positions, if it has a limit.
 
     Raises:
-        UserError: it does not.
+        UserError: they do not.
     """
-    limit = max_positions(model)
-    if block_size > limit:
-        raise UserError(
-            f"data.block_size={block_size}, but {name} has {limit} positions; set data.block_size={limit} or less"
-        )
+    limit = max_positions(model) if hasattr(model.config, "max_position_embeddings") else length
+    if length > limit:
+        raise UserError(f"{key}={length}, but {name} has {limit} positions; set {key}={limit} or less")

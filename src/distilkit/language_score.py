@@ -12,27 +12,26 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distilkit.corpus import Corpus
 from distilkit.data import special_tokens_around
 from distilkit.errors import UserError
 from distilkit.language_model import (
+    check_positions,
     check_split,
-    head_transform,
     last_hidden_state,
     max_positions,
     num_parameters,
     num_parameters_without_embeddings,
-    output_embeddings,
 )
 from distilkit.losses import IGNORE_INDEX
 from distilkit.masking import VALIDATION_EPOCH, Ids, Masker, Masking
+from distilkit.module import score as score_rows
+from distilkit.objective import lm_head
 from distilkit.results import Result, cost
 from distilkit.student import check_vocabulary
 from distilkit.task_model import weights_id
@@ -42,7 +41,6 @@ from distilkit.tokenizer import load_tokenizer
 
 PARAGRAPH = "\n\n"
 _MAX_BLOCK_SIZE = 512  # what most encoders have, and as much context as a comparison of students needs
-_HEAD_ROWS = 512  # logits in memory at a time: rows of the whole vocabulary
 
 
 class Text(NamedTuple):
@@ -217,16 +215,15 @@ def padded(rows: Sequence[Ids], tokenizer: PreTrainedTokenizerBase) -> ScoredBat
 def score(model: PreTrainedModel, batches: Iterable[ScoredBatch]) -> Sums:
     """Sum what the model makes of the labelled tokens; only their states meet the vocabulary."""
     sums = Sums()
-    weight, bias = output_embeddings(model)
     for batch in batches:
         input_ids, labels, real = (torch.from_numpy(part).to(model.device) for part in batch)
         states = last_hidden_state(model, input_ids, attention_mask=None if batch.real.all() else real.long())
         scored = labels != IGNORE_INDEX
-        for rows, truth in zip(states[scored].split(_HEAD_ROWS), labels[scored].split(_HEAD_ROWS), strict=True):
-            logits: Tensor = F.linear(head_transform(model, rows), weight, bias)
-            sums.nll += F.cross_entropy(logits, truth, reduction="none").double().sum().item()
-            sums.correct += int((logits.argmax(dim=-1) == truth).sum())
-            sums.tokens += len(truth)
+        targets = labels[scored]
+        nlls, predictions = score_rows(lm_head(model, states[scored]), targets)
+        sums.nll += nlls.double().sum().item()
+        sums.correct += int((predictions == targets).sum())
+        sums.tokens += len(targets)
     return sums
 
 
@@ -353,10 +350,7 @@ class LanguageScore:
         """Return the tokens of a window, or raise a ``UserError`` where it does not fit the model or the stride."""
         positions = max_positions(model)
         size = min(positions, _MAX_BLOCK_SIZE) if self.block_size is None else self.block_size
-        if size > positions:
-            raise UserError(
-                f"task.block_size={size}, but {name} has {positions} positions; set task.block_size={positions} or less"
-            )
+        check_positions(model, size, key="task.block_size", name=name)
         if self.stride is not None and self.stride > size:
             raise UserError(
                 f"task.stride={self.stride} would leave out tokens between windows of {size}; set task.stride={size} or less"

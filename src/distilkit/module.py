@@ -116,9 +116,8 @@ class DistillationModule(LightningModule):
                 "squared logits are too large for float16; set trainer.precision=bf16-mixed or 32-true"
             )
         in_bfloat16 = str(self.trainer.precision).startswith("bf16")
-        sharded = isinstance(
-            self.trainer.strategy, FSDPStrategy
-        )  # in one flat parameter with the student, of one dtype
+        # FSDP puts it into one flat parameter with the student, which has one dtype.
+        sharded = isinstance(self.trainer.strategy, FSDPStrategy)
         if self.teacher is not None and in_bfloat16 and not sharded and not self.keeps_teacher_dtype:
             for parameter in self.teacher.parameters():  # and no buffer: rotary frequencies need their digits
                 parameter.data = parameter.data.bfloat16()
@@ -271,7 +270,7 @@ class DistillationModule(LightningModule):
             if model is None or hidden is None:
                 continue
             nll, predictions[prefix] = score(lm_head(model, hidden[rows]), targets)
-            self._count(f"{prefix}nll", nll, num_labels)
+            self._count(f"{prefix}nll", nll.mean(), num_labels)
             self._count(f"{prefix}accuracy", (predictions[prefix] == targets).float().mean(), num_labels)
         if "teacher_" in predictions:
             self._count("agreement", (predictions[""] == predictions["teacher_"]).float().mean(), num_labels)
@@ -364,7 +363,7 @@ class DistillationModule(LightningModule):
 
 
 def score(head: losses.Head, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean cross-entropy at ``targets`` (rows,), in nats, and the predictions (rows,).
+    """Return the cross-entropy at ``targets`` (rows,), in nats, and the predictions, both (rows,).
 
     Logits are held for a few rows at once: a batch of a causal model would have gigabytes of them.
     """
@@ -373,4 +372,4 @@ def score(head: losses.Head, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = F.linear(features, head.weight, head.bias)
         nlls.append(losses.hard_target_cross_entropy(logits, labels))
         predictions.append(logits.argmax(dim=-1))
-    return torch.cat(nlls).mean(), torch.cat(predictions)
+    return torch.cat(nlls), torch.cat(predictions)

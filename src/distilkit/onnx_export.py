@@ -1,9 +1,6 @@
 """A classifier as ONNX: exported, quantized to int8, and run by ONNX Runtime on the CPU."""
 
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distilkit.errors import UserError
+from distilkit.task_model import quiet
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
@@ -20,19 +18,6 @@ PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 def missing_packages() -> list[str]:
     """List what ONNX needs and is not installed."""
     return [name for name in PACKAGES if find_spec(name) is None]
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep back the warnings of other libraries on what is known here: a fresh head, absent torchvision."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 class _Logits(nn.Module):

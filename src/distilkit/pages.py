@@ -1,4 +1,4 @@
-"""Tables and plots as files that a person opens: markdown, a self-contained HTML page, CSV."""
+"""Tables and plots as a person sees them: on the terminal, as markdown, a self-contained HTML page, CSV."""
 
 import base64
 import csv
@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import rich.table
+from rich.console import Console
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +66,18 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     rule = ["---:" if is_figures(rows, column) else "---" for column in range(len(header))]
     lines = [[markdown(text) for text in header], rule, *([markdown(text) for text in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def print_table(
+    title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, console: Console | None = None
+) -> None:
+    """Print a table whose first column is text and whose others are figures."""
+    table = rich.table.Table(title=title, title_justify="left")
+    for index, column in enumerate(header):
+        table.add_column(column, justify="right" if index else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    (console or Console()).print(table)
 
 
 def markdown_page(title: str, blocks: Sequence[Block]) -> str:

@@ -9,17 +9,15 @@ from typing import Any
 
 import hydra
 import matplotlib.image
-import rich.table
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, ListConfig
-from rich.console import Console
 
 from distilkit import plots, published_tables, run_tables, speed_tables, tables
 from distilkit.comparison import read_runs
 from distilkit.entry import report_errors
 from distilkit.errors import UserError
 from distilkit.medians import Score, choose, name_alike, row_names
-from distilkit.pages import Block, Plot, Table, html_page, markdown_page, write_csv
+from distilkit.pages import Block, Plot, Table, html_page, markdown_page, print_table, write_csv
 from distilkit.results import Result, read_results
 from distilkit.run_tables import Run, teacher_label
 from distilkit.tables import Roles
@@ -215,12 +213,7 @@ class SweepScores(Callback):
         table = tables.quality(scores, Roles(teacher=None, baseline=None))
         if table is None:
             return
-        shown = rich.table.Table(title=f"{table.title}, below {out}", title_justify="left")
-        for index, column in enumerate(table.header):
-            shown.add_column(column, justify="right" if index else "left", overflow="fold")
-        for row in table.rows:
-            shown.add_row(*row)
-        Console().print(shown)
+        print_table(f"{table.title}, below {out}", table.header, table.rows)
 
 
 @hydra.main(version_base="1.3", config_path="pkg://distilkit.conf.evaluate", config_name="report")

@@ -56,14 +56,17 @@ def model_name(model: str) -> str:
     return folder.parent.name if folder.name in ("student", "model") else folder.name
 
 
-def processor(device: str) -> str:
-    """Name the GPU, or the CPU and the number of its cores."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
+def cpu_name() -> str:
+    """Name the CPU's model, as far as the system tells."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text("utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def processor(device: str) -> str:
+    """Name the GPU, or the CPU and the number of its cores."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{cpu_name()}, {os.cpu_count()} cores"
 
 
 def cost(*, seconds: float, tokens: int, device: str) -> dict[str, Any]:

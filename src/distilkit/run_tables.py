@@ -144,6 +144,8 @@ def _origin(run: Run) -> str:
 
 def training(runs: Sequence[Run]) -> Table | None:
     """Lay out how each student was trained, at what cost, and its held-out cross-entropy before and after."""
+    if not runs:
+        return None
     records = []
     for label, run in zip(run_labels(runs), runs, strict=True):
         seconds, layers, objective = run.get("wall_seconds"), run.get("layers"), run.get("objective") or {}
@@ -176,23 +178,19 @@ def training(runs: Sequence[Run]) -> Table | None:
         "teacher_cross_entropy": "{:.3f}",
         "agreement": "{:.3f}",
     }
-    names = [name for name in (records[0] if records else ()) if name != "folder"]
-    return (
-        Table(
-            name="training",
-            title="Training runs",
-            header=[
-                name.replace("_", " ").replace("tokens per second", "tokens/s").replace(" mb", " MB") for name in names
-            ],
-            rows=[[figure(record[name], forms.get(name, "{}")) for name in names] for record in records],
-            records=records,
-            notes=[
-                "Before, after and teacher: cross-entropy in nats per labelled token on held-out documents. Agreement: share of "
-                "labelled tokens for which student and teacher predict the same. Hours of training, validation not counted."
-            ],
-        )
-        if records
-        else None
+    names = [name for name in records[0] if name != "folder"]
+    return Table(
+        name="training",
+        title="Training runs",
+        header=[
+            name.replace("_", " ").replace("tokens per second", "tokens/s").replace(" mb", " MB") for name in names
+        ],
+        rows=[[figure(record[name], forms.get(name, "{}")) for name in names] for record in records],
+        records=records,
+        notes=[
+            "Before, after and teacher: cross-entropy in nats per labelled token on held-out documents. Agreement: share of "
+            "labelled tokens for which student and teacher predict the same. Hours of training, validation not counted."
+        ],
     )
 
 

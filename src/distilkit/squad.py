@@ -83,7 +83,7 @@ class QuestionTask:
         """Read the split that is scored."""
         return {"dev": self._questions("scored", self.max_scored_rows)}
 
-    def check_teacher(self, teacher: PreTrainedModel, *, name: str) -> None:
+    def check_head(self, teacher: PreTrainedModel, *, name: str) -> None:
         """Make sure that a model scores starts and ends, which is all that it can have been trained for.
 
         Raises:

@@ -1,17 +1,35 @@
 """Load a model with a task's head, and the tokenizer that belongs to it."""
 
 import hashlib
-from collections.abc import Mapping
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from distilkit.errors import UserError
-from distilkit.language_model import max_positions
 from distilkit.tokenizer import load_tokenizer
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # what tokenizers make for these tasks
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep back the warnings of other libraries on what is known here: a fresh head, absent torchvision."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def weights_id(model: str, *, revision: str) -> str:
@@ -59,15 +77,16 @@ def load_task_model(
         if not needs_head:
             for name, value in head.items():
                 setattr(config, name, value)
-        loaded, info = auto_class.from_pretrained(
-            model,
-            config=config,
-            use_safetensors=True,
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=not needs_head and theirs != head.get("num_labels", theirs),
-            **settings,
-        )
+        with quiet():  # a new head is what fine-tuning is for, and what is missing is looked at below
+            loaded, info = auto_class.from_pretrained(
+                model,
+                config=config,
+                use_safetensors=True,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=not needs_head and theirs != head.get("num_labels", theirs),
+                **settings,
+            )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         where = "folder" if Path(model).is_dir() else "hub id"
         raise UserError(
@@ -114,19 +133,6 @@ def load_task_tokenizer(
     return loaded
 
 
-def check_length(model: PreTrainedModel, max_length: int, *, name: str) -> None:
-    """Make sure that the longest input of a task fits the model's positions.
-
-    Raises:
-        UserError: it does not.
-    """
-    limit = max_positions(model) if hasattr(model.config, "max_position_embeddings") else max_length
-    if max_length > limit:
-        raise UserError(
-            f"task.max_length={max_length}, but {name!r} has {limit} positions; set task.max_length={limit} or less"
-        )
-
-
 def check_same_vocabulary(tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, *, name: str) -> None:
     """Make sure that a teacher reads the student's ids as its own.
 
@@ -140,6 +146,7 @@ def check_same_vocabulary(tokenizer: PreTrainedTokenizerBase, teacher: PreTraine
         )
 
 
-def has_token_types(model: PreTrainedModel) -> bool:
-    """Tell whether a model tells segments apart: DistilBERT and GPT-2 do not, and RoBERTa knows one only."""
-    return int(getattr(model.config, "type_vocab_size", 0) or 0) > 1
+def inputs_of(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Take out of a batch what a model takes: DistilBERT and GPT-2 tell no segments apart, and RoBERTa knows one only."""
+    segments = int(getattr(model.config, "type_vocab_size", 0) or 0) > 1
+    return {name: batch[name] for name in INPUTS if name in batch and (segments or name != "token_type_ids")}

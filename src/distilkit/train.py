@@ -18,7 +18,7 @@ from distilkit.backbone import checkpoint_activations, compile_backbone
 from distilkit.entry import check_keys, check_names, report_errors
 from distilkit.errors import UserError
 from distilkit.export import read_checkpoint
-from distilkit.language_model import check_block_size, num_parameters, task_of
+from distilkit.language_model import check_positions, num_parameters, task_of
 from distilkit.launch import ranks_on_config
 from distilkit.malloc import keep_large_buffers
 from distilkit.module import DistillationModule
@@ -79,7 +79,7 @@ def train(cfg: DictConfig) -> float:
     student = instantiate(cfg.student)(teacher=teacher, tokenizer=tokenizer)
     task = task_of(student.config.model_type, student.config.architectures)
     for model, whose in ((student, "the student"), *(((teacher.model, teacher.name),) if teacher else ())):
-        check_block_size(model, cfg.data.block_size, name=whose)
+        check_positions(model, cfg.data.block_size, key="data.block_size", name=whose)
         if cfg.compile:
             compile_backbone(model)
     if cfg.activation_checkpointing:
