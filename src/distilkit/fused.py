@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 from torch.autograd.function import once_differentiable
 
 from distilkit.losses import Head, VocabularyLosses
@@ -39,9 +40,10 @@ def fused_losses(
 ) -> VocabularyLosses:
     """Sum KL times temperature squared, cross-entropy and squared logit difference, each row times its weight.
 
-    ``labels`` is (rows,), -100 where there is no target; each ``*_weights`` (rows,), None to leave the term out.
-    Products run in autocast's precision, sums and weight gradients in float32 or better. Where the two vocabularies are
-    padded to different sizes, the words that only one has carry no mass. Gradients reach the student alone.
+    ``labels`` is (rows,), -100 where there is no target, else a word that both vocabularies have; each ``*_weights``
+    (rows,), None to leave the term out. Products run in autocast's precision, sums and weight gradients in float32 or
+    better. Where the two vocabularies are padded to different sizes, the words that only one has carry no mass.
+    Gradients reach the student alone.
     """
     if not torch.is_grad_enabled():  # or else the function would be told that weights want gradients
         student = Head(*(tensor if tensor is None else tensor.detach() for tensor in student))  # type: ignore[arg-type]
@@ -56,12 +58,9 @@ class _Projection:
     def __init__(
         self, features: Tensor, weight: Tensor, bias: Tensor | None, *, vocabulary: int, dtype: torch.dtype, rows: int
     ) -> None:
-        self.features, self.weight = features.to(dtype), weight[:vocabulary].to(dtype)
-        self.bias = None if bias is None else bias[:vocabulary].to(dtype)
-        padding = -vocabulary % _VOCABULARY_MULTIPLE.get(features.device.type, 1)
-        if padding:  # F.pad copies even where there is nothing to add
-            self.weight = F.pad(self.weight, (0, 0, 0, padding))
-            self.bias = None if self.bias is None else F.pad(self.bias, (0, padding))
+        padded = vocabulary + -vocabulary % _VOCABULARY_MULTIPLE.get(features.device.type, 1)
+        self.features, self.weight = features.to(dtype), _cast_rows(weight, vocabulary, padded, dtype)
+        self.bias = None if bias is None else _cast_rows(bias, vocabulary, padded, dtype)
         self.buffer = self.weight.new_empty(rows, len(self.weight))
 
     def logits(self, chunk: slice) -> Tensor:
@@ -71,6 +70,16 @@ class _Projection:
         if self.bias is None:
             return torch.mm(features, self.weight.t(), out=out)
         return torch.addmm(self.bias, features, self.weight.t(), out=out)
+
+
+def _cast_rows(tensor: Tensor, rows: int, padded: int, dtype: torch.dtype) -> Tensor:
+    """Cast the first rows and add zeros up to ``padded`` rows, with one copy at most."""
+    if rows == padded:
+        return tensor[:rows].to(dtype)
+    result = torch.empty(padded, *tensor.shape[1:], dtype=dtype, device=tensor.device)
+    result[:rows] = tensor[:rows]
+    result[rows:] = 0
+    return result
 
 
 class _Fused(torch.autograd.Function):
@@ -109,7 +118,7 @@ class _Fused(torch.autograd.Function):
             unit = torch.stack([weights.amax() for weights in row_weights if weights is not None]).amax().to(exact)
             unit = torch.where(unit > 0, unit, 1)
         relative = [None if weights is None else weights.to(exact) / unit for weights in row_weights]
-        core, add = _elementwise(device) if rows * vocabulary >= _WORTH_COMPILING else (_core, _add)
+        core, add = _elementwise(device) if rows * vocabulary >= _WORTH_COMPILING else (_core_in_parts, _add)
         sums = features.new_zeros(3, dtype=exact)
         with torch.autocast(device, enabled=False):
             heads = [_Projection(*model, vocabulary=vocabulary, dtype=dtype, rows=per_chunk) for model in models]
@@ -189,6 +198,16 @@ def _core(
     return torch.stack([soft, hard, mse])
 
 
+def _core_in_parts(*tensors: Tensor | None, temperature: float) -> Tensor:
+    """Run the core as it stands, on an eighth of the rows at a time: uncompiled, it holds eight float32 copies of them."""
+    logits = tensors[0]
+    assert logits is not None
+    size = max(_FEWEST_ROWS, math.ceil(len(logits) / 8))
+    parts = range(0, len(logits), size)
+    chosen = ([None if tensor is None else tensor[begin : begin + size] for tensor in tensors] for begin in parts)
+    return torch.stack([_core(*each, temperature=temperature) for each in chosen]).sum(dim=0)  # type: ignore[arg-type]
+
+
 def _add(total: Tensor, part: Tensor) -> None:
     """Add in the precision of ``total``."""
     total.add_(part)
@@ -197,20 +216,31 @@ def _add(total: Tensor, part: Tensor) -> None:
 @functools.cache
 def _elementwise(device: str) -> tuple[Callable[..., Tensor], Callable[..., None]]:
     """Compile the elementwise parts where that works on this machine, with one line in the log either way."""
-    core, add = torch.compile(_core), torch.compile(_add)
+    core: Callable[..., Tensor] = torch.compile(_core)
+    add = torch.compile(_add)
+
+    def is_eager_because_of(error: Exception) -> None:
+        log.info("the loss runs without torch.compile: %s", str(error).partition("\n")[0])
+
     try:
         add(torch.zeros(2, 2, device=device), torch.zeros(2, 2, device=device, dtype=torch.bfloat16))
     except Exception as error:  # no compiler, no Triton, an unknown processor: whatever it is, eager works
-        log.info("the loss runs without torch.compile: %s", str(error).partition("\n")[0])
-        return _core, _add
+        is_eager_because_of(error)
+        return _core_in_parts, _add
     log.info("compiling the loss for %s", device)
     # Each choice of terms is a graph of its own, and the jobs of a sweep share the limit.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
 
     def core_of_any_size(*tensors: Any, temperature: float) -> Tensor:
+        nonlocal core
         for tensor in tensors:
             if tensor is not None:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)  # one compilation for all numbers of rows
-        return core(*tensors, temperature=temperature)
+        try:
+            return core(*tensors, temperature=temperature)
+        except TorchDynamoException as error:  # in compiling, before anything has run
+            is_eager_because_of(error)
+            core = _core_in_parts
+            return core(*tensors, temperature=temperature)
 
     return core_of_any_size, add
