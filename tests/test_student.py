@@ -226,10 +226,16 @@ def test_a_wrong_new_model_is_an_error(
         new_student(teacher=None, tokenizer=tokenizer, model_type=model_type, config=config)
 
 
-def test_an_existing_student_needs_the_vocabulary_of_its_teacher(
+def test_an_existing_student_needs_the_vocabulary_of_its_teacher_but_for_padding(
     tmp_path: Any, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     build_model("distilbert", num_layers=2).save_pretrained(tmp_path)
-    assert pretrained_student(teacher=build_teacher("bert"), tokenizer=tokenizer, name=str(tmp_path)).training
-    with pytest.raises(UserError, match="has 126 words and the teacher 200; soft targets need one vocabulary"):
-        pretrained_student(teacher=build_teacher("bert", vocab_size=200), tokenizer=tokenizer, name=str(tmp_path))
+    for size in (126, 128):
+        teacher = build_teacher("bert", vocab_size=size)
+        assert pretrained_student(teacher=teacher, tokenizer=tokenizer, name=str(tmp_path)).training
+    for size, message in (
+        (700, "has 126 words and the teacher 700; soft targets need one vocabulary, and padding explains .* 512"),
+        (100, "the tokenizer has 126 ids, but tiny-bert embeds 100"),
+    ):
+        with pytest.raises(UserError, match=message):
+            pretrained_student(teacher=build_teacher("bert", vocab_size=size), tokenizer=tokenizer, name=str(tmp_path))

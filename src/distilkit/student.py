@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 StateDict = dict[str, Tensor]
 
+_MOST_PADDING = 512  # words: to multiples of 64, 128, or a power of two times the ranks that share the embeddings
 _LAYER_INDEX = re.compile(r"\.(\d+)\.")
 
 _BERT_TO_DISTILBERT = (  # applied in this order, to keys whose layers are renumbered already
@@ -241,17 +242,22 @@ def pretrained_student(
 ) -> PreTrainedModel:
     """Load an existing model as the student, to distil it further or to train it on new text.
 
+    The two vocabularies may be padded to different sizes: words that only one of them has carry no mass.
+
     Raises:
         UserError: it cannot be loaded, or its vocabulary is not the teacher's.
     """
     student, _ = load_language_model(
         name, revision=revision, trust_remote_code=trust_remote_code, task=teacher.task if teacher else None
     )
-    if teacher is not None and student.config.vocab_size != teacher.model.config.vocab_size:
-        raise UserError(
-            f"student {name!r} has {student.config.vocab_size} words and the teacher {teacher.model.config.vocab_size}; "
-            "soft targets need one vocabulary"
-        )
+    if teacher is not None:
+        size, its = student.config.vocab_size, teacher.model.config.vocab_size
+        if abs(size - its) > _MOST_PADDING:
+            raise UserError(
+                f"student {name!r} has {size} words and the teacher {its}; soft targets need one vocabulary, and padding "
+                f"explains a difference of {_MOST_PADDING} at most"
+            )
+        check_vocabulary(teacher.model, tokenizer, name=teacher.name)
     check_vocabulary(student, tokenizer, name=name)
     check_split(student)
     student.config.distilkit_layers = None
