@@ -1,6 +1,7 @@
 """Tasks on texts: metrics against scikit-learn and scipy, encoding, losses, limits."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from distilkit.classification import TextTask
 from distilkit.errors import UserError
+from distilkit.task_model import load_task_tokenizer
 from distilkit.task_rows import Example
 
 
@@ -86,6 +88,20 @@ def test_one_number_alone_said_is_a_correlation_of_zero() -> None:
 def test_gpt2_gets_a_separator_between_two_texts(causal_tokenizer: PreTrainedTokenizerBase) -> None:
     (feature,) = task().encode([Example(texts=("ba be", "bi"), label=1)], causal_tokenizer, train=True)
     assert causal_tokenizer.convert_ids_to_tokens(feature["input_ids"]) == ["ba", "be", "[SEP]", "bi"]
+
+
+def test_padding_comes_last_whatever_the_tokenizer_was_saved_with(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    own = copy.deepcopy(tokenizer)
+    own.save_pretrained(tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text("utf-8")), "padding_side": "left"}), "utf-8")
+    loaded = load_task_tokenizer(
+        str(tmp_path), tokenizer=None, revision="main", trust_remote_code=False, vocabulary=len(own)
+    )
+    padded = loaded(["ba", "ba be bi"], padding=True)["attention_mask"]
+    assert padded == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
 
 
 def test_token_types_are_there_for_a_teacher_that_needs_them(tokenizer: PreTrainedTokenizerBase) -> None:
