@@ -53,6 +53,7 @@ class Outcome:
 def _undone(cwd: Path, arguments: tuple[str, ...]) -> Iterator[None]:
     """Undo what an entry point leaves in the process: folder, arguments, environment, log handlers, threads."""
     folder, argv, environment, threads = Path.cwd(), sys.argv, dict(os.environ), torch.get_num_threads()
+    precision = torch.get_float32_matmul_precision()
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     os.chdir(cwd)
@@ -72,6 +73,7 @@ def _undone(cwd: Path, arguments: tuple[str, ...]) -> Iterator[None]:
         root.handlers[:] = handlers
         root.setLevel(level)
         torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
         GlobalHydra.instance().clear()
         HydraConfig.instance().cfg = None
 

@@ -1,18 +1,23 @@
+import collections
 import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.plugins.precision import FSDPPrecision
+from pytorch_lightning.strategies import FSDPStrategy
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from conftest import build_teacher
+from distilkit.backbone import checkpoint_activations
 from distilkit.callbacks import Throughput, ValidateEvery
 from distilkit.data import split_step
 from distilkit.errors import UserError
@@ -21,6 +26,7 @@ from distilkit.module import DistillationModule
 from distilkit.objective import Batch, Objective
 from distilkit.student import cut_student
 from distilkit.teacher import Teacher
+from test_fused import Watch, full_batch
 
 DISTILBERT = {"alpha_ce": 5.0, "alpha_mlm": 2.0, "alpha_clm": 0.0, "alpha_cos": 1.0, "alpha_mse": 0.0}
 DISTILGPT2 = {**DISTILBERT, "alpha_mlm": 0.0, "alpha_clm": 2.0}
@@ -88,6 +94,7 @@ def fit(module: DistillationModule, steps: list[Batch], *, micro_batch_size: int
         "max_epochs": 1,
         "logger": False,
         "enable_checkpointing": False,
+        "log_every_n_steps": 1,
         "callbacks": [],
     }
     trainer = Trainer(
@@ -95,7 +102,6 @@ def fit(module: DistillationModule, steps: list[Batch], *, micro_batch_size: int
         accumulate_grad_batches=accumulate,
         enable_progress_bar=False,
         enable_model_summary=False,
-        log_every_n_steps=1,
         **{**defaults, **settings},
     )
     trainer.fit(module, Steps(steps, micro_batch_size))
@@ -137,6 +143,66 @@ def test_accumulation_changes_neither_loss_nor_gradient(
         scale = torch.stack([g.norm() for g in whole.values()]).norm()
         error = torch.stack([(gradient[name] - whole[name]).norm() for name in whole]).norm()
         assert error / scale < 1e-5
+
+
+class Waits(Callback):
+    """Note at which optimizer steps the host waited, from one micro-batch's end to the next one's."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch, self.by_step = watch, collections.defaultdict[int, list[str]](list)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.watch.waits.clear()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        step = trainer.global_step + (not args[1]["is_last"])  # after its last micro-batch, it is counted
+        self.by_step[step] += self.watch.waits
+        self.watch.waits.clear()
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("model_type", ["bert", "gpt2"])
+def test_the_host_waits_in_no_step_that_does_not_log(
+    model_type: str, precision: Any, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    teacher = build_teacher(model_type, num_layers=2)
+    optimizer = functools.partial(torch.optim.AdamW, lr=1e-3, fused=True)
+    module = build_module(tokenizer, teacher=teacher, optimizer=optimizer, scheduler="linear")
+    steps = [full_batch(task=teacher.task, blocks=8, seed=seed) for seed in range(7)]
+    for step in steps:
+        del step["labelled"]
+    with Watch() as watch:
+        waits = Waits(watch)
+        fit(
+            module,
+            steps,
+            micro_batch_size=4,
+            precision=precision,
+            gradient_clip_val=5.0,
+            log_every_n_steps=3,
+            callbacks=[ValidateEvery(optimizer_steps=100), Throughput(), waits],
+            check_val_every_n_epoch=None,
+        )
+    assert {step for step, found in waits.by_step.items() if found} == {3, 6}
+    assert set(waits.by_step) == {1, 2, 3, 4, 5, 6, 7}
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("model_type", ["bert", "gpt2"])
+def test_activation_checkpointing_changes_no_gradient_of_a_step(
+    model_type: str, precision: Any, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    gradients = []
+    for checkpoints in (False, True):
+        module, found = build_module(tokenizer, teacher=build_teacher(model_type, num_layers=2)), Gradients()
+        if checkpoints:
+            checkpoint_activations(module.student)
+        steps = [uneven_step(task=module.task)]
+        fit(module, steps, micro_batch_size=8, precision=precision, callbacks=[found])
+        gradients.append(found.steps[0])
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():  # with dropout, which is drawn again as it was
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-7)
 
 
 def test_the_smaller_last_step_of_an_epoch_is_taken_by_itself(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -219,6 +285,23 @@ def test_the_teacher_is_cast_once_where_the_trainer_runs_in_bfloat16_unless_told
     fit(exact, [uneven_step(task="mlm")], micro_batch_size=32)
     terms = {name: float(term) for name, term in module.step_terms.items()}
     assert terms == pytest.approx({name: float(term) for name, term in exact.step_terms.items()}, rel=2e-2)
+
+
+@pytest.mark.parametrize(("precision", "cast"), [("bf16-mixed", True), ("32-true", False)])
+def test_sharded_models_keep_buffers_and_the_sum_of_gradients_in_float32(
+    precision: str, cast: bool, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strategy = FSDPStrategy(precision_plugin=FSDPPrecision(precision))  # type: ignore[arg-type]
+    trainer = SimpleNamespace(strategy=strategy, precision=precision, world_size=1)
+    monkeypatch.setattr(DistillationModule, "trainer", trainer)
+    module = build_module(tokenizer)
+    module.setup("fit")
+    used = strategy.mixed_precision_config
+    assert used is not None
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}  # cast when they are gathered
+    assert (used.param_dtype == torch.bfloat16) == cast
+    assert used.reduce_dtype == torch.float32
+    assert used.buffer_dtype in (None, torch.float32)
 
 
 def test_a_cast_teacher_keeps_the_digits_of_its_rotary_frequencies(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -463,6 +546,7 @@ def test_tokens_are_counted_over_the_whole_run(tokenizer: PreTrainedTokenizerBas
     trainer = fit(module, steps, micro_batch_size=4, callbacks=[throughput])
     assert module.tokens_seen == throughput.tokens == 3 * 32 * 16
     assert trainer.callback_metrics["throughput/tokens_per_second"] > 0
+    assert 0 < trainer.callback_metrics["throughput/mfu"] < 1
     assert throughput.tokens_per_second == pytest.approx(throughput.tokens / throughput.seconds)
 
 
@@ -505,7 +589,7 @@ def test_a_fused_optimizer_that_cannot_clip_is_an_error_before_the_first_step(
 ) -> None:
     monkeypatch.setattr(Trainer, "precision", "16-mixed")  # of which a CPU makes bf16-mixed
     module = build_module(tokenizer, optimizer=functools.partial(torch.optim.AdamW, lr=1e-2, fused=fused))
-    cure = r"gradient_clip_val=5\.0 cannot clip them.*set optimizer\.fused=false, or trainer\.precision=bf16-mixed"
+    cure = r"gradient_clip_val=5\.0 cannot clip them.*set optimizer\.fused=null, or trainer\.precision=bf16-mixed"
     refused = pytest.raises(UserError, match=cure) if fused and clip else contextlib.nullcontext()
     with refused:
         fit(module, [uneven_step(task="mlm")], micro_batch_size=8, gradient_clip_val=clip)

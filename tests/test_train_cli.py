@@ -36,6 +36,7 @@ import distilkit.prepare
 import distilkit.tokens
 import distilkit.train
 from distilkit.errors import UserError
+from distilkit.module import DistillationModule
 from distilkit.summary import read_metrics
 from jobs import QUIET, SMALL, Outcome, call, only, spawn
 
@@ -217,9 +218,8 @@ def test_the_student_in_the_folder_is_the_one_that_was_scored(run: Run) -> None:
 def test_the_metrics_hold_each_step_and_each_validation(run: Run) -> None:
     curves = read_metrics(run.folder / "metrics.csv")
     assert [step for step, _ in curves["train/loss"]] == [1, 2, 3, 4, 5, 6]
-    assert {"train/loss_ce", "train/loss_mlm", "train/loss_cos", "train/lr", "throughput/tokens_per_second"} <= set(
-        curves
-    )
+    logged = {"train/loss_ce", "train/loss_mlm", "train/loss_cos", "train/lr"}
+    assert logged | {"throughput/tokens_per_second", "throughput/mfu"} <= set(curves)
     assert [step for step, _ in curves["val/nll"]] == [0, 2, 4, 6]  # before, then after every second step
     weighted = [
         5 * ce + 2 * mlm + cos
@@ -228,6 +228,27 @@ def test_the_metrics_hold_each_step_and_each_validation(run: Run) -> None:
         )
     ]
     assert [loss for _, loss in curves["train/loss"]] == pytest.approx(weighted, rel=1e-4)
+
+
+def test_speed_and_memory_options_reach_the_models(
+    train: Train, save_teacher: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {"compiled": []}
+
+    def spy(module: DistillationModule, *args: Any) -> torch.Tensor:
+        seen["checkpoints"] = module.student.is_gradient_checkpointing
+        seen["precision"] = torch.get_float32_matmul_precision()
+        return step(module, *args)
+
+    step = DistillationModule.training_step
+    monkeypatch.setattr(DistillationModule, "training_step", spy)
+    monkeypatch.setattr(distilkit.train, "compile_backbone", lambda model: seen["compiled"].append(model.name_or_path))
+    teacher = save_teacher("bert")
+    given = "compile=true", "activation_checkpointing=true", "matmul_precision=high", "trainer.max_steps=1"
+    train("teacher=hf", f"teacher.name={teacher}", *given)
+    assert len(seen["compiled"]) == 2 and str(teacher) in seen["compiled"]
+    assert seen["checkpoints"]
+    assert seen["precision"] == "high"
 
 
 def test_the_best_checkpoint_is_the_one_with_the_lowest_held_out_loss(run: Run) -> None:

@@ -1,9 +1,21 @@
-"""How a backbone runs: compiled or not, and with its activations kept or computed again."""
+"""How models run: in which precision products are made, compiled or not, with activations kept or computed again."""
 
+import torch
 from transformers import PreTrainedModel
 
 from distilkit.attention import use_attention
 from distilkit.errors import UserError
+
+
+def set_matmul_precision(name: str) -> None:
+    """Set how torch multiplies matrices of float32: ``highest``, ``high`` or ``medium``.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    if name not in ("highest", "high", "medium"):
+        raise UserError(f"matmul_precision={name}, but it takes highest, high or medium")
+    torch.set_float32_matmul_precision(name)
 
 
 def compile_backbone(model: PreTrainedModel) -> None:

@@ -13,6 +13,7 @@ from pytorch_lightning.plugins.precision import MixedPrecision, Precision
 from pytorch_lightning.strategies import FSDPStrategy
 from pytorch_lightning.utilities import GradClipAlgorithmType
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecision as FSDPMixedPrecision
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
@@ -23,7 +24,7 @@ from distilkit.export import student_files
 from distilkit.flops import forward_cost, step_flops
 from distilkit.language_model import Task
 from distilkit.objective import Batch, Objective, labelled_rows, lm_head, real_rows, token_states
-from distilkit.teacher import Teacher
+from distilkit.teacher import Teacher, cast_parameters
 
 log = logging.getLogger(__name__)
 
@@ -116,11 +117,15 @@ class DistillationModule(LightningModule):
                 "squared logits are too large for float16; set trainer.precision=bf16-mixed or 32-true"
             )
         in_bfloat16 = str(self.trainer.precision).startswith("bf16")
-        # FSDP puts it into one flat parameter with the student, which has one dtype.
-        sharded = isinstance(self.trainer.strategy, FSDPStrategy)
-        if self.teacher is not None and in_bfloat16 and not sharded and not self.keeps_teacher_dtype:
-            for parameter in self.teacher.parameters():  # and no buffer: rotary frequencies need their digits
-                parameter.data = parameter.data.bfloat16()
+        if isinstance(self.trainer.strategy, FSDPStrategy):
+            if in_bfloat16 and self.trainer.strategy.mixed_precision is None:
+                # One flat parameter holds both models, and so one dtype does. Lightning's own choice would cast the
+                # rotary frequencies as well, and add up gradients in bfloat16.
+                self.trainer.strategy.mixed_precision = FSDPMixedPrecision(
+                    param_dtype=torch.bfloat16, reduce_dtype=torch.float32
+                )
+        elif self.teacher is not None and in_bfloat16 and not self.keeps_teacher_dtype:
+            cast_parameters(self.teacher, torch.bfloat16)
 
     # ---------------------------------------------------------------- training
 
@@ -237,7 +242,7 @@ class DistillationModule(LightningModule):
             raise UserError(
                 f"optimizer.fused=true unscales gradients by itself, so that trainer.gradient_clip_val="
                 f"{self.trainer.gradient_clip_val} cannot clip them with trainer.precision=16-mixed; set "
-                "optimizer.fused=false, or trainer.precision=bf16-mixed"
+                "optimizer.fused=null, or trainer.precision=bf16-mixed"
             )
         num_steps = int(self.trainer.estimated_stepping_batches)
         scheduler = get_scheduler(

@@ -33,6 +33,15 @@ class Teacher:
     dtype: Literal["auto", "float32"] = "auto"
 
 
+def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast a frozen model's parameters once, where autocast would cast them at each step.
+
+    Buffers stay as they are: rotary frequencies need their digits.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
 def weight_hash(model: PreTrainedModel) -> str:
     """Return the SHA-256 over names and values of all weights."""
     digest = hashlib.sha256()

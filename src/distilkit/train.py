@@ -13,8 +13,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Trainer, seed_everything
 from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.strategies import FSDPStrategy
 
-from distilkit.backbone import checkpoint_activations, compile_backbone
+from distilkit.backbone import checkpoint_activations, compile_backbone, set_matmul_precision
 from distilkit.entry import check_keys, check_names, report_errors
 from distilkit.errors import UserError
 from distilkit.export import read_checkpoint
@@ -48,17 +49,6 @@ def find_checkpoint(ckpt_path: str | None, out: Path, *, in_sweep: bool = False)
             raise UserError(f"ckpt_path={ckpt_path} is no file; give a .ckpt below outputs/.../checkpoints, or last")
     read_checkpoint(file)  # a damaged one is reported before anything is loaded
     return file.resolve()
-
-
-def set_matmul_precision(name: str) -> None:
-    """Set how torch multiplies matrices of float32: ``highest``, ``high`` or ``medium``.
-
-    Raises:
-        UserError: it is none of these.
-    """
-    if name not in ("highest", "high", "medium"):
-        raise UserError(f"matmul_precision={name}, but it takes highest, high or medium")
-    torch.set_float32_matmul_precision(name)
 
 
 def train(cfg: DictConfig) -> float:
@@ -118,10 +108,17 @@ def train(cfg: DictConfig) -> float:
         if not isinstance(logger, CSVLogger):
             logger.log_hyperparams(record["config"])
 
+    if trainer.strategy.root_device.type == "cuda":  # jobs of a sweep share a process
+        torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
     with ranks_on_config(out / "config.yaml"):
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
         trainer.save_checkpoint(out / "checkpoints" / "last.ckpt", weights_only=False)
         if not module.after:  # a finished run was resumed, or validation was taken out of the callbacks
+            if isinstance(trainer.strategy, FSDPStrategy):  # it cannot shard twice what it has sharded
+                raise UserError(
+                    "a run of trainer=fsdp ended without a score: it was finished before, or callbacks.validation is off. "
+                    "Its checkpoint is whole; resume it on one process, with trainer=auto"
+                )
             trainer.validate(module, datamodule=data, verbose=False)
         if trainer.is_global_zero:
             finish(trainer, module, out=out)
