@@ -21,6 +21,7 @@ from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, RichProg
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from distilkit.backbone import set_matmul_precision
 from distilkit.card import add_scores
 from distilkit.entry import check_keys, check_names, report_errors
 from distilkit.errors import UserError
@@ -79,7 +80,7 @@ def check_settings(cfg: DictConfig) -> None:
 def job_id(cfg: DictConfig, *, teacher_id: str | None, model_id: str) -> str:
     """Return a short hash of everything that decides a score but the seed and the machine."""
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
-    decisive = {name: settings[name] for name in ("task", "finetune", "tokenizer")}
+    decisive = {name: settings[name] for name in ("task", "finetune", "tokenizer", "matmul_precision")}
     decisive |= {"model": model_id}
     decisive |= {"trainer": {key: value for key, value in settings["trainer"].items() if key not in _WHERE}}
     decisive |= {"teacher": teacher_id, "distil": settings["distil"]} if teacher_id else {}
@@ -238,7 +239,11 @@ def finetune_and_score(cfg: DictConfig, task: FinetuningTask, *, folder: Path, n
 def recorded_settings(cfg: DictConfig, *, vocabulary: int) -> dict[str, Any]:
     """Return the settings that a reader of a score wants to see beside it."""
     task = {key: value for key, value in cfg.task.items() if isinstance(value, int | float | bool)}
-    other = {"precision": str(cfg.trainer.precision), "vocabulary": vocabulary}
+    other = {
+        "precision": str(cfg.trainer.precision),
+        "matmul_precision": cfg.matmul_precision,
+        "vocabulary": vocabulary,
+    }
     return {**cfg.finetune, **task, **other, **({"tokenizer": cfg.tokenizer} if cfg.tokenizer else {})}
 
 
@@ -262,6 +267,7 @@ def evaluate(cfg: DictConfig) -> float | None:
     The split that is scored is not to be chosen by, and so a sweeper does not see it.
     """
     check_settings(cfg)
+    set_matmul_precision(cfg.matmul_precision)
     for key in ("model", "teacher", "tokenizer"):
         if cfg[key] is not None and Path(cfg[key]).expanduser().is_dir():
             cfg[key] = str(Path(cfg[key]).expanduser())

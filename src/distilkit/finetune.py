@@ -302,7 +302,7 @@ class FinetuningModule(LightningModule):
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[int, Logits]:
         """Return each row's logits, without what stands on its padding."""
         logits = [each.float().cpu() for each in self.logits(self.model, batch)]
-        return {int(row): tuple(each[index] for each in logits) for index, row in enumerate(batch["row"])}
+        return {row: tuple(each[index] for each in logits) for index, row in enumerate(batch["row"].tolist())}
 
     def configure_optimizers(self) -> Any:
         """Decay matrices only, warm up and fall to zero over all steps."""
@@ -313,7 +313,7 @@ class FinetuningModule(LightningModule):
         ]
         # Lightning does not clip the gradients of a fused optimizer where it mixes precisions.
         whole = str(self.trainer.precision) == "32-true"
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, weight_decay=self.weight_decay, fused=whole)
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, weight_decay=self.weight_decay, fused=whole or None)
         num_steps = int(self.trainer.estimated_stepping_batches)
         schedule = get_scheduler(
             "linear", optimizer, num_warmup_steps=round(self.warmup_share * num_steps), num_training_steps=num_steps
