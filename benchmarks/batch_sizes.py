@@ -1,6 +1,6 @@
 """The step at rising batch sizes until memory runs out: what ``make bench-gpu`` shows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -8,42 +8,48 @@ import torch
 
 from benchmarks.machine import Precision
 from benchmarks.measure import Caller, in_turn, peak_megabytes
-from benchmarks.step import Variant, Workload, batch_of, build_steps, variants
+from benchmarks.step import Step, Variant, Workload, batch_of, build_steps, variants
 
 
 def rising_batch_sizes(
     call: Caller, *, works: Sequence[Workload], fast: Precision, batch_sizes: Sequence[int], rounds: int
-) -> list[dict[str, Any]]:
-    """Measure every variant of every workload, each in a process of its own, one record for each batch size."""
-    return [
-        record
-        for work in works
-        for variant in variants(fast, work.family)
-        for record in call(measure_until_full, work, variant, tuple(batch_sizes), rounds, raised=True)
-    ]
+) -> Iterator[list[dict[str, Any]]]:
+    """Measure every variant of every workload, each in a process of its own; yield its records, one a batch size."""
+    for work in works:
+        for variant in variants(fast, work.family):
+            try:
+                yield call(measure_until_full, work, variant, tuple(batch_sizes), rounds, raised=True)
+            except MemoryError:  # the process was killed, and what it had measured is lost
+                yield []
 
 
 def measure_until_full(
     work: Workload, variant: Variant, batch_sizes: Sequence[int], rounds: int
 ) -> list[dict[str, Any]]:
     """Time and weigh one variant at each batch size, up to the first that does not fit."""
-    (step,) = build_steps([variant], work).values()
-    records = []
+    records: list[dict[str, Any]] = []
+    step: Step | None = None
     for batch_size in batch_sizes:
         try:
+            step = step or next(iter(build_steps([variant], work).values()))
             batch = batch_of(work, batch_size)
             run = partial(step, batch)
             run()  # compiles, and makes the optimizer's state
             step.optimizer.zero_grad()
             peak = peak_megabytes(run, device=work.device)
             timing = in_turn({"step": run}, rounds=rounds, device=work.device)["step"]
-        except (torch.OutOfMemoryError, MemoryError):
-            break
+        except (RuntimeError, MemoryError) as error:
+            if _is_full(error):
+                break
+            raise
         records.append(
             {
                 "family": work.family,
                 "length": work.length,
                 "variant": variant.name,
+                "maker": variant.maker,
+                "precision": variant.precision,
+                "rows": variant.rows,
                 "blocks": batch_size,
                 "tokens_per_second": batch_size * work.length / timing.wall_seconds,
                 "gflops": 1e-9 * step.flops(batch) / timing.wall_seconds,
@@ -51,3 +57,39 @@ def measure_until_full(
             }
         )
     return records
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether memory ran out; the libraries below torch say so in errors of their own."""
+    said = str(error)
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or "out of memory" in said or "STATUS_ALLOC_FAILED" in said
+
+
+def best_of_each(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Take each variant's fastest batch size, beside the fastest of the naive bf16 step on the same models and rows.
+
+    ``times_naive`` compares tokens per second, ``memory_share`` the peaks at the largest batch size that both took.
+    """
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for record in records:
+        found.setdefault((record["family"], record["length"], record["rows"], record["variant"]), []).append(record)
+    best = []
+    for (family, length, rows, _), mine in found.items():
+        fastest = max(mine, key=lambda record: float(record["tokens_per_second"]))
+        naive = found.get((family, length, rows, f"naive bf16, {rows} rows"), [])
+        peaks = {record["blocks"]: record["peak_mb"] for record in naive}
+        shares = {
+            record["blocks"]: record["peak_mb"] / peaks[record["blocks"]]
+            for record in mine
+            if record["blocks"] in peaks
+        }
+        rates = [record["tokens_per_second"] for record in naive]
+        best.append(
+            {
+                **fastest,
+                "times_naive": fastest["tokens_per_second"] / max(rates) if rates else None,
+                "memory_share": shares[max(shares)] if shares else None,
+            }
+        )
+    return best

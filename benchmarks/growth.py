@@ -1,10 +1,7 @@
 """How cost grows: the loss with tokens and vocabulary, the preparation with the size of the corpus."""
 
-import resource
 import tempfile
-import time
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +29,22 @@ def loss_growth(
     vocabularies: Sequence[int],
     width: int,
     naive_limit_mb: float,
-    most_logits: float,
     device: str = "cpu",
+    say: Callable[[str], None] = lambda what: None,
 ) -> list[dict[str, Any]]:
     """Time and weigh the loss for each number of tokens and each vocabulary, each in a process of its own.
 
     The naive loss stands beside it for the first vocabulary, as far as its nine or so (tokens, vocabulary) tensors of
-    float32 stay below ``naive_limit_mb``. Sizes of more than ``most_logits`` (tokens times words) are left out.
+    float32 stay below ``naive_limit_mb``.
     """
     records = []
     for vocabulary in vocabularies:
-        for count in (each for each in tokens if each * vocabulary <= most_logits):
+        for count in tokens:
             makers = [LossVariant("ours", fast)]
             if vocabulary == vocabularies[0] and 9 * 4e-6 * count * vocabulary < naive_limit_mb:
                 makers.append(LossVariant("naive", fast))
             for variant in makers:
+                say(f"the loss, {variant.maker}: {count:,} tokens, {vocabulary:,} words")
                 spent, peak = call(_measure_once, variant, count, vocabulary, width, device, raised=True)
                 records.append(
                     {
@@ -63,20 +61,32 @@ def loss_growth(
 def _measure_once(variant: LossVariant, count: int, vocabulary: int, width: int, device: str) -> tuple[float, float]:
     """Return seconds (CPU: core-seconds) and peak MB of one forward and backward pass, after a short one to warm up.
 
-    One run for both: there are many sizes, and what they show is how cost grows, not a ratio of a few per cent.
+    One run for both: there are many sizes, and what they show is how cost grows, not a ratio of a few per cent. On CUDA,
+    where a run takes milliseconds, it comes after two of the same size, which fetch memory and kernels.
     """
     few = draw_heads(min(count, _WARM_UP), vocabulary=vocabulary, width=width, device=device)
     build_loss(variant, few)()  # compiles, for any number of tokens
     del few
-    run = build_loss(variant, draw_heads(count, vocabulary=vocabulary, width=width, device=device))
+    heads = draw_heads(count, vocabulary=vocabulary, width=width, device=device)
+    run = build_loss(variant, heads)
+    if device == "cuda":
+        run()
+        run()
+        heads.forget_gradients()
     timed: list[Timing] = []
     peak = peak_megabytes(lambda: timed.append(in_turn({"loss": run}, rounds=1, device=device)["loss"]), device=device)
     return timed[0].wall_seconds if device == "cuda" else timed[0].core_seconds, peak
 
 
-def preparation_growth(call: Caller, *, megabytes: Sequence[int]) -> list[dict[str, Any]]:
+def preparation_growth(
+    call: Caller, *, megabytes: Sequence[int], say: Callable[[str], None] = lambda what: None
+) -> list[dict[str, Any]]:
     """Tokenize synthetic text of each size into a cache, on all cores, each in a process of its own."""
-    return [call(partial(prepare_once, size), raised=False) for size in megabytes]
+    records = []
+    for size in megabytes:
+        say(f"the preparation of {size:,} MB")
+        records.append(call(prepare_once, size, raised=False))
+    return records
 
 
 def prepare_once(megabytes: int) -> dict[str, Any]:
@@ -86,17 +96,21 @@ def prepare_once(megabytes: int) -> dict[str, Any]:
         file = Path(folder, "corpus.txt")
         synthetic.write_text(file, megabytes=megabytes)
         corpus = TextFiles(paths=str(file))
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        wall, core = time.perf_counter(), time.process_time()
-        cache = prepare(corpus, tokenizer, cache_dir=Path(folder, "cache"), val_share=0.01)
-        record = {
-            "megabytes": megabytes,
-            "seconds": time.perf_counter() - wall,
-            "core_seconds": time.process_time() - core,
-            "peak_mb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e6,
-        }
-        record["tokens"] = sum((cache / f"{split}.bin").stat().st_size for split in ("train", "val")) // 2
-    return record
+        caches: list[Path] = []
+        timed: list[Timing] = []
+
+        def run() -> None:
+            caches.append(prepare(corpus, tokenizer, cache_dir=Path(folder, "cache"), val_share=0.01))
+
+        peak = peak_megabytes(lambda: timed.append(in_turn({"preparation": run}, rounds=1)["preparation"]))
+        tokens = sum((caches[0] / f"{split}.bin").stat().st_size for split in ("train", "val")) // 2
+    return {
+        "megabytes": megabytes,
+        "seconds": timed[0].wall_seconds,
+        "core_seconds": timed[0].core_seconds,
+        "peak_mb": peak,
+        "tokens": tokens,
+    }
 
 
 def plot_loss_growth(records: Sequence[dict[str, Any]], out: Path, *, title: str, seconds: str) -> None:

@@ -150,6 +150,65 @@ def plot_results(results: Mapping[str, Any], out: Path) -> None:
     figure.savefig(out, dpi=120)
 
 
+def gpu_tables(results: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Lay out the loss alone, each variant's best batch size, and all batch sizes: titles, headers and rows."""
+    losses = [
+        [record["variant"], f"{record['tokens_per_second']:,.0f}", f"{record['peak_share']:.0%}", memory_cell(record)]
+        for record in results["losses"]
+    ]
+    best, every = (
+        [
+            [
+                f"{record['family']} at {record['length']}",
+                record["variant"],
+                f"{record['blocks']}",
+                f"{record['tokens_per_second']:,.0f}",
+                f"{record['peak_share']:.0%}",
+                f"{record['peak_mb']:,.0f}",
+                *("-" if record[key] is None else f"{record[key]:.2f}" for key in ratios),
+            ]
+            for record in records
+        ]
+        for records, ratios in ((results["best"], ("times_naive", "memory_share")), (results["steps"], ()))
+    )
+    header = ["models", "variant", "blocks", "tokens/s", "of peak", "peak MB"]
+    alone = f"the loss alone with both heads, {results['loss_tokens']:,} tokens, {results['vocabulary']:,} words"
+    return [
+        (alone, ["variant", "tokens/s", "of peak", "peak MB"], losses),
+        ("optimizer steps at each variant's fastest batch size", [*header, "times naive bf16", "of its memory"], best),
+        ("optimizer steps at all batch sizes", header, every),
+    ]
+
+
+def plot_batch_sizes(records: Sequence[Record], out: Path, *, title: str) -> None:
+    """Draw speed and memory against the batch size, a row of axes for each workload, a line for each variant."""
+    works = list(dict.fromkeys((record["family"], record["length"]) for record in records))
+    figure = Figure(figsize=(13, 1.2 + 3.2 * len(works)), layout="constrained")
+    axes = figure.subplots(max(1, len(works)), 2, squeeze=False)
+    for row, (family, length) in enumerate(works):
+        mine = [record for record in records if (record["family"], record["length"]) == (family, length)]
+        for axis, key, scale, label in (
+            (axes[row, 0], "tokens_per_second", 1e-3, "thousand tokens/s"),
+            (axes[row, 1], "peak_mb", 1e-3, "peak memory, GB"),
+        ):
+            for number, variant in enumerate(dict.fromkeys(record["variant"] for record in mine)):
+                points = [(record["blocks"], scale * record[key]) for record in mine if record["variant"] == variant]
+                dashed = variant.startswith("naive")
+                axis.plot(
+                    *zip(*points, strict=True), f"C{number}", ls="--" if dashed else "-", marker="o", label=variant
+                )
+            axis.set(xscale="log", xlabel=f"blocks of {length} tokens", ylabel=label, title=f"{family} at {length}")
+            axis.set_xticks(sorted({record["blocks"] for record in mine}))
+            axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+            axis.minorticks_off()
+            axis.set_ylim(bottom=0)
+            axis.grid(alpha=0.3)
+            axis.spines[["top", "right"]].set_visible(False)
+        axes[row, 0].legend(fontsize=8)
+    figure.suptitle(f"optimizer steps at rising batch sizes, beyond weights and optimizer state\n{title}", fontsize=11)
+    figure.savefig(out, dpi=120)
+
+
 def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 20 else f"{value:.2g}"
 

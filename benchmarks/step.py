@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.machine import Precision
+from benchmarks.machine import DTYPES, Precision
 from benchmarks.measure import NoProducts, in_turn, peak_megabytes
 from benchmarks.models import SIZES, Family, build_batch, build_models, task_of_family
 from benchmarks.naive import naive_loss
 from distilkit.flops import forward_cost, step_flops
 from distilkit.language_model import Task
 from distilkit.objective import Batch, Objective
+from distilkit.teacher import cast_parameters
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Step:
     def __init__(
         self, variant: Variant, student: PreTrainedModel, teacher: PreTrainedModel, *, task: Task, device: str
     ) -> None:
-        """Take models that other variants may share; a teacher that is cast is a copy of its own."""
+        """Take models that other variants of the same maker may share."""
         self.variant, self.student, self.teacher, self.task, self.device = variant, student, teacher, task, device
         self.objective = objective(task, rows=variant.rows)
         self.optimizer = torch.optim.AdamW(
@@ -114,7 +115,10 @@ def our_loss(
 
 
 def build_steps(chosen: list[Variant], work: Workload, *, initializer_range: float = 0.02) -> dict[Variant, Step]:
-    """Build the variants; those of one maker share a student and a teacher."""
+    """Build the variants; those of one maker share a student and a teacher.
+
+    All of ours are in one precision, so that their teacher is cast as training casts it.
+    """
     task = task_of_family(work.family)
     steps: dict[Variant, Step] = {}
     models: dict[str, tuple[PreTrainedModel, PreTrainedModel]] = {}
@@ -124,6 +128,8 @@ def build_steps(chosen: list[Variant], work: Workload, *, initializer_range: flo
                 work.family, SIZES[work.size], dropout=work.dropout, initializer_range=initializer_range
             )
             models[variant.maker] = student.to(work.device), teacher.to(work.device)  # type: ignore[arg-type]
+            if variant.maker == "ours":
+                cast_parameters(teacher, DTYPES[variant.precision])
         steps[variant] = Step(variant, *models[variant.maker], task=task, device=work.device)
     return steps
 

@@ -1,17 +1,17 @@
 """Run the measurements in their order, and write what they found."""
 
-import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from rich.console import Console
 
 from benchmarks import growth
-from benchmarks.batch_sizes import rising_batch_sizes
+from benchmarks.batch_sizes import best_of_each, rising_batch_sizes
 from benchmarks.data_path import time_data_path
 from benchmarks.loss import absent, loss_variants, time_losses, weigh_loss
 from benchmarks.machine import Precision, describe, faster_precision, matmul_peaks
@@ -19,6 +19,8 @@ from benchmarks.measure import Caller, apart
 from benchmarks.models import SIZES, Family
 from benchmarks.report import (
     caption,
+    gpu_tables,
+    plot_batch_sizes,
     plot_results,
     print_results,
     target_record,
@@ -31,7 +33,6 @@ from distilkit.summary import write_json
 
 Malloc = Literal["default", "raised"]  # glibc's thresholds for giving memory back
 
-MOST_LOGITS_ON_CPU = 1.1e9  # 16,384 tokens of 50k words, or 4,096 of 250k: minutes each on one core
 DROPOUT = 0.1  # as in the models that are distilled
 GPU_BATCH_SIZES = tuple(2**power for power in range(3, 13))
 GPU_LENGTHS = (128, 512)
@@ -83,13 +84,11 @@ QUICK = Plan(
 def run_suite(call: Caller, plan: Plan, *, out: Path) -> dict[str, Any]:
     """Measure steps, loss and data path on the CPU, print and plot them, and return the record that is written."""
     console, start = wide_console(), time.perf_counter()
+    say = _teller(console)
     peaks = matmul_peaks("cpu")
     fast = faster_precision(peaks)
     work = Workload(family="bert", size=plan.size, length=plan.length, dropout=DROPOUT)
     width, vocabulary = SIZES[plan.size].width, SIZES[plan.size].vocabulary_of("bert")
-
-    def say(what: str) -> None:
-        console.print(f"[{time.perf_counter() - start:4.0f} s] {what}", highlight=False, markup=False)
 
     steps = []
     for malloc in ("default", "raised"):
@@ -134,6 +133,12 @@ def run_suite(call: Caller, plan: Plan, *, out: Path) -> dict[str, Any]:
     return results
 
 
+def _teller(console: Console) -> Callable[[str], None]:
+    """Return a function that prints what is measured now, after how many seconds."""
+    start = time.perf_counter()
+    return lambda what: console.print(f"[{time.perf_counter() - start:4.0f} s] {what}", highlight=False, markup=False)
+
+
 def _weighed(call: Caller, function: Any, *arguments: Any, raised: bool) -> dict[str, Any]:
     """Return the peak of a run, or None where it was killed for want of memory."""
     try:
@@ -164,9 +169,10 @@ def run_growth(
     width: int = 768,
 ) -> dict[str, Any]:
     """Measure how the loss grows with tokens and words, and the preparation with text; an empty sequence leaves one out."""
+    console = wide_console()
+    say = _teller(console)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    peaks = matmul_peaks(device)
-    fast = faster_precision(peaks)
+    fast = faster_precision(matmul_peaks(device))
     tokens, megabytes = [count for count in tokens if count], [size for size in megabytes if size]
     results: dict[str, Any] = {
         "machine": describe(device),
@@ -178,10 +184,10 @@ def run_growth(
             vocabularies=vocabularies,
             width=width,
             naive_limit_mb=_memory_megabytes(device) / 2,
-            most_logits=math.inf if device == "cuda" else MOST_LOGITS_ON_CPU,
             device=device,
+            say=say,
         ),
-        "preparation": growth.preparation_growth(call, megabytes=megabytes),
+        "preparation": growth.preparation_growth(call, megabytes=megabytes, say=say),
     }
     name = caption(results)
     if results["loss"]:
@@ -192,7 +198,6 @@ def run_growth(
         title = f"preparing a corpus: reading, tokenizing, writing\n{name}"
         growth.plot_preparation_growth(results["preparation"], out / "growth-preparation.png", title=title)
     write_json(out / "growth.json", results)
-    console = wide_console()
     for part in ("loss", "preparation"):
         records = results[part]
         if records:
@@ -217,32 +222,42 @@ def run_gpu(
     lengths: Sequence[int] = GPU_LENGTHS,
     batch_sizes: Sequence[int] = GPU_BATCH_SIZES,
     rounds: int = 5,
+    loss_tokens: int = STANDARD.loss_tokens,
 ) -> dict[str, Any]:
-    """Measure each family and length at rising batch sizes until memory runs out, print the table and write it."""
+    """Measure the loss alone, then each family and length at rising batch sizes until memory runs out.
+
+    Everything is printed, drawn and written; the JSON file after each variant, so that what broke off is not lost.
+    """
+    console = wide_console()
+    say = _teller(console)
     peaks = matmul_peaks(device)
+    fast: Precision = "bf16" if device == "cuda" else faster_precision(peaks)
+    width, vocabulary = SIZES[size].width, SIZES[size].vocabulary_of("bert")
+    say(f"the loss alone, {loss_tokens:,} tokens")
+    losses = call(time_losses, loss_tokens, vocabulary, width, fast, rounds, device, raised=True)
+    for record, variant in zip(losses, loss_variants(fast), strict=True):
+        record |= _weighed(call, weigh_loss, variant, loss_tokens, vocabulary, width, device, raised=False)
     works = [
         Workload(family=family, size=size, length=length, dropout=DROPOUT, device=device)
         for family in families
         for length in lengths
     ]
-    fast: Precision = "bf16" if device == "cuda" else faster_precision(peaks)
-    steps = rising_batch_sizes(call, works=works, fast=fast, batch_sizes=batch_sizes, rounds=rounds)
-    for record in steps:
-        record["peak_share"] = record["gflops"] / peaks["fp32" if "fp32" in record["variant"] else "bf16"]
-    results = {"machine": describe(device), "peaks": peaks, "fast_precision": fast, "steps": steps}
-    header = ["models", "variant", "blocks", "tokens/s", "of peak", "peak MB"]
-    rows = [
-        [
-            f"{record['family']} at {record['length']}",
-            record["variant"],
-            f"{record['blocks']}",
-            f"{record['tokens_per_second']:,.0f}",
-            f"{record['peak_share']:.0%}",
-            f"{record['peak_mb']:,.0f}",
-        ]
-        for record in steps
-    ]
-    print_table(f"optimizer steps; {caption(results)}; peaks in GFLOP/s: {peaks}", header, rows, console=wide_console())
+    results: dict[str, Any] = {"machine": describe(device), "peaks": peaks, "fast_precision": fast, "losses": losses}
+    results |= {"loss_tokens": loss_tokens, "vocabulary": vocabulary, "steps": []}
+    for found in rising_batch_sizes(call, works=works, fast=fast, batch_sizes=batch_sizes, rounds=rounds):
+        results["steps"] += found
+        if found:
+            last = found[-1]
+            say(f"{last['family']} at {last['length']}, {last['variant']}: up to {last['blocks']} blocks")
+        write_json(out / "bench-gpu.json", results)
+    for record in (*losses, *results["steps"]):
+        record["peak_share"] = record["gflops"] / peaks[record["precision"]]
+    results["best"] = best_of_each(results["steps"])
     write_json(out / "bench-gpu.json", results)
-    (out / "bench-gpu.md").write_text(f"{caption(results)}\n\n{markdown_table(header, rows)}", "utf-8")
+    page = [f"{caption(results)}; fastest products in GFLOP/s: {peaks}"]
+    for title, header, rows in gpu_tables(results):
+        print_table(f"{title}; {caption(results)}", header, rows, console=console)
+        page += [title, markdown_table(header, rows)]
+    (out / "bench-gpu.md").write_text("\n\n".join(page), "utf-8")
+    plot_batch_sizes(results["steps"], out / "bench-gpu.png", title=caption(results))
     return results

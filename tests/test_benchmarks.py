@@ -125,7 +125,7 @@ def test_the_suite_measures_every_variant_and_draws_them(
         assert {record["variant"] for record in results["steps"] if record["malloc"] == malloc} == expected
     assert {"naive fp32", "naive bf16", f"ours {fast}"} <= {record["variant"] for record in results["losses"]}
     assert {record["variant"] for record in results["data"]} >= {"ours"}
-    assert len(results["data"]) == 3
+    assert len(results["data"]) == 4
     for record in (*results["steps"], *results["losses"], *results["data"]):
         assert record["core_seconds"] > 0 and record["tokens_per_core_second"] > 0
     assert all(row["figure"] is not None for row in results["targets"] if "memory" not in row["what"])
@@ -167,12 +167,7 @@ def test_targets_compare_in_the_right_direction() -> None:
 
 
 def test_batch_sizes_rise_until_memory_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def batch_of(work: step.Workload, batch_size: int) -> Any:
-        if batch_size > 2:
-            raise torch.OutOfMemoryError
-        return step.batch_of(work, batch_size)
-
-    monkeypatch.setattr(batch_sizes, "batch_of", batch_of)
+    monkeypatch.setattr(batch_sizes, "batch_of", fails_above(2, torch.OutOfMemoryError()))
     monkeypatch.setattr(suite, "matmul_peaks", lambda device: {"fp32": 1.0, "bf16": 2.0})
     results = suite.run_gpu(
         here,
@@ -183,12 +178,62 @@ def test_batch_sizes_rise_until_memory_is_full(tmp_path: Path, monkeypatch: pyte
         lengths=(8,),
         batch_sizes=(1, 2, 4),
         rounds=1,
+        loss_tokens=64,
     )
     found = {(record["family"], record["variant"], record["blocks"]) for record in results["steps"]}
     assert {blocks for _, _, blocks in found} == {1, 2}
     assert len(found) == 2 * (5 + 3)
     assert json.loads((tmp_path / "bench-gpu.json").read_text("utf-8"))["steps"] == results["steps"]
-    assert (tmp_path / "bench-gpu.md").read_text("utf-8").count("\n| bert at 8 | ours bf16, all rows |") == 2
+    assert (tmp_path / "bench-gpu.md").read_text("utf-8").count("\n| bert at 8 | ours bf16, all rows |") == 3
+    assert (tmp_path / "bench-gpu.png").stat().st_size > 20_000
+    assert {record["variant"] for record in results["losses"]} >= {"naive fp32", "naive bf16", "ours bf16"}
+
+
+def test_the_best_batch_sizes_are_compared_with_the_naive_step_on_the_same_rows() -> None:
+    def record(variant: str, blocks: int, rate: float, peak: float) -> dict[str, Any]:
+        rows = "masked" if "masked" in variant else "all"
+        named = {"family": "bert", "length": 8, "variant": variant, "rows": rows}
+        return {**named, "blocks": blocks, "tokens_per_second": rate, "peak_mb": peak}
+
+    best = batch_sizes.best_of_each(
+        [
+            record("naive bf16, all rows", 1, 10, 100),
+            record("naive bf16, all rows", 2, 8, 200),
+            record("ours bf16, all rows", 1, 20, 50),
+            record("ours bf16, all rows", 2, 30, 60),
+            record("ours bf16, all rows", 4, 25, 80),
+            record("ours bf16, masked rows", 1, 5, 5),
+        ]
+    )
+    assert [(row["blocks"], row["times_naive"], row["memory_share"]) for row in best] == [
+        (1, 1.0, 1.0),
+        (2, 3.0, 0.3),
+        (1, None, None),
+    ]
+
+
+def test_what_was_measured_before_memory_ran_out_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = step.Workload(family="bert", size="toy", length=8, dropout=0.0)
+    variant = step.Variant("ours", "fp32", "all")
+    for message, error in (
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate", RuntimeError),
+        ("CUDA error: out of memory", RuntimeError),
+        ("", MemoryError),
+    ):
+        monkeypatch.setattr(batch_sizes, "batch_of", fails_above(1, error(message)))
+        assert [row["blocks"] for row in batch_sizes.measure_until_full(work, variant, (1, 2, 4), 1)] == [1]
+    monkeypatch.setattr(batch_sizes, "batch_of", fails_above(1, RuntimeError("shapes differ")))
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        batch_sizes.measure_until_full(work, variant, (1, 2), 1)
+
+
+def fails_above(most: int, error: Exception) -> Any:
+    def batch_of(work: step.Workload, batch_size: int) -> Any:
+        if batch_size > most:
+            raise error
+        return step.batch_of(work, batch_size)
+
+    return batch_of
 
 
 def test_growth_is_measured_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
