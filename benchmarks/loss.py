@@ -130,7 +130,7 @@ def absent() -> dict[Maker, str]:
     """Name the variants that cannot run here, and why."""
     reasons: dict[Maker, str] = {}
     if importlib.util.find_spec("liger_kernel") is None:
-        reasons["Liger, chunked"] = "liger_kernel is not installed (pip install liger-kernel)"
+        reasons["Liger, chunked"] = "liger_kernel is not installed (pip install --no-deps liger-kernel)"
     if shutil.which("c++") is None and shutil.which("g++") is None and shutil.which("clang++") is None:
         reasons["full logits, compiled"] = "torch.compile needs a C++ compiler"
     return reasons

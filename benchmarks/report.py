@@ -205,7 +205,7 @@ def plot_batch_sizes(records: Sequence[Record], out: Path, *, title: str) -> Non
             axis.grid(alpha=0.3)
             axis.spines[["top", "right"]].set_visible(False)
         axes[row, 0].legend(fontsize=8)
-    figure.suptitle(f"optimizer steps at rising batch sizes, beyond weights and optimizer state\n{title}", fontsize=11)
+    figure.suptitle(f"optimizer steps at rising batch sizes; memory beyond weights and optimizer state\n{title}", fontsize=11)
     figure.savefig(out, dpi=120)
 
 

@@ -36,7 +36,7 @@ class Plot:
 
 Block = str | Table | Plot  # a page is a title and blocks of these, one below the other
 
-_FIGURE = re.compile(r"[-+]?[\d.,]+( .*)?|-|\+?nan")
+_FIGURE = re.compile(r"[-+]?[\d.,]+[%*x]?( .*)?|-|\+?nan")
 _MARKDOWN = str.maketrans({each: f"\\{each}" for each in "\\|`~*[]"} | {"&": "&amp;", "<": "&lt;", ">": "&gt;"})
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -71,10 +71,10 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def print_table(
     title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, console: Console | None = None
 ) -> None:
-    """Print a table whose first column is text and whose others are figures."""
+    """Print a table with its columns of figures to the right."""
     table = rich.table.Table(title=title, title_justify="left")
     for index, column in enumerate(header):
-        table.add_column(column, justify="right" if index else "left", overflow="fold")
+        table.add_column(column, justify="right" if is_figures(rows, index) else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
     (console or Console()).print(table)
