@@ -42,7 +42,7 @@ bench-quick: $(INSTALLED)  ## the same at a small size
 bench-gpu: $(INSTALLED)  ## BERT, RoBERTa and GPT-2 on one GPU, at rising batch sizes until its memory is full
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks gpu
 
-bench-growth: $(INSTALLED)  ## how loss and preparation grow with tokens, vocabulary and text
+bench-growth: $(INSTALLED)  ## how loss and preparation grow with tokens, vocabulary and text (35 minutes)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks growth
 
 verify-published: $(INSTALLED)  ## fine-tune the published DistilBERT on RTE, MRPC and SST-2, beside table 1; needs the hub
