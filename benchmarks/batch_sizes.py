@@ -13,14 +13,15 @@ from benchmarks.step import Step, Variant, Workload, batch_of, build_steps, vari
 
 def rising_batch_sizes(
     call: Caller, *, works: Sequence[Workload], fast: Precision, batch_sizes: Sequence[int], rounds: int
-) -> Iterator[list[dict[str, Any]]]:
-    """Measure every variant of every workload, each in a process of its own; yield its records, one a batch size."""
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Measure every variant of every workload, each in a process of its own; yield its name and a record a batch size."""
     for work in works:
         for variant in variants(fast, work.family):
+            name = f"{work.family} at {work.length}, {variant.name}"
             try:
-                yield call(measure_until_full, work, variant, tuple(batch_sizes), rounds, raised=True)
+                yield name, call(measure_until_full, work, variant, tuple(batch_sizes), rounds, raised=True)
             except MemoryError:  # the process was killed, and what it had measured is lost
-                yield []
+                yield name, []
 
 
 def measure_until_full(
@@ -39,7 +40,7 @@ def measure_until_full(
             peak = peak_megabytes(run, device=work.device)
             timing = in_turn({"step": run}, rounds=rounds, device=work.device)["step"]
         except (RuntimeError, MemoryError) as error:
-            if _is_full(error):
+            if is_full(error):
                 break
             raise
         records.append(
@@ -59,7 +60,7 @@ def measure_until_full(
     return records
 
 
-def _is_full(error: Exception) -> bool:
+def is_full(error: Exception) -> bool:
     """Whether memory ran out; the libraries below torch say so in errors of their own."""
     said = str(error)
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)

@@ -30,7 +30,7 @@ def loss_growth(
     width: int,
     naive_limit_mb: float,
     device: str = "cpu",
-    say: Callable[[str], None] = lambda what: None,
+    say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Time and weigh the loss for each number of tokens and each vocabulary, each in a process of its own.
 
@@ -78,9 +78,7 @@ def _measure_once(variant: LossVariant, count: int, vocabulary: int, width: int,
     return timed[0].wall_seconds if device == "cuda" else timed[0].core_seconds, peak
 
 
-def preparation_growth(
-    call: Caller, *, megabytes: Sequence[int], say: Callable[[str], None] = lambda what: None
-) -> list[dict[str, Any]]:
+def preparation_growth(call: Caller, *, megabytes: Sequence[int], say: Callable[[str], None]) -> list[dict[str, Any]]:
     """Tokenize synthetic text of each size into a cache, on all cores, each in a process of its own."""
     records = []
     for size in megabytes:
@@ -90,7 +88,7 @@ def preparation_growth(
 
 
 def prepare_once(megabytes: int) -> dict[str, Any]:
-    """Tokenize one corpus; return wall seconds, core-seconds and by how many MB the process grew."""
+    """Tokenize one corpus; return wall seconds, core-seconds and the peak of the memory that it took."""
     tokenizer = synthetic.tokenizer()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "corpus.txt")

@@ -175,7 +175,11 @@ def gpu_tables(results: Mapping[str, Any]) -> list[tuple[str, list[str], list[li
     alone = f"the loss alone with both heads, {results['loss_tokens']:,} tokens, {results['vocabulary']:,} words"
     return [
         (alone, ["variant", "tokens/s", "of peak", "peak MB"], losses),
-        ("optimizer steps at each variant's fastest batch size", [*header, "times naive bf16", "of its memory"], best),
+        (
+            "optimizer steps at each variant's fastest batch size; memory compared at the largest that both took",
+            [*header, "times naive bf16", "of its memory"],
+            best,
+        ),
         ("optimizer steps at all batch sizes", header, every),
     ]
 
@@ -205,7 +209,9 @@ def plot_batch_sizes(records: Sequence[Record], out: Path, *, title: str) -> Non
             axis.grid(alpha=0.3)
             axis.spines[["top", "right"]].set_visible(False)
         axes[row, 0].legend(fontsize=8)
-    figure.suptitle(f"optimizer steps at rising batch sizes; memory beyond weights and optimizer state\n{title}", fontsize=11)
+    figure.suptitle(
+        f"optimizer steps at rising batch sizes; memory beyond weights and optimizer state\n{title}", fontsize=11
+    )
     figure.savefig(out, dpi=120)
 
 

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import growth
-from benchmarks.batch_sizes import best_of_each, rising_batch_sizes
+from benchmarks.batch_sizes import best_of_each, is_full, rising_batch_sizes
 from benchmarks.data_path import time_data_path
 from benchmarks.loss import absent, loss_variants, time_losses, weigh_loss
 from benchmarks.machine import Precision, describe, faster_precision, matmul_peaks
@@ -140,10 +140,12 @@ def _teller(console: Console) -> Callable[[str], None]:
 
 
 def _weighed(call: Caller, function: Any, *arguments: Any, raised: bool) -> dict[str, Any]:
-    """Return the peak of a run, or None where it was killed for want of memory."""
+    """Return the peak of a run, or None where memory ran out."""
     try:
         weighed = call(function, *arguments, raised=raised, threads=os.cpu_count() or 1)
-    except MemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not is_full(error):
+            raise
         return {"peak_mb": None, "products": True}
     return {key: weighed[key] for key in ("peak_mb", "products")}
 
@@ -174,21 +176,19 @@ def run_growth(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     fast = faster_precision(matmul_peaks(device))
     tokens, megabytes = [count for count in tokens if count], [size for size in megabytes if size]
-    results: dict[str, Any] = {
-        "machine": describe(device),
-        "precision": fast,
-        "loss": growth.loss_growth(
-            call,
-            fast=fast,
-            tokens=tokens,
-            vocabularies=vocabularies,
-            width=width,
-            naive_limit_mb=_memory_megabytes(device) / 2,
-            device=device,
-            say=say,
-        ),
-        "preparation": growth.preparation_growth(call, megabytes=megabytes, say=say),
-    }
+    results: dict[str, Any] = {"machine": describe(device), "precision": fast}
+    results["loss"] = growth.loss_growth(
+        call,
+        fast=fast,
+        tokens=tokens,
+        vocabularies=vocabularies,
+        width=width,
+        naive_limit_mb=_memory_megabytes(device) / 2,
+        device=device,
+        say=say,
+    )
+    write_json(out / "growth.json", results)  # half of the time is spent by now
+    results["preparation"] = growth.preparation_growth(call, megabytes=megabytes, say=say)
     name = caption(results)
     if results["loss"]:
         seconds = "seconds" if device == "cuda" else "core-seconds"
@@ -234,9 +234,15 @@ def run_gpu(
     fast: Precision = "bf16" if device == "cuda" else faster_precision(peaks)
     width, vocabulary = SIZES[size].width, SIZES[size].vocabulary_of("bert")
     say(f"the loss alone, {loss_tokens:,} tokens")
-    losses = call(time_losses, loss_tokens, vocabulary, width, fast, rounds, device, raised=True)
-    for record, variant in zip(losses, loss_variants(fast), strict=True):
-        record |= _weighed(call, weigh_loss, variant, loss_tokens, vocabulary, width, device, raised=False)
+    losses: list[dict[str, Any]] = []
+    try:
+        losses = call(time_losses, loss_tokens, vocabulary, width, fast, rounds, device, raised=True)
+        for record, variant in zip(losses, loss_variants(fast), strict=True):
+            record |= _weighed(call, weigh_loss, variant, loss_tokens, vocabulary, width, device, raised=False)
+    except (RuntimeError, MemoryError) as error:
+        if not is_full(error):
+            raise
+        say("the naive loss does not fit into the memory; left out")
     works = [
         Workload(family=family, size=size, length=length, dropout=DROPOUT, device=device)
         for family in families
@@ -244,17 +250,18 @@ def run_gpu(
     ]
     results: dict[str, Any] = {"machine": describe(device), "peaks": peaks, "fast_precision": fast, "losses": losses}
     results |= {"loss_tokens": loss_tokens, "vocabulary": vocabulary, "steps": []}
-    for found in rising_batch_sizes(call, works=works, fast=fast, batch_sizes=batch_sizes, rounds=rounds):
+    write_json(out / "bench-gpu.json", results)
+    for name, found in rising_batch_sizes(call, works=works, fast=fast, batch_sizes=batch_sizes, rounds=rounds):
         results["steps"] += found
-        if found:
-            last = found[-1]
-            say(f"{last['family']} at {last['length']}, {last['variant']}: up to {last['blocks']} blocks")
+        most = f"up to {found[-1]['blocks']} blocks" if found else "nothing, for want of memory"
+        say(f"{name}: {most}")
         write_json(out / "bench-gpu.json", results)
     for record in (*losses, *results["steps"]):
         record["peak_share"] = record["gflops"] / peaks[record["precision"]]
     results["best"] = best_of_each(results["steps"])
     write_json(out / "bench-gpu.json", results)
-    page = [f"{caption(results)}; fastest products in GFLOP/s: {peaks}"]
+    products = ", ".join(f"{name} {peak:,.0f} GFLOP/s" for name, peak in peaks.items())
+    page = [f"{caption(results)}; fastest matrix products: {products}"]
     for title, header, rows in gpu_tables(results):
         print_table(f"{title}; {caption(results)}", header, rows, console=console)
         page += [title, markdown_table(header, rows)]

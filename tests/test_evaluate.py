@@ -214,6 +214,25 @@ def test_early_stopping_resumed_takes_the_epoch_that_an_unbroken_run_takes(
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
 
 
+def test_the_precision_of_products_reaches_torch_and_keeps_scores_apart(
+    score: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+    step = FinetuningModule.training_step
+
+    def spy(module: FinetuningModule, *args: Any) -> Any:
+        used.append(torch.get_float32_matmul_precision())
+        return step(module, *args)
+
+    monkeypatch.setattr(FinetuningModule, "training_step", spy)
+    for precision in ("highest", "high"):
+        assert score("finetune.epochs=1", f"matmul_precision={precision}").code == 0
+        assert set(used) == {precision}
+        used.clear()
+    found = read_results([tmp_path])
+    assert sorted(str(each.settings.get("matmul_precision")) for each in found) == ["None", "high"]
+
+
 def test_mixed_precision_clips_and_trains(score: Callable[..., Outcome], tmp_path: Path) -> None:
     done = score("finetune.epochs=1", "trainer.precision=bf16-mixed")
     assert done.code == 0, done.err

@@ -304,6 +304,16 @@ def test_sharded_models_keep_buffers_and_the_sum_of_gradients_in_float32(
     assert used.buffer_dtype in (None, torch.float32)
 
 
+def test_sharded_models_cannot_keep_the_teacher_alone_in_float32(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = SimpleNamespace(strategy=FSDPStrategy(), precision="bf16-mixed", world_size=1)
+    monkeypatch.setattr(DistillationModule, "trainer", trainer)
+    module = build_module(tokenizer, teacher=dataclasses.replace(build_teacher("bert", num_layers=2), dtype="float32"))
+    with pytest.raises(UserError, match="teacher.dtype=float32, but trainer=fsdp holds both models in one precision"):
+        module.setup("fit")
+
+
 def test_a_cast_teacher_keeps_the_digits_of_its_rotary_frequencies(tokenizer: PreTrainedTokenizerBase) -> None:
     teacher = build_teacher("modernbert", num_layers=2)
     before = {name: buffer.clone() for name, buffer in teacher.model.named_buffers()}

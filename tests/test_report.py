@@ -489,5 +489,5 @@ def test_pictures_do_not_read_names_as_formulas() -> None:
 
 
 def test_figures_stand_to_the_right_and_text_to_the_left() -> None:
-    rows = [["m", "1,234.5", "1.0 (0.9 to 1.1)", "bert"], ["n", "-", "+2.00", "-"]]
-    assert [pages.is_figures(rows, column) for column in range(4)] == [False, True, True, False]
+    rows = [["m", "1,234.5", "1.0 (0.9 to 1.1)", "bert", "9%"], ["n", "-", "+2.00", "-", "1.5e+04"]]
+    assert [pages.is_figures(rows, column) for column in range(5)] == [False, True, True, False, True]

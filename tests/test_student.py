@@ -227,15 +227,23 @@ def test_a_wrong_new_model_is_an_error(
 
 
 def test_an_existing_student_needs_the_vocabulary_of_its_teacher_but_for_padding(
-    tmp_path: Any, tokenizer: PreTrainedTokenizerBase
+    tmp_path: Any, tokenizer: PreTrainedTokenizerBase, causal_tokenizer: PreTrainedTokenizerBase
 ) -> None:
+    def load(teacher_size: int) -> PreTrainedModel:
+        teacher = build_teacher("bert", vocab_size=teacher_size)
+        return pretrained_student(teacher=teacher, tokenizer=tokenizer, name=str(tmp_path))
+
     build_model("distilbert", num_layers=2).save_pretrained(tmp_path)
-    for size in (126, 128):
-        teacher = build_teacher("bert", vocab_size=size)
-        assert pretrained_student(teacher=teacher, tokenizer=tokenizer, name=str(tmp_path)).training
-    for size, message in (
-        (700, "has 126 words and the teacher 700; soft targets need one vocabulary, and padding explains .* 512"),
-        (100, "the tokenizer has 126 ids, but tiny-bert embeds 100"),
+    assert load(126).training
+    with pytest.raises(UserError, match="has no tokenizer"):
+        load(128)
+    tokenizer.save_pretrained(tmp_path)
+    assert load(128).training
+    with pytest.raises(UserError, match="the tokenizer has 126 ids, but tiny-bert embeds 100"):
+        load(100)
+    causal_tokenizer.add_tokens(["other"])
+    causal_tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match="has 126 words and the teacher 128, and their tokenizers differ; .* give a student"
     ):
-        with pytest.raises(UserError, match=message):
-            pretrained_student(teacher=build_teacher("bert", vocab_size=size), tokenizer=tokenizer, name=str(tmp_path))
+        load(128)

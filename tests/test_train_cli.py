@@ -251,6 +251,16 @@ def test_speed_and_memory_options_reach_the_models(
     assert seen["precision"] == "high"
 
 
+def test_sharded_models_are_scored_in_training_or_refused(
+    save_teacher: Callable[..., Path], text_file: Path, cache: Path, tmp_path: Path
+) -> None:
+    given = "teacher=hf", f"teacher.name={save_teacher('bert')}", f"data.corpus.paths={text_file}", f"cache_dir={cache}"
+    off = "callbacks.validation=null", "trainer.strategy={_target_: jobs.CpuFSDP}"
+    done = call(distilkit.train.main, *SMALL, *QUIET, *given, *off, cwd=tmp_path)
+    assert done.code == 1
+    assert "callbacks.validation=null, but with trainer=fsdp the student is scored in training or never" in done.err
+
+
 def test_the_best_checkpoint_is_the_one_with_the_lowest_held_out_loss(run: Run) -> None:
     in_training = read_metrics(run.folder / "metrics.csv")["val/loss"][1:]
     best = torch.load(run.folder / "checkpoints" / "best.ckpt", weights_only=True)
@@ -704,6 +714,14 @@ def test_two_sharded_ranks_that_broke_off_and_were_resumed_end_as_one_process(
     actual = load_file(run / "student" / "model.safetensors")
     for name, weight in expected.items():
         assert torch.allclose(actual[name], weight, atol=1e-4), name
+    again = spawn(*command, "ckpt_path=last", cwd=tmp_path, environment=environment)
+    assert again.code != 0
+    said = re.search(r"was trained to its end before.* ckpt=(\S+) out=my-student", again.err)
+    assert said is not None, again.err
+    exported = call(distilkit.export.main, f"ckpt={said[1]}", "out=my-student", cwd=tmp_path)
+    assert exported.code == 0, exported.err
+    whole = load_file(tmp_path / "my-student" / "model.safetensors")
+    assert all(torch.equal(whole[name], weight) for name, weight in actual.items())
 
 
 # ----------------------------------------------------------------------------------- demo

@@ -7,6 +7,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -80,11 +81,16 @@ def check_settings(cfg: DictConfig) -> None:
 def job_id(cfg: DictConfig, *, teacher_id: str | None, model_id: str) -> str:
     """Return a short hash of everything that decides a score but the seed and the machine."""
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
-    decisive = {name: settings[name] for name in ("task", "finetune", "tokenizer", "matmul_precision")}
+    decisive = {name: settings[name] for name in ("task", "finetune", "tokenizer")} | products(cfg)
     decisive |= {"model": model_id}
     decisive |= {"trainer": {key: value for key, value in settings["trainer"].items() if key not in _WHERE}}
     decisive |= {"teacher": teacher_id, "distil": settings["distil"]} if teacher_id else {}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def products(cfg: DictConfig) -> dict[str, str]:
+    """Return the precision of float32 products where it is not torch's own, to tell such scores from the others."""
+    return {} if cfg.matmul_precision == "highest" else {"matmul_precision": cfg.matmul_precision}
 
 
 def build_trainer(cfg: DictConfig, *, folder: Path) -> Trainer:
@@ -239,11 +245,7 @@ def finetune_and_score(cfg: DictConfig, task: FinetuningTask, *, folder: Path, n
 def recorded_settings(cfg: DictConfig, *, vocabulary: int) -> dict[str, Any]:
     """Return the settings that a reader of a score wants to see beside it."""
     task = {key: value for key, value in cfg.task.items() if isinstance(value, int | float | bool)}
-    other = {
-        "precision": str(cfg.trainer.precision),
-        "matmul_precision": cfg.matmul_precision,
-        "vocabulary": vocabulary,
-    }
+    other = {"precision": str(cfg.trainer.precision), "vocabulary": vocabulary}
     return {**cfg.finetune, **task, **other, **({"tokenizer": cfg.tokenizer} if cfg.tokenizer else {})}
 
 
@@ -293,6 +295,7 @@ def evaluate(cfg: DictConfig) -> float | None:
             )
         else:
             results = [finetune_and_score(cfg, task, folder=folder, name=name, model_id=model_id)]
+        results = [replace(result, settings={**result.settings, **products(cfg)}) for result in results]
         write_results(folder, results)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # they were for resuming
         mine = [result for result in read_results([folder.parents[1]]) if result.sha256 == model_id]

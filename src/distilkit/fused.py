@@ -215,7 +215,7 @@ def _add(total: Tensor, part: Tensor) -> None:
 
 @functools.cache
 def _elementwise(device: str) -> tuple[Callable[..., Tensor], Callable[..., None]]:
-    """Compile the elementwise parts where that works on this machine, with one line in the log either way."""
+    """Compile the elementwise parts where that works on this machine, with a line in the log that says which."""
     core: Callable[..., Tensor] = torch.compile(_core)
     add = torch.compile(_add)
 

@@ -103,8 +103,11 @@ class DistillationModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Make sure that all ranks train the same thing, and cast the teacher once, where autocast would at each step.
 
+        FSDP gets a precision of its own.
+
         Raises:
-            UserError: another rank was started with another config, or the precision is too low for the objective.
+            UserError: another rank was started with another config, the precision is too low for the objective, or FSDP
+                cannot keep the teacher in float32.
         """
         mine = hashlib.sha256(json.dumps(self.record, sort_keys=True, default=str).encode()).hexdigest()
         if self.trainer.world_size > 1 and self.trainer.strategy.broadcast(mine) != mine:
@@ -118,6 +121,11 @@ class DistillationModule(LightningModule):
             )
         in_bfloat16 = str(self.trainer.precision).startswith("bf16")
         if isinstance(self.trainer.strategy, FSDPStrategy):
+            if in_bfloat16 and self.teacher is not None and self.keeps_teacher_dtype:
+                raise UserError(
+                    f"teacher.dtype=float32, but trainer=fsdp holds both models in one precision, here {self.trainer.precision}; "
+                    "set teacher.dtype=auto, trainer.precision=32-true or trainer=ddp"
+                )
             if in_bfloat16 and self.trainer.strategy.mixed_precision is None:
                 # One flat parameter holds both models, and so one dtype does. Lightning's own choice would cast the
                 # rotary frequencies as well, and add up gradients in bfloat16.

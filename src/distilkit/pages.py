@@ -36,7 +36,7 @@ class Plot:
 
 Block = str | Table | Plot  # a page is a title and blocks of these, one below the other
 
-_FIGURE = re.compile(r"[-+]?[\d.,]+[%*x]?( .*)?|-|\+?nan")
+_FIGURE = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?[%*x]?( .*)?|-|\+?nan")
 _MARKDOWN = str.maketrans({each: f"\\{each}" for each in "\\|`~*[]"} | {"&": "&amp;", "<": "&lt;", ">": "&gt;"})
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222; }

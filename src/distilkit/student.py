@@ -25,12 +25,12 @@ from transformers import (
 from distilkit.errors import UserError
 from distilkit.language_model import check_split, task_of
 from distilkit.teacher import Teacher, load_language_model
+from distilkit.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 
 StateDict = dict[str, Tensor]
 
-_MOST_PADDING = 512  # words: to multiples of 64, 128, or a power of two times the ranks that share the embeddings
 _LAYER_INDEX = re.compile(r"\.(\d+)\.")
 
 _BERT_TO_DISTILBERT = (  # applied in this order, to keys whose layers are renumbered already
@@ -242,7 +242,8 @@ def pretrained_student(
 ) -> PreTrainedModel:
     """Load an existing model as the student, to distil it further or to train it on new text.
 
-    The two vocabularies may be padded to different sizes: words that only one of them has carry no mass.
+    Where the two vocabularies have different sizes, by padding, the student's tokenizer must be the run's: words that only
+    one of them has carry no mass.
 
     Raises:
         UserError: it cannot be loaded, or its vocabulary is not the teacher's.
@@ -252,11 +253,13 @@ def pretrained_student(
     )
     if teacher is not None:
         size, its = student.config.vocab_size, teacher.model.config.vocab_size
-        if abs(size - its) > _MOST_PADDING:
-            raise UserError(
-                f"student {name!r} has {size} words and the teacher {its}; soft targets need one vocabulary, and padding "
-                f"explains a difference of {_MOST_PADDING} at most"
-            )
+        if size != its:
+            own = load_tokenizer(name=name, revision=revision, trust_remote_code=trust_remote_code)
+            if own.get_vocab() != tokenizer.get_vocab():
+                raise UserError(
+                    f"student {name!r} has {size} words and the teacher {its}, and their tokenizers differ; soft targets need "
+                    "one vocabulary: give a student that was trained with the teacher's tokenizer"
+                )
         check_vocabulary(teacher.model, tokenizer, name=teacher.name)
     check_vocabulary(student, tokenizer, name=name)
     check_split(student)

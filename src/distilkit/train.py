@@ -16,6 +16,7 @@ from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.strategies import FSDPStrategy
 
 from distilkit.backbone import checkpoint_activations, compile_backbone, set_matmul_precision
+from distilkit.callbacks import ValidateEvery
 from distilkit.entry import check_keys, check_names, report_errors
 from distilkit.errors import UserError
 from distilkit.export import read_checkpoint
@@ -95,6 +96,12 @@ def train(cfg: DictConfig) -> float:
     )
     if trainer.max_epochs == trainer.max_steps == -1:
         raise UserError("trainer.max_epochs and trainer.max_steps are both -1, without end; set one of them above 0")
+    sharded = isinstance(trainer.strategy, FSDPStrategy)
+    if sharded and not any(isinstance(callback, ValidateEvery) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise UserError(
+            "callbacks.validation=null, but with trainer=fsdp the student is scored in training or never; "
+            "leave callbacks.validation as it is"
+        )
     if trainer.is_global_zero:
         OmegaConf.save(cfg, out / "config.yaml", resolve=True)
         sizes = f"{num_parameters(student):,} parameters" + (
@@ -108,16 +115,16 @@ def train(cfg: DictConfig) -> float:
         if not isinstance(logger, CSVLogger):
             logger.log_hyperparams(record["config"])
 
-    if trainer.strategy.root_device.type == "cuda":  # jobs of a sweep share a process
+    if torch.cuda.is_initialized():  # by an earlier job of a sweep, which shares its process
         torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
     with ranks_on_config(out / "config.yaml"):
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
         trainer.save_checkpoint(out / "checkpoints" / "last.ckpt", weights_only=False)
         if not module.after:  # a finished run was resumed, or validation was taken out of the callbacks
-            if isinstance(trainer.strategy, FSDPStrategy):  # it cannot shard twice what it has sharded
+            if sharded:  # it cannot shard twice
                 raise UserError(
-                    "a run of trainer=fsdp ended without a score: it was finished before, or callbacks.validation is off. "
-                    "Its checkpoint is whole; resume it on one process, with trainer=auto"
+                    f"{checkpoint or out} was trained to its end before, and trainer=fsdp cannot score it again; "
+                    f"export it with python -m distilkit.export ckpt={out / 'checkpoints' / 'last.ckpt'} out=my-student"
                 )
             trainer.validate(module, datamodule=data, verbose=False)
         if trainer.is_global_zero:
