@@ -212,6 +212,14 @@ def test_a_new_model_takes_its_vocabulary_and_special_ids_from_the_tokenizer(
     assert num_parameters(student) > 0
 
 
+def test_a_new_model_has_no_special_id_outside_its_vocabulary(tokenizer: PreTrainedTokenizerBase) -> None:
+    fields = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    student = new_student(teacher=None, tokenizer=tokenizer, model_type="modernbert", config=fields)
+    ids = {name: value for name, value in student.config.to_dict().items() if name.endswith("_token_id")}
+    assert ids["sep_token_id"] == tokenizer.sep_token_id
+    assert all(value is None or value < len(tokenizer) for value in ids.values()), ids
+
+
 @pytest.mark.parametrize(
     "model_type, config, message",
     [
@@ -241,8 +249,9 @@ def test_an_existing_student_needs_the_vocabulary_of_its_teacher_but_for_padding
     assert load(128).training
     with pytest.raises(UserError, match="the tokenizer has 126 ids, but tiny-bert embeds 100"):
         load(100)
-    causal_tokenizer.add_tokens(["other"])
-    causal_tokenizer.save_pretrained(tmp_path)
+    other = copy.deepcopy(causal_tokenizer)
+    other.add_tokens(["other"])
+    other.save_pretrained(tmp_path)
     with pytest.raises(
         UserError, match="has 126 words and the teacher 128, and their tokenizers differ; .* give a student"
     ):

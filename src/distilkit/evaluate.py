@@ -19,6 +19,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Callback, Trainer, seed_everything
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar
+from pytorch_lightning.loggers import WandbLogger
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -217,6 +218,8 @@ def finetune_and_score(cfg: DictConfig, task: FinetuningTask, *, folder: Path, n
     for logger in trainer.loggers:
         logger.log_metrics({f"{task.name}/{metric}": value for metric, value in scores.items()})
         logger.save()
+        if isinstance(logger, WandbLogger):  # or its last records are written when this process is gone
+            logger.experiment.finish()
     spent = cost(
         seconds=module.seconds + time.perf_counter() - start,
         tokens=module.tokens_seen + num_scored,

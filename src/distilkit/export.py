@@ -45,17 +45,18 @@ def model_card(record: Mapping[str, Any], *, results: Mapping[str, float], token
         head.append(f"base_model: {teacher['name']}")
     objective = ", ".join(f"{name} {value}" for name, value in record["objective"].items())
     if teacher:
-        source = f"distilled from `{teacher['name']}` (revision `{teacher['revision']}`, {teacher['parameters']:,} parameters)"
+        revision = "" if Path(teacher["name"]).exists() else f"revision `{teacher['revision']}`, "
+        source = f"distilled from `{teacher['name']}` ({revision}{teacher['parameters']:,} parameters)"
+        method = ", by the method of [DistilBERT](https://arxiv.org/abs/1910.01108)"
     else:
-        source = "trained without a teacher"
+        source, method = "trained without a teacher", ""
     layers = record["layers"]
     lines = [
         *head,
         "---",
         f"# {record['name']}",
         "",
-        f"A {record['architecture']} of {num_params:,} parameters, {source} with distilkit {record['version']}, by the "
-        "method of [DistilBERT](https://arxiv.org/abs/1910.01108).",
+        f"A {record['architecture']} of {num_params:,} parameters, {source} with distilkit {record['version']}{method}.",
         "",
         "| | |",
         "|---|---|",

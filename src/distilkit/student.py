@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 StateDict = dict[str, Tensor]
 
+_SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
 _LAYER_INDEX = re.compile(r"\.(\d+)\.")
 
 _BERT_TO_DISTILBERT = (  # applied in this order, to keys whose layers are renumbered already
@@ -206,11 +207,7 @@ def new_student(
     Raises:
         UserError: the type or a field of its config is unknown.
     """
-    special = {
-        name: value
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
-        if (value := getattr(tokenizer, name, None)) is not None
-    }
+    special = {name: value for name in _SPECIAL_IDS if (value := getattr(tokenizer, name, None)) is not None}
     try:
         built = AutoConfig.for_model(model_type)
     except ValueError as error:
@@ -221,7 +218,9 @@ def new_student(
     if unknown:
         raise UserError(f"student.config has {', '.join(unknown)}, which a {model_type} config does not have")
     size = len(tokenizer) if teacher is None else teacher.model.config.vocab_size
-    fields = {"vocab_size": size, **special, **(config or {})}
+    # What the tokenizer has not must not stay at the type's own id, which lies outside a smaller vocabulary.
+    absent = {name: None for name in _SPECIAL_IDS if name not in special and (getattr(built, name, None) or 0) >= size}
+    fields = {"vocab_size": size, **absent, **special, **(config or {})}
     built = AutoConfig.for_model(model_type, **fields)
     auto = AutoModelForCausalLM if task_of(model_type) == "clm" else AutoModelForMaskedLM
     student: PreTrainedModel = auto.from_config(built)

@@ -12,7 +12,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Trainer, seed_everything
-from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.loggers import CSVLogger, WandbLogger
 from pytorch_lightning.strategies import FSDPStrategy
 
 from distilkit.backbone import checkpoint_activations, compile_backbone, set_matmul_precision
@@ -129,6 +129,9 @@ def train(cfg: DictConfig) -> float:
             trainer.validate(module, datamodule=data, verbose=False)
         if trainer.is_global_zero:
             finish(trainer, module, out=out)
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):  # or its last records are written when this process is gone
+            logger.experiment.finish()
     return module.after["val/nll"]
 
 
