@@ -591,6 +591,7 @@ def test_wandb_groups_the_runs_of_a_sweep_and_keeps_them_apart(sweep: Run) -> No
         content = file.read_bytes()
         assert group in content
         assert b"val/nll" in content
+        assert "finishing run" in (file.parent / "logs" / "debug.log").read_text("utf-8")  # by its job, not after it
 
 
 # ------------------------------------------------------------------------------ two ranks
