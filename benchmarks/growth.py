@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from benchmarks import synthetic
 from benchmarks.loss import LossVariant, build_loss, draw_heads
 from benchmarks.machine import Precision
-from benchmarks.measure import Caller, Timing, in_turn, peak_megabytes
+from benchmarks.measure import Caller, time_and_weigh
 from distilkit.text_files import TextFiles
 from distilkit.tokens import prepare
 
@@ -73,9 +73,8 @@ def _measure_once(variant: LossVariant, count: int, vocabulary: int, width: int,
         run()
         run()
         heads.forget_gradients()
-    timed: list[Timing] = []
-    peak = peak_megabytes(lambda: timed.append(in_turn({"loss": run}, rounds=1, device=device)["loss"]), device=device)
-    return timed[0].wall_seconds if device == "cuda" else timed[0].core_seconds, peak
+    timing, peak = time_and_weigh(run, device=device)
+    return timing.wall_seconds if device == "cuda" else timing.core_seconds, peak
 
 
 def preparation_growth(call: Caller, *, megabytes: Sequence[int], say: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -94,18 +93,13 @@ def prepare_once(megabytes: int) -> dict[str, Any]:
         file = Path(folder, "corpus.txt")
         synthetic.write_text(file, megabytes=megabytes)
         corpus = TextFiles(paths=str(file))
-        caches: list[Path] = []
-        timed: list[Timing] = []
-
-        def run() -> None:
-            caches.append(prepare(corpus, tokenizer, cache_dir=Path(folder, "cache"), val_share=0.01))
-
-        peak = peak_megabytes(lambda: timed.append(in_turn({"preparation": run}, rounds=1)["preparation"]))
-        tokens = sum((caches[0] / f"{split}.bin").stat().st_size for split in ("train", "val")) // 2
+        cache = Path(folder, "cache")
+        timing, peak = time_and_weigh(lambda: prepare(corpus, tokenizer, cache_dir=cache, val_share=0.01))
+        tokens = sum(file.stat().st_size for split in ("train", "val") for file in cache.rglob(f"{split}.bin")) // 2
     return {
         "megabytes": megabytes,
-        "seconds": timed[0].wall_seconds,
-        "core_seconds": timed[0].core_seconds,
+        "seconds": timing.wall_seconds,
+        "core_seconds": timing.core_seconds,
         "peak_mb": peak,
         "tokens": tokens,
     }

@@ -86,6 +86,13 @@ def peak_megabytes(run: Run, *, device: str = "cpu") -> float:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e6
 
 
+def time_and_weigh(run: Run, *, device: str = "cpu") -> tuple[Timing, float]:
+    """Return the time and the peak memory, in MB, of one and the same run."""
+    timings: list[Timing] = []
+    peak = peak_megabytes(lambda: timings.append(in_turn({"run": run}, rounds=1, device=device)["run"]), device=device)
+    return timings[0], peak
+
+
 class NoProducts(TorchDispatchMode):
     """Fill the result of each matrix product with zeros instead of computing it: the memory without the time.
 

@@ -84,7 +84,7 @@ QUICK = Plan(
 def run_suite(call: Caller, plan: Plan, *, out: Path) -> dict[str, Any]:
     """Measure steps, loss and data path on the CPU, print and plot them, and return the record that is written."""
     console, start = wide_console(), time.perf_counter()
-    say = _teller(console)
+    say = _progress_printer(console)
     peaks = matmul_peaks("cpu")
     fast = faster_precision(peaks)
     work = Workload(family="bert", size=plan.size, length=plan.length, dropout=DROPOUT)
@@ -133,7 +133,7 @@ def run_suite(call: Caller, plan: Plan, *, out: Path) -> dict[str, Any]:
     return results
 
 
-def _teller(console: Console) -> Callable[[str], None]:
+def _progress_printer(console: Console) -> Callable[[str], None]:
     """Return a function that prints what is measured now, after how many seconds."""
     start = time.perf_counter()
     return lambda what: console.print(f"[{time.perf_counter() - start:4.0f} s] {what}", highlight=False, markup=False)
@@ -172,7 +172,7 @@ def run_growth(
 ) -> dict[str, Any]:
     """Measure how the loss grows with tokens and words, and the preparation with text; an empty sequence leaves one out."""
     console = wide_console()
-    say = _teller(console)
+    say = _progress_printer(console)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     fast = faster_precision(matmul_peaks(device))
     tokens, megabytes = [count for count in tokens if count], [size for size in megabytes if size]
@@ -229,7 +229,7 @@ def run_gpu(
     Everything is printed, drawn and written; the JSON file after each variant, so that what broke off is not lost.
     """
     console = wide_console()
-    say = _teller(console)
+    say = _progress_printer(console)
     peaks = matmul_peaks(device)
     fast: Precision = "bf16" if device == "cuda" else faster_precision(peaks)
     width, vocabulary = SIZES[size].width, SIZES[size].vocabulary_of("bert")

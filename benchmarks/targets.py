@@ -11,14 +11,14 @@ Record = Mapping[str, Any]
 class Target:
     """A figure with its aim; ``most`` turns the aim from a least into a most. Without an aim it is for information.
 
-    ``void`` says why the figure proves nothing on this machine.
+    ``incomparable`` says why the figure proves nothing on this machine.
     """
 
     what: str
     figure: float | None
     aim: float | None = None
     most: bool = False
-    void: str = ""
+    incomparable: str = ""
 
     @property
     def verdict(self) -> str:
@@ -27,8 +27,8 @@ class Target:
             return "not measured"
         if self.aim is None:
             return ""
-        if self.void:
-            return f"no comparison: {self.void}"
+        if self.incomparable:
+            return f"no comparison: {self.incomparable}"
         return "reached" if (self.figure <= self.aim if self.most else self.figure >= self.aim) else "missed"
 
 
@@ -42,19 +42,24 @@ def targets(results: Mapping[str, Any]) -> list[Target]:
     losses = {record["variant"]: record for record in results["losses"]}
     data = {record["variant"]: record for record in results["data"]}
     fast = results["fast_precision"]
-    void = "bf16 is emulated here" if fast == "fp32" else ""
+    incomparable = "bf16 is emulated here" if fast == "fp32" else ""
     rate = "tokens_per_core_second"
     ours, masked, loss = f"ours {fast}, all rows", f"ours {fast}, masked rows", f"ours {fast}"
     data_rate = _ratio(data, "ours", None, rate)
     return [
-        Target("step, all rows: times naive bf16", _ratio(steps, ours, "naive bf16, all rows", rate), 1.8, void=void),
+        Target(
+            "step, all rows: times naive bf16",
+            _ratio(steps, ours, "naive bf16, all rows", rate),
+            1.8,
+            incomparable=incomparable,
+        ),
         Target("step, all rows: times naive fp32", _ratio(steps, ours, "naive fp32, all rows", rate), 3.6),
         Target("step, all rows: times the faster of the two", _against_faster(steps, ours, ", all rows", rate)),
         Target(
             "step, masked rows: times naive bf16",
             _ratio(steps, masked, "naive bf16, masked rows", rate),
             2.1,
-            void=void,
+            incomparable=incomparable,
         ),
         Target("step, masked rows: times the faster naive", _against_faster(steps, masked, ", masked rows", rate)),
         Target(
@@ -63,7 +68,9 @@ def targets(results: Mapping[str, Any]) -> list[Target]:
             0.4,
             most=True,
         ),
-        Target("loss alone: times naive bf16", _ratio(losses, loss, "naive bf16", rate), 3.0, void=void),
+        Target(
+            "loss alone: times naive bf16", _ratio(losses, loss, "naive bf16", rate), 3.0, incomparable=incomparable
+        ),
         Target("loss alone: times the faster naive", _against_faster(losses, loss, "", rate)),
         Target(
             "loss alone: times the compiled full logits", _ratio(losses, loss, f"full logits, compiled {fast}", rate)

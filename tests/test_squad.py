@@ -157,3 +157,12 @@ def test_the_files_must_be_there(tmp_path: Path) -> None:
     (tmp_path / "readme.txt").write_text("", "utf-8")
     with pytest.raises(UserError, match="has 0 files 'train-v1.1.json\\*', where one is needed; it holds readme.txt"):
         QuestionTask(**SETTINGS | {"data_dir": str(tmp_path)}).train_examples()
+
+
+def test_a_model_must_score_starts_and_ends() -> None:
+    task = QuestionTask(**SETTINGS)
+    task.check_head(SimpleNamespace(config=SimpleNamespace(num_labels=2)), name="mine")  # type: ignore[arg-type]
+    with pytest.raises(
+        UserError, match="'mine' has 3 outputs a token, but task squad has 2; fine-tune it on this task"
+    ):
+        task.check_head(SimpleNamespace(config=SimpleNamespace(num_labels=3)), name="mine")  # type: ignore[arg-type]

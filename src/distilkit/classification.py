@@ -147,13 +147,13 @@ class TextTask:
             "label2id": {label: index for index, label in enumerate(self.labels)},
         }
 
-    def check_head(self, teacher: PreTrainedModel, *, name: str) -> None:
+    def check_head(self, model: PreTrainedModel, *, name: str) -> None:
         """Make sure that a fine-tuned model predicts the classes of this task, in their order.
 
         Raises:
             UserError: it does not.
         """
-        config: Any = teacher.config
+        config: Any = model.config
         theirs = [str(config.id2label[index]) for index in range(config.num_labels)]
         unnamed = [f"LABEL_{index}" for index in range(len(theirs))]
         same = [label.casefold() for label in theirs] == [label.casefold() for label in self.labels or []]

@@ -82,14 +82,14 @@ def check_settings(cfg: DictConfig) -> None:
 def job_id(cfg: DictConfig, *, teacher_id: str | None, model_id: str) -> str:
     """Return a short hash of everything that decides a score but the seed and the machine."""
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
-    decisive = {name: settings[name] for name in ("task", "finetune", "tokenizer")} | products(cfg)
+    decisive = {name: settings[name] for name in ("task", "finetune", "tokenizer")} | product_precision(cfg)
     decisive |= {"model": model_id}
     decisive |= {"trainer": {key: value for key, value in settings["trainer"].items() if key not in _WHERE}}
     decisive |= {"teacher": teacher_id, "distil": settings["distil"]} if teacher_id else {}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
-def products(cfg: DictConfig) -> dict[str, str]:
+def product_precision(cfg: DictConfig) -> dict[str, str]:
     """Return the precision of float32 products where it is not torch's own, to tell such scores from the others."""
     return {} if cfg.matmul_precision == "highest" else {"matmul_precision": cfg.matmul_precision}
 
@@ -147,15 +147,15 @@ def load_models(
         UserError: one cannot be loaded, or they do not fit each other or the task.
     """
 
-    def load(name: str, revision: str, tokenizer: str | None, *, has_head: bool) -> tuple[Any, Any]:
+    def load(name: str, revision: str, tokenizer_name: str | None, *, has_head: bool) -> tuple[Any, Any]:
         hub = {"revision": revision, "trust_remote_code": cfg.trust_remote_code}
         model = load_task_model(name, auto_class=task.auto_class, head=task.head, needs_head=has_head, **hub)
         if has_head:
             task.check_head(model, name=name)
-        words = load_task_tokenizer(name, tokenizer=tokenizer, vocabulary=int(model.config.vocab_size), **hub)
+        tokenizer = load_task_tokenizer(name, tokenizer=tokenizer_name, vocabulary=int(model.config.vocab_size), **hub)
         check_positions(model, task.max_length, key="task.max_length", name=name)
-        model.config.pad_token_id = words.pad_token_id
-        return model, words
+        model.config.pad_token_id = tokenizer.pad_token_id
+        return model, tokenizer
 
     model, tokenizer = load(cfg.model, cfg.revision, cfg.tokenizer, has_head=not cfg.finetune.epochs)
     if cfg.teacher is None:
@@ -298,7 +298,7 @@ def evaluate(cfg: DictConfig) -> float | None:
             )
         else:
             results = [finetune_and_score(cfg, task, folder=folder, name=name, model_id=model_id)]
-        results = [replace(result, settings={**result.settings, **products(cfg)}) for result in results]
+        results = [replace(result, settings={**result.settings, **product_precision(cfg)}) for result in results]
         write_results(folder, results)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # they were for resuming
         mine = [result for result in read_results([folder.parents[1]]) if result.sha256 == model_id]

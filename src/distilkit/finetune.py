@@ -46,7 +46,7 @@ class FinetuningTask(Protocol):
         """Read the splits that are scored, by name."""
         ...
 
-    def check_head(self, teacher: PreTrainedModel, *, name: str) -> None:
+    def check_head(self, model: PreTrainedModel, *, name: str) -> None:
         """Make sure that a fine-tuned model has the outputs of this task."""
         ...
 

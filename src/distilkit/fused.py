@@ -219,13 +219,13 @@ def _elementwise(device: str) -> tuple[Callable[..., Tensor], Callable[..., None
     core: Callable[..., Tensor] = torch.compile(_core)
     add = torch.compile(_add)
 
-    def is_eager_because_of(error: Exception) -> None:
+    def log_eager(error: Exception) -> None:
         log.info("the loss runs without torch.compile: %s", str(error).partition("\n")[0])
 
     try:
         add(torch.zeros(2, 2, device=device), torch.zeros(2, 2, device=device, dtype=torch.bfloat16))
     except Exception as error:  # no compiler, no Triton, an unknown processor: whatever it is, eager works
-        is_eager_because_of(error)
+        log_eager(error)
         return _core_in_parts, _add
     log.info("compiling the loss for %s", device)
     # Each choice of terms is a graph of its own, and the jobs of a sweep share the limit.
@@ -239,7 +239,7 @@ def _elementwise(device: str) -> tuple[Callable[..., Tensor], Callable[..., None
         try:
             return core(*tensors, temperature=temperature)
         except TorchDynamoException as error:  # in compiling, before anything has run
-            is_eager_because_of(error)
+            log_eager(error)
             core = _core_in_parts
             return core(*tensors, temperature=temperature)
 

@@ -119,21 +119,23 @@ class DistillationModule(LightningModule):
                 f"objective.alpha_mse={self.objective.alpha_mse} overflows in trainer.precision={self.trainer.precision}: "
                 "squared logits are too large for float16; set trainer.precision=bf16-mixed or 32-true"
             )
-        in_bfloat16 = str(self.trainer.precision).startswith("bf16")
-        if isinstance(self.trainer.strategy, FSDPStrategy):
-            if in_bfloat16 and self.teacher is not None and self.keeps_teacher_dtype:
-                raise UserError(
-                    f"teacher.dtype=float32, but trainer=fsdp holds both models in one precision, here {self.trainer.precision}; "
-                    "set teacher.dtype=auto, trainer.precision=32-true or trainer=ddp"
-                )
-            if in_bfloat16 and self.trainer.strategy.mixed_precision is None:
-                # One flat parameter holds both models, and so one dtype does. Lightning's own choice would cast the
-                # rotary frequencies as well, and add up gradients in bfloat16.
-                self.trainer.strategy.mixed_precision = FSDPMixedPrecision(
-                    param_dtype=torch.bfloat16, reduce_dtype=torch.float32
-                )
-        elif self.teacher is not None and in_bfloat16 and not self.keeps_teacher_dtype:
-            cast_parameters(self.teacher, torch.bfloat16)
+        if not str(self.trainer.precision).startswith("bf16"):
+            return
+        if not isinstance(self.trainer.strategy, FSDPStrategy):
+            if self.teacher is not None and not self.keeps_teacher_dtype:
+                cast_parameters(self.teacher, torch.bfloat16)
+            return
+        # One flat parameter holds both models, and so one dtype does.
+        if self.keeps_teacher_dtype:
+            raise UserError(
+                f"teacher.dtype=float32, but trainer=fsdp holds both models in one precision, here {self.trainer.precision}; "
+                "set teacher.dtype=auto, trainer.precision=32-true or trainer=ddp"
+            )
+        if self.trainer.strategy.mixed_precision is None:
+            # Lightning's own choice would cast the rotary frequencies as well, and add up gradients in bfloat16.
+            self.trainer.strategy.mixed_precision = FSDPMixedPrecision(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32
+            )
 
     # ---------------------------------------------------------------- training
 

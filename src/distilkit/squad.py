@@ -83,15 +83,16 @@ class QuestionTask:
         """Read the split that is scored."""
         return {"dev": self._questions("scored", self.max_scored_rows)}
 
-    def check_head(self, teacher: PreTrainedModel, *, name: str) -> None:
+    def check_head(self, model: PreTrainedModel, *, name: str) -> None:
         """Make sure that a model scores starts and ends, which is all that it can have been trained for.
 
         Raises:
             UserError: it does not.
         """
-        if teacher.config.num_labels != 2:
+        if model.config.num_labels != 2:
             raise UserError(
-                f"teacher {name!r} has {teacher.config.num_labels} outputs a token, but task {self.name} has 2"
+                f"{name!r} has {model.config.num_labels} outputs a token, but task {self.name} has 2; fine-tune it on this task "
+                "first"
             )
 
     def encode(

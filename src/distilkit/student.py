@@ -250,15 +250,14 @@ def pretrained_student(
     student, _ = load_language_model(
         name, revision=revision, trust_remote_code=trust_remote_code, task=teacher.task if teacher else None
     )
-    if teacher is not None:
-        size, its = student.config.vocab_size, teacher.model.config.vocab_size
-        if size != its:
-            own = load_tokenizer(name=name, revision=revision, trust_remote_code=trust_remote_code)
-            if own.get_vocab() != tokenizer.get_vocab():
-                raise UserError(
-                    f"student {name!r} has {size} words and the teacher {its}, and their tokenizers differ; soft targets need "
-                    "one vocabulary: give a student that was trained with the teacher's tokenizer"
-                )
+    if teacher is not None and student.config.vocab_size != teacher.model.config.vocab_size:
+        own = load_tokenizer(name=name, revision=revision, trust_remote_code=trust_remote_code)
+        if own.get_vocab() != tokenizer.get_vocab():
+            raise UserError(
+                f"student {name!r} has {student.config.vocab_size} words and the teacher {teacher.model.config.vocab_size}, and "
+                "their tokenizers differ; soft targets need one vocabulary: give a student that was trained with the "
+                "teacher's tokenizer"
+            )
         check_vocabulary(teacher.model, tokenizer, name=teacher.name)
     check_vocabulary(student, tokenizer, name=name)
     check_split(student)
