@@ -15,8 +15,8 @@ from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBas
 from benchmarks import synthetic
 from benchmarks.measure import in_turn
 from benchmarks.models import MASKED_SHARE
-from distilkit.data import Blocks, MicroBatches, StepSampler
-from distilkit.masking import Masker, Masking
+from distilkit.data.batches import Blocks, MicroBatches, StepSampler
+from distilkit.data.masking import Masker, Masking
 
 OURS, SMOOTHED = "ours", "ours, frequent words masked less"
 MAPPED, LISTS = "HF collator, memory map", "HF collator, lists of ids"

@@ -12,8 +12,8 @@ from benchmarks import synthetic
 from benchmarks.loss import LossVariant, build_loss, draw_heads
 from benchmarks.machine import Precision
 from benchmarks.measure import Caller, time_and_weigh
-from distilkit.text_files import TextFiles
-from distilkit.tokens import prepare
+from distilkit.data.cache import prepare
+from distilkit.data.text_files import TextFiles
 
 TOKENS = (1024, 2048, 4096, 8192, 16384)
 VOCABULARIES = (30522, 50265, 250002)  # BERT, RoBERTa, XLM-R

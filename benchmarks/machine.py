@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from distilkit.results import cpu_name
+from distilkit.records import cpu_name
 
 Precision = Literal["fp32", "bf16"]
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
-from distilkit.data import split_step
+from distilkit.data.batches import split_step
 from distilkit.language_model import Task
 from distilkit.losses import IGNORE_INDEX
 from distilkit.objective import Batch

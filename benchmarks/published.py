@@ -10,9 +10,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from distilkit.pages import print_table
-from distilkit.published import MODELS
-from distilkit.results import Result, read_results
+from distilkit.records import Result, read_results
+from distilkit.report.page import print_table
+from distilkit.report.published import MODELS
 
 MODEL = "distilbert/distilbert-base-uncased"
 TASKS = ("rte", "mrpc", "sst2")

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 
 from benchmarks.targets import Target
-from distilkit.pages import print_table
+from distilkit.report.page import print_table
 
 Record = Mapping[str, Any]
 

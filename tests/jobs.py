@@ -5,6 +5,7 @@ import dataclasses
 import io
 import logging
 import os
+import random
 import subprocess
 import sys
 import warnings
@@ -26,6 +27,8 @@ from torch.distributed.fsdp import (
     FullyShardedDataParallel,
     StateDictType,
 )
+
+from tiny import WORDS
 
 SMALL = (  # steps of 16 blocks in two micro-batches, on one CPU
     "data=text",
@@ -162,3 +165,17 @@ class Poison(Callback):
         if trainer.global_step >= self.step:
             with torch.no_grad():
                 next(pl_module.student.parameters())[7, 0] = float("inf")
+
+
+def write_rows(folder: Path, *, num_train: int = 160, num_dev: int = 60) -> Path:
+    """Write SST-2's layout: the words of a positive sentence are of the first half of the vocabulary."""
+    rng = random.Random(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, count in (("train", num_train), ("dev", num_dev)):
+        lines = []
+        for _ in range(count):
+            positive = rng.random() < 0.5
+            half = WORDS[: len(WORDS) // 2] if positive else WORDS[len(WORDS) // 2 :]
+            lines.append(f"{' '.join(rng.choices(half, k=rng.randint(1, 9)))}\t{int(positive)}")
+        (folder / f"{name}.tsv").write_text("\n".join(["sentence\tlabel", *lines]) + "\n", "utf-8")
+    return folder

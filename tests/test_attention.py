@@ -15,13 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import distilkit.attention
-from conftest import ARCHITECTURES, build_model, build_teacher
 from distilkit.attention import FAMILIES, use_attention
 from distilkit.backbone import checkpoint_activations, compile_backbone
 from distilkit.errors import UserError
 from distilkit.export import student_files
 from distilkit.language_model import last_hidden_state
 from distilkit.student import cut_student
+from tiny import ARCHITECTURES, build_model, build_teacher
 
 LENGTHS = [[9, 14, 7], [1, 12, 17]]
 DOCUMENTS = torch.tensor([[i for i, n in enumerate(row) for _ in range(n)] for row in LENGTHS])

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conftest import build_model
 from distilkit import fused
 from distilkit.fused import fused_losses
 from distilkit.losses import IGNORE_INDEX, Head, VocabularyLosses, reference_losses
-from distilkit.objective import Batch, Objective
+from tiny import build_model, build_objective, full_batch
+from watch import Watch
 
 Weights = dict[str, Tensor]
 
@@ -249,48 +249,6 @@ def test_a_core_that_does_not_compile_runs_eager_and_says_so_once(
     assert len([record for record in caplog.records if "without torch.compile" in record.message]) == 1
 
 
-aten = torch.ops.aten
-WAITING = {
-    aten._local_scalar_dense,
-    aten.nonzero,
-    aten.is_nonzero,
-    aten.masked_select,
-    aten.equal,
-    aten._unique2,
-    aten.unique_dim,
-    aten.unique_consecutive,
-}
-INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
-
-
-def makes_the_host_wait(func: Any, args: Any) -> bool:
-    """Whether an operation reads a value, or a size that depends on values, from the device."""
-    if func.overloadpacket in INDEXING:  # by truth values: it counts them inside its kernel
-        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
-    return func.overloadpacket in WAITING
-
-
-class Watch(TorchDispatchMode):
-    """Note the largest tensor, the largest as wide as the vocabulary, and the operations that make the host wait."""
-
-    def __init__(self, vocabulary: int = -1) -> None:
-        super().__init__()
-        self.vocabulary = vocabulary
-        self.largest = self.largest_logits = 0
-        self.waits: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self.largest = max(self.largest, tensor.numel())
-                if self.vocabulary in tensor.shape:
-                    self.largest_logits = max(self.largest_logits, tensor.numel())
-        if makes_the_host_wait(func, args):
-            self.waits.append(str(func))
-        return result
-
-
 @pytest.mark.parametrize(
     "wait",
     [
@@ -312,31 +270,6 @@ def test_the_watch_sees_what_makes_the_host_wait(wait: Callable[[Tensor], Any]) 
 
 
 FAMILIES = ["bert", "roberta", "distilbert", "electra", "modernbert", "gpt2", "xlm-roberta"]
-
-
-def build_objective(task: str, implementation: Any, soft_targets: Any = "all") -> Objective:
-    hard = {"alpha_mlm": 2.0 * (task == "mlm"), "alpha_clm": 2.0 * (task == "clm")}
-    return Objective(
-        alpha_ce=5.0,
-        alpha_cos=1.0,
-        alpha_mse=0.0,
-        temperature=2.0,
-        soft_targets=soft_targets,
-        implementation=implementation,
-        **hard,
-    )
-
-
-def full_batch(*, task: str, blocks: int = 16, length: int = 16, seed: int = 0) -> Batch:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(5, 120, (blocks, length), generator=generator)
-    labels = torch.full_like(ids, IGNORE_INDEX)
-    if task == "mlm":
-        labels[:, 2::6] = ids[:, 2::6]
-    else:
-        labels[:, :-1] = ids[:, 1:]
-    labelled = (labels.flatten() >= 0).nonzero().squeeze(1)
-    return {"input_ids": ids, "labels": labels, "labelled": labelled}
 
 
 @pytest.mark.parametrize("soft_targets", ["all", "masked"])

@@ -2,7 +2,6 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from conftest import ARCHITECTURES, build_model
 from distilkit.errors import UserError
 from distilkit.language_model import (
     check_positions,
@@ -14,6 +13,7 @@ from distilkit.language_model import (
     output_embeddings,
     task_of,
 )
+from tiny import ARCHITECTURES, build_model
 
 
 @pytest.fixture(params=sorted(ARCHITECTURES))

@@ -16,17 +16,17 @@ from pytorch_lightning.strategies import FSDPStrategy
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from conftest import build_teacher
 from distilkit.backbone import checkpoint_activations
 from distilkit.callbacks import Throughput, ValidateEvery
-from distilkit.data import split_step
+from distilkit.data.batches import split_step
 from distilkit.errors import UserError
 from distilkit.losses import IGNORE_INDEX
 from distilkit.module import DistillationModule
 from distilkit.objective import Batch, Objective
 from distilkit.student import cut_student
 from distilkit.teacher import Teacher
-from test_fused import Watch, full_batch
+from tiny import build_teacher, full_batch
+from watch import Watch
 
 DISTILBERT = {"alpha_ce": 5.0, "alpha_mlm": 2.0, "alpha_clm": 0.0, "alpha_cos": 1.0, "alpha_mse": 0.0}
 DISTILGPT2 = {**DISTILBERT, "alpha_mlm": 0.0, "alpha_clm": 2.0}

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
-from conftest import build_model
 from distilkit.errors import UserError
 from distilkit.language_model import Task
 from distilkit.losses import IGNORE_INDEX
 from distilkit.objective import Batch, Objective
+from tiny import build_model
 
 PARITY = Path(__file__).parent / "fixtures" / "parity"
 EXPECTED = json.loads((PARITY / "expected.json").read_text())

@@ -6,11 +6,11 @@ import torch
 from torch import nn
 from transformers import DistilBertForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from conftest import ARCHITECTURES, build_model, build_teacher
 from distilkit.errors import UserError
 from distilkit.language_model import num_parameters
 from distilkit.student import choose_layers, cut_student, keep_layers, new_student, pretrained_student
 from distilkit.teacher import Teacher
+from tiny import ARCHITECTURES, build_model, build_teacher
 
 LAYERS = {  # where each architecture keeps its layers
     "bert": "bert.encoder.layer",

@@ -5,9 +5,9 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from conftest import build_model
 from distilkit.errors import UserError
 from distilkit.teacher import load_teacher, weight_hash
+from tiny import build_model
 
 
 def test_a_teacher_is_frozen_in_eval_mode_and_float32_however_it_was_stored(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.trainer.states import TrainerFn
 
 from distilkit.errors import UserError
-from distilkit.flops import peak_flops
 from distilkit.module import DistillationModule
+from distilkit.throughput import peak_flops
 
 
 class ValidateEvery(Callback):

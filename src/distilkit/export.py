@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from distilkit.entry import report_errors
+from distilkit.cli import report_errors
 from distilkit.errors import UserError
 from distilkit.language_model import num_parameters, task_of
 
@@ -155,7 +155,7 @@ def export_checkpoint(ckpt: str | Path, out: str | Path) -> PreTrainedModel:
     )
 
 
-@hydra.main(version_base="1.3", config_path="pkg://distilkit.conf", config_name="export")
+@hydra.main(version_base="1.3", config_path="pkg://distilkit.conf.train", config_name="export")
 @report_errors
 def main(cfg: DictConfig) -> None:
     """Export ``ckpt`` to the folder ``out``."""

@@ -21,10 +21,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from distilkit import losses
 from distilkit.errors import UserError
 from distilkit.export import student_files
-from distilkit.flops import forward_cost, step_flops
 from distilkit.language_model import Task
 from distilkit.objective import Batch, Objective, labelled_rows, lm_head, real_rows, token_states
 from distilkit.teacher import Teacher, cast_parameters
+from distilkit.throughput import forward_cost, step_flops
 
 log = logging.getLogger(__name__)
 

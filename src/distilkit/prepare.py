@@ -6,11 +6,11 @@ import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from distilkit.entry import check_keys, report_errors
-from distilkit.tokens import open_cache
+from distilkit.cli import check_keys, report_errors
+from distilkit.data.cache import open_cache
 
 
-@hydra.main(version_base="1.3", config_path="pkg://distilkit.conf", config_name="prepare")
+@hydra.main(version_base="1.3", config_path="pkg://distilkit.conf.train", config_name="prepare")
 @report_errors
 def main(cfg: DictConfig) -> None:
     """Prepare the cache that ``distilkit.train`` with the same overrides will use, and say what is in it."""

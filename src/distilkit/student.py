@@ -22,10 +22,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from distilkit.data.tokenizer import load_tokenizer
 from distilkit.errors import UserError
 from distilkit.language_model import check_split, task_of
 from distilkit.teacher import Teacher, load_language_model
-from distilkit.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 

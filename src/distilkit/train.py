@@ -17,7 +17,7 @@ from pytorch_lightning.strategies import FSDPStrategy
 
 from distilkit.backbone import checkpoint_activations, compile_backbone, set_matmul_precision
 from distilkit.callbacks import ValidateEvery
-from distilkit.entry import check_keys, check_names, report_errors
+from distilkit.cli import check_keys, check_names, report_errors
 from distilkit.errors import UserError
 from distilkit.export import read_checkpoint
 from distilkit.language_model import check_positions, num_parameters, task_of
@@ -135,7 +135,7 @@ def train(cfg: DictConfig) -> float:
     return module.after["val/nll"]
 
 
-@hydra.main(version_base="1.3", config_path="pkg://distilkit.conf", config_name="train")
+@hydra.main(version_base="1.3", config_path="pkg://distilkit.conf.train", config_name="train")
 @report_errors
 def main(cfg: DictConfig) -> float:
     """Run one job, and return the metric that sweepers minimise."""

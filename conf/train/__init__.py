@@ -1,0 +1,1 @@
+"""The Hydra configs of distilkit.train, distilkit.prepare and distilkit.export."""

@@ -1,0 +1,17 @@
+"""From text to batches: corpora, tokenizers, the token cache, masks and blocks."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distilkit.data.batches import DistillationDataModule
+
+__all__ = ["DistillationDataModule"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the data module when it is asked for: the pure files of this room do not need Lightning."""
+    if name == "DistillationDataModule":
+        from distilkit.data.batches import DistillationDataModule
+
+        return DistillationDataModule
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

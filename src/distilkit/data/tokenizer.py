@@ -1,0 +1,149 @@
+"""Load a tokenizer, or train one on the corpus."""
+
+import hashlib
+import itertools
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from filelock import FileLock
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from distilkit.data.corpus import Corpus
+from distilkit.errors import UserError
+
+
+def load_tokenizer(
+    *, name: str | None, revision: str = "main", tokenizer_type: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load a fast tokenizer from the hub or a folder.
+
+    ``tokenizer_type`` (bert, roberta, gpt2, ...) is for a folder that holds a vocabulary without a config.
+
+    Raises:
+        UserError: there is none, or it is not a fast tokenizer.
+    """
+    if name is None:
+        raise UserError(
+            "teacher=none brings no tokenizer; set tokenizer.name=<hub id or folder>, or tokenizer=wordpiece"
+        )
+    type_argument = {} if tokenizer_type is None else {"tokenizer_type": tokenizer_type}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code, **type_argument
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"cannot load a tokenizer from {name!r}: {str(error).strip().splitlines()[0]} "
+            "A hub id needs the network (and HF_HUB_OFFLINE unset) or a filled Hugging Face cache; a folder needs its "
+            "tokenizer's files, or tokenizer.tokenizer_type for a bare vocabulary"
+        ) from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a folder without its files
+        raise UserError(
+            f"{name!r} has no tokenizer: there is no vocabulary in it; add the tokenizer's files (tokenizer.save_pretrained)"
+        )
+    if not tokenizer.is_fast:
+        raise UserError(f"the tokenizer of {name!r} is not a fast one; save it once with a fast tokenizer class")
+    return tokenizer
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the SHA-256 of everything that decides how text becomes ids."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    del backend["truncation"], backend["padding"]  # of the last call; the cache uses neither
+    state = [backend, sorted(tokenizer.all_special_tokens)]
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
+
+
+def train_tokenizer(
+    *,
+    corpus: Corpus,
+    cache_dir: str,
+    model: Literal["wordpiece", "bpe"],
+    vocab_size: int,
+    lowercase: bool,
+    max_documents: int,
+) -> PreTrainedTokenizerBase:
+    """Train BERT's WordPiece or GPT-2's byte-level BPE on the first documents of a corpus, once.
+
+    The result is kept in the cache under the fingerprint of corpus and settings. BPE follows RoBERTa's special tokens.
+
+    Raises:
+        UserError: the model is unknown or the corpus is empty.
+    """
+    if model not in ("wordpiece", "bpe"):
+        raise UserError(f"tokenizer.model is {model!r}; it takes wordpiece or bpe")
+    settings = [corpus.fingerprint(), model, vocab_size, lowercase, max_documents]
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    folder = Path(cache_dir).expanduser() / "tokenizers" / f"{model}-{vocab_size}-{key}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            documents = itertools.islice(corpus.documents(), max_documents)
+            trained = (
+                _wordpiece(documents, vocab_size, lowercase) if model == "wordpiece" else _bpe(documents, vocab_size)
+            )
+            temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp", dir=folder.parent))
+            trained.save_pretrained(temporary)
+            temporary.chmod(0o755)
+            temporary.rename(folder)  # whole or not at all
+    return load_tokenizer(name=str(folder))
+
+
+def _train(tokenizer: Tokenizer, documents: Iterator[str], trainer: trainers.Trainer) -> None:
+    first = next(documents, None)
+    if first is None:
+        raise UserError("the corpus is empty: no tokenizer can be trained on it; check data.corpus")
+    tokenizer.train_from_iterator(itertools.chain([first], documents), trainer=trainer)
+
+
+def _wordpiece(documents: Iterator[str], vocab_size: int, lowercase: bool) -> PreTrainedTokenizerFast:
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    _train(
+        tokenizer,
+        documents,
+        trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False),
+    )
+    ids = {token: index for index, token in enumerate(special)}  # the trainers put them first
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", ids["[SEP]"]), ("[CLS]", ids["[CLS]"]))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    )
+
+
+def _bpe(documents: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    _train(tokenizer, documents, trainer)
+    ids = {token: index for index, token in enumerate(special)}  # the trainers put them first
+    tokenizer.post_processor = processors.RobertaProcessing(
+        ("</s>", ids["</s>"]), ("<s>", ids["<s>"]), add_prefix_space=False
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        cls_token="<s>",
+        pad_token="<pad>",
+        eos_token="</s>",
+        sep_token="</s>",
+        unk_token="<unk>",
+        mask_token="<mask>",
+    )

@@ -1,0 +1,1 @@
+"""Score models: ``python -m distilkit.evaluate``."""

@@ -1,0 +1,1 @@
+"""Report on scores and training runs: ``python -m distilkit.report``."""

@@ -1,0 +1,502 @@
+"""Every config composes and fits its target; the experiments hold the papers' numbers; imports point down."""
+
+import functools
+import inspect
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import distilkit.conf.train
+import pytest
+import torch
+import yaml
+from hydra import compose, initialize_config_module
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.loggers import Logger
+from transformers import PreTrainedTokenizerBase, get_scheduler
+
+import distilkit
+import distilkit.train
+from distilkit.data.batches import DistillationDataModule
+from distilkit.data.text_files import TextFiles
+from distilkit.module import DistillationModule
+from distilkit.objective import Objective
+from distilkit.teacher import Teacher
+from jobs import QUIET, SMALL, call, only
+from tiny import build_teacher
+
+CONF = Path(distilkit.conf.train.__file__).parent
+OPTIONS = sorted(
+    file.relative_to(CONF).with_suffix("").as_posix()
+    for file in CONF.glob("*/**/*.yaml")
+    if file.relative_to(CONF).parts[0] != "evaluate"  # a root of its own, see test_evaluate_configs.py
+)
+FILLED = {  # what a user of the option has to fill in
+    "data/hf": ["data.corpus.path=someone/something"],
+    "data/text": ["data.corpus.paths=nothing.txt"],
+    "student/hf": ["student.name=someone/something"],
+    "student/layers": ["student.layers=[0,2,5]"],
+    "teacher/hf": ["teacher.name=someone/something"],
+    "trainer/multi_node": ["trainer.num_nodes=2"],
+    "experiment/demo": ["stage=teacher"],
+    "experiment/demo_student": ["teacher.name=someone/something"],
+}
+GIVEN_BY_TRAIN = {"teacher", "tokenizer", "task", "needs_head", "params", "callbacks", "logger"}
+
+
+@pytest.fixture(autouse=True)
+def forget_hydra() -> Iterator[None]:
+    """Let no test see the config of the one before."""
+    yield
+    HydraConfig.instance().cfg = None
+
+
+@functools.cache
+def _composed(config_name: str, *overrides: str) -> DictConfig:
+    with initialize_config_module(config_module="distilkit.conf.train", version_base="1.3"):
+        return compose(config_name, ["output_dir=/nowhere", *overrides], return_hydra_config=True)
+
+
+def composed(*overrides: str, config_name: str = "train") -> DictConfig:
+    """Compose a config as the command line would, with a folder that nothing is written to."""
+    cfg = _composed(config_name, *overrides).copy()
+    HydraConfig.instance().set_config(cfg)
+    return cfg
+
+
+def with_option(option: str) -> DictConfig:
+    """Compose train.yaml with one option, named as its file: ``objective/mlm``, ``sweep/ablation/no_ce``."""
+    group, _, name = option.rpartition("/")
+    chosen = [f"{group}={name}"] if "/" not in group else [f"+{group}={name}"]
+    if group == "experiment/demo":
+        chosen.append("experiment=demo")
+    return composed(*chosen, *FILLED.get(option, ()))
+
+
+def targets(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:
+    """List all nodes below this one that name a target."""
+    if isinstance(node, DictConfig):
+        if "_target_" in node:
+            yield path, node
+        for name in map(str, node):
+            if not OmegaConf.is_missing(node, name) and not OmegaConf.is_interpolation(node, name) and name != "hydra":
+                yield from targets(node[name], f"{path}.{name}")
+    elif isinstance(node, ListConfig):
+        for index, child in enumerate(node):
+            yield from targets(child, f"{path}[{index}]")
+
+
+def flat(cfg: DictConfig) -> dict[str, Any]:
+    """Flatten a job's config into dotted keys."""
+    found: dict[str, Any] = {}
+
+    def visit(value: Any, path: str) -> None:
+        if isinstance(value, dict):
+            for name, child in value.items():
+                visit(child, f"{path}.{name}")
+        else:
+            found[path[1:]] = value
+
+    visit({name: value for name, value in OmegaConf.to_container(cfg, resolve=False).items() if name != "hydra"}, "")
+    return found
+
+
+def changed(cfg: DictConfig, base: DictConfig) -> dict[str, Any]:
+    """Return what differs from ``base``."""
+    before, after = flat(base), flat(cfg)
+    return {name: after.get(name) for name in before | after if before.get(name) != after.get(name)}
+
+
+# ------------------------------------------------------------ each option of each group
+
+
+def test_the_options_on_disk_are_found() -> None:
+    assert {"objective/distilbert", "data/text", "experiment/demo/teacher", "sweep/ablation/no_ce"} <= set(OPTIONS)
+    assert {option.split("/")[0] for option in OPTIONS} == {path.name for path in CONF.iterdir() if path.is_dir()} - {
+        "__pycache__",
+        "evaluate",
+    }
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_composes_and_gives_its_targets_only_what_they_take(option: str) -> None:
+    cfg = with_option(option)
+    found = dict(targets(cfg))
+    assert {".objective", ".data", ".data.masking", ".optimizer", ".teacher", ".student", ".trainer"} <= set(found)
+    for path, node in found.items():
+        parameters = inspect.signature(get_object(node["_target_"])).parameters
+        keys = set(map(str, node)) - {"_target_", "_partial_"}
+        if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
+            assert keys <= set(parameters), f"{path} of {option}"
+        needed = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}
+        needed -= {name for name in needed if parameters[name].kind == inspect.Parameter.VAR_KEYWORD}
+        if option != "data/base":  # which the other options complete with a corpus
+            assert needed <= keys | GIVEN_BY_TRAIN, f"{path} of {option}"
+
+
+@pytest.mark.parametrize("option", [option for option in OPTIONS if "???" in (CONF / f"{option}.yaml").read_text()])
+def test_what_an_option_wants_from_the_user_has_no_value_of_its_own(option: str) -> None:
+    """A merge keeps an older value where the newer file has ``???``, so that an inherited one would go unnoticed."""
+    wanted = {name for name, value in flat(OmegaConf.load(CONF / f"{option}.yaml")).items() if value == "???"}
+    group, name = option.split("/")
+    cfg = composed(f"{group}={name}")
+    parent = cfg if group == "experiment" else cfg[group]
+    for dotted in wanted:
+        *above, last = dotted.split(".")
+        node = OmegaConf.select(parent, ".".join(above)) if above else parent
+        assert OmegaConf.is_missing(node, last), f"{dotted} of {option}"
+
+
+def example(option: str) -> list[str]:
+    """Return the overrides that follow ``group=name`` in the comments of an option."""
+    group, name = option.split("/")
+    found = re.search(rf"# .*{group}={name} (.*=.*)\n", (CONF / f"{option}.yaml").read_text("utf-8"))
+    return shlex.split(found[1]) if found else []
+
+
+@pytest.mark.parametrize(
+    "option",
+    [option for option in OPTIONS if not option.startswith(("experiment/", "sweep/")) and example(option)],
+)
+def test_the_example_in_the_comment_of_an_option_composes(option: str) -> None:
+    group, name = option.split("/")
+    cfg = composed(f"{group}={name}", *example(option))
+    for override in example(option):
+        key, _, value = override.partition("=")
+        chosen = OmegaConf.to_container(OmegaConf.create({"value": OmegaConf.select(cfg, key)}))
+        assert chosen == {"value": yaml.safe_load(value)}
+
+
+def test_examples_are_found_in_comments() -> None:
+    assert example("data/text") == ["data.corpus.paths=[my_folder,more/*.jsonl.gz]"]
+    assert example("student/hf") == ["student.name=distilbert/distilbert-base-uncased"]
+
+
+@pytest.mark.parametrize("option", [option for option in OPTIONS if option.startswith("objective/")])
+def test_every_objective_option_builds(option: str) -> None:
+    objective = instantiate(with_option(option).objective)
+    assert isinstance(objective, Objective)
+    assert objective.weights
+
+
+@pytest.mark.parametrize("option", [option for option in OPTIONS if option.startswith("optimizer/")])
+def test_every_optimizer_option_builds_from_parameter_groups(option: str) -> None:
+    cfg = with_option(option)
+    optimizer = instantiate(cfg.optimizer)([{"params": [torch.nn.Parameter(torch.zeros(2))]}])
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    assert optimizer.param_groups[0]["lr"] == cfg.optimizer.lr == 5e-4
+
+
+@pytest.mark.parametrize("option", [option for option in OPTIONS if option.startswith("scheduler/")])
+def test_every_scheduler_option_names_a_schedule_and_the_arguments_of_the_module(option: str) -> None:
+    cfg = with_option(option)
+    assert set(cfg.scheduler) <= set(inspect.signature(DistillationModule).parameters)
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], lr=1.0)
+    schedule = get_scheduler(cfg.scheduler.scheduler, optimizer, num_warmup_steps=5, num_training_steps=100)
+    rates = []
+    for _ in range(100):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates[:5] == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8])  # a warm-up from zero
+    expected_end = {"scheduler/constant": 1.0, "scheduler/linear": 1 / 95, "scheduler/cosine": 0.0}
+    assert rates[-1] == pytest.approx(expected_end.get(option, rates[-1]), abs=1e-3)
+
+
+@pytest.mark.parametrize("option", [option for option in OPTIONS if option.startswith("trainer/")])
+def test_every_trainer_option_builds_on_one_cpu(option: str) -> None:
+    cfg = with_option(option)
+    here = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "32-true"}
+    trainer = instantiate(cfg.trainer, **here)
+    assert isinstance(trainer, Trainer)
+    assert trainer.gradient_clip_val == 5.0
+    assert trainer.check_val_every_n_epoch is None  # callbacks.validation needs it
+    expected = {
+        "auto": ("auto", 1, "auto"),
+        "cpu": ("cpu", 1, "auto"),
+        "gpu": ("gpu", 1, "auto"),
+        "ddp": ("gpu", -1, "ddp"),
+        "fsdp": ("gpu", -1, "fsdp"),
+        "multi_node": ("gpu", -1, "ddp"),
+    }
+    name = option.removeprefix("trainer/")
+    assert (cfg.trainer.accelerator, cfg.trainer.devices, cfg.trainer.strategy) == expected[name]
+
+
+@pytest.mark.parametrize("option", [option for option in OPTIONS if option.startswith("logger/")])
+def test_every_logger_option_builds(option: str, tmp_path: Path) -> None:
+    cfg = with_option(option)
+    cfg.output_dir = str(tmp_path)
+    loggers = instantiate(cfg.logger)
+    kinds = {"csv": ["CSVLogger"], "none": [], "tensorboard": ["CSVLogger", "TensorBoardLogger"]}
+    kinds["wandb"] = ["CSVLogger", "WandbLogger"]
+    assert [type(logger).__name__ for logger in loggers.values()] == kinds[option.removeprefix("logger/")]
+    assert all(isinstance(logger, Logger) for logger in loggers.values())
+
+
+@pytest.mark.parametrize("option", [option for option in OPTIONS if option.startswith("callbacks/")])
+def test_every_callback_option_builds(option: str) -> None:
+    callbacks = instantiate(with_option(option).callbacks)
+    assert callbacks
+    assert all(isinstance(callback, Callback) for callback in callbacks.values())
+
+
+@pytest.mark.parametrize("option", [option for option in OPTIONS if option.startswith("data/")])
+def test_every_data_option_builds_without_reading_its_corpus(
+    option: str, text_file: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    cfg = with_option(option)
+    cfg.cache_dir = str(tmp_path)
+    if option == "data/text":
+        cfg.data.corpus.paths = str(text_file)
+    corpus = {"corpus": TextFiles(paths=str(text_file))} if option == "data/base" else {}
+    data = instantiate(cfg.data, tokenizer=tokenizer, task="mlm", **corpus)
+    assert isinstance(data, DistillationDataModule)
+    assert data.corpus.fingerprint()
+    assert list(tmp_path.iterdir()) == []
+    assert "${" not in str(cfg.data.get("description", ""))
+
+
+@pytest.mark.parametrize("option", [option for option in OPTIONS if option.startswith("tokenizer/")])
+def test_every_tokenizer_option_builds(
+    option: str, text_file: Path, save_teacher: Callable[..., Path], tmp_path: Path
+) -> None:
+    cfg = with_option(option)
+    cfg.cache_dir = str(tmp_path)
+    cfg.teacher.name = str(save_teacher("bert"))
+    cfg.data.corpus = {"_target_": "distilkit.data.text_files.TextFiles", "paths": str(text_file)}
+    if option != "tokenizer/pretrained":
+        cfg.tokenizer.vocab_size = 300
+    built = instantiate(cfg.tokenizer)
+    assert built.mask_token_id is not None
+    assert 100 < len(built) <= 300
+
+
+@pytest.mark.parametrize("option", [option for option in OPTIONS if option.startswith("teacher/")])
+def test_every_teacher_option_names_a_hub_id_or_loads_what_it_is_given(
+    option: str, save_teacher: Callable[..., Path]
+) -> None:
+    cfg = with_option(option)
+    if option == "teacher/none":
+        assert instantiate(cfg.teacher, needs_head=False) is None
+    elif option == "teacher/hf":
+        cfg.teacher.name = str(save_teacher("bert"))
+        assert isinstance(instantiate(cfg.teacher, needs_head=True), Teacher)
+    else:
+        owner, name = cfg.teacher.name.split("/")
+        assert owner
+        assert name == option.removeprefix("teacher/")
+        assert cfg.teacher.task is None
+
+
+@pytest.mark.parametrize("option", [option for option in OPTIONS if option.startswith("student/")])
+def test_every_student_option_builds_from_a_teacher(
+    option: str, tokenizer: PreTrainedTokenizerBase, save_teacher: Callable[..., Path]
+) -> None:
+    teacher = build_teacher("bert", num_layers=12)
+    cfg = with_option(option)
+    if option == "student/hf":
+        cfg.student.name = str(save_teacher("distilbert"))
+    if option == "student/new":
+        cfg.student.config = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    student = instantiate(cfg.student)(teacher=teacher, tokenizer=tokenizer)
+    expected: dict[str, tuple[str, list[int] | None]] = {
+        "student/half_depth": ("DistilBertForMaskedLM", [0, 2, 4, 7, 9, 11]),
+        "student/third_depth": ("DistilBertForMaskedLM", [0, 4, 7, 11]),
+        "student/layers": ("DistilBertForMaskedLM", [0, 2, 5]),
+        "student/scratch": ("DistilBertForMaskedLM", None),
+        "student/hf": ("DistilBertForMaskedLM", None),
+        "student/new": ("BertForMaskedLM", None),
+    }
+    assert (type(student).__name__, student.config.distilkit_layers) == expected[option]
+    assert student.training
+
+
+def test_prepare_and_export_compose_and_prepare_shares_the_settings_of_train() -> None:
+    train, prepare = composed(), composed(config_name="prepare")
+    assert changed(prepare, train) == {"name": "prepare"}
+    with initialize_config_module(config_module="distilkit.conf.train", version_base="1.3"):
+        assert compose("export") == {"ckpt": None, "out": None}
+
+
+def test_a_fresh_run_has_a_folder_of_its_own_within_one_second() -> None:
+    directory = OmegaConf.to_container(composed().hydra.run, resolve=False)["dir"]
+    assert re.fullmatch(r"outputs/\$\{name\}/\$\{now:%Y-%m-%d_%H-%M-%S-%f\}", directory)
+    assert OmegaConf.to_container(composed().hydra.sweep, resolve=False)["dir"] == directory
+
+
+# ---------------------------------------------------------------------------- experiments
+
+PAPERS = {
+    "distilbert": ("google-bert/bert-base-uncased", (5, 2, 0, 1), ["wikimedia/wikipedia", "rojagtap/bookcorpus"], 512),
+    "distilroberta": ("FacebookAI/roberta-base", (5, 2, 0, 1), ["Skylion007/openwebtext"], 512),
+    "distilgpt2": ("openai-community/gpt2", (5, 0, 2, 1), ["Skylion007/openwebtext"], 1024),
+    "distilmbert": ("google-bert/bert-base-multilingual-cased", (5, 2, 0, 1), ["wikimedia/wikipedia"], 512),
+}
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_an_experiment_holds_the_numbers_of_the_paper(name: str) -> None:
+    teacher, alphas, hub_paths, block_size = PAPERS[name]
+    cfg = composed(f"experiment={name}")
+    assert cfg.name == name
+    assert cfg.teacher.name == teacher
+    objective = cfg.objective
+    assert (objective.alpha_ce, objective.alpha_mlm, objective.alpha_clm, objective.alpha_cos) == alphas
+    assert (objective.alpha_mse, objective.temperature, objective.soft_targets) == (0, 2, "all")
+    assert cfg.optimizer._target_ == "torch.optim.AdamW"
+    assert (cfg.optimizer.lr, cfg.optimizer.betas, cfg.optimizer.eps) == (5e-4, [0.9, 0.98], 1e-6)
+    assert cfg.optimizer.weight_decay == 0
+    assert (cfg.scheduler.scheduler, cfg.scheduler.warmup_share) == ("linear", 0.05)
+    assert (cfg.trainer.gradient_clip_val, cfg.trainer.max_epochs, cfg.trainer.max_steps) == (5.0, 3, -1)
+    assert (cfg.data.global_batch_size, cfg.data.block_size) == (4096, block_size)
+    masking = cfg.data.masking
+    assert (masking.mlm_probability, masking.mask_share, masking.random_share) == (0.15, 0.8, 0.1)
+    assert masking.smoothing == 0.7
+    assert (cfg.student.layers, cfg.student.init, cfg.trainer.strategy) == ("half", "teacher", "ddp")
+    assert cfg.tokenizer.name == teacher
+    corpus = instantiate(cfg.data.corpus)
+    assert [getattr(part, "path", None) for part in getattr(corpus, "parts", [corpus])] == hub_paths
+
+
+def test_distilmbert_reads_the_104_languages_of_mbert_that_the_dump_has() -> None:
+    languages = list(composed("experiment=distilmbert").data.corpus.languages)
+    assert len(languages) == len(set(languages))
+    assert 100 <= len(languages) <= 104
+    assert {"en", "de", "zh", "sw", "th", "mn", "no"} <= set(languages)
+    assert all(isinstance(language, str) for language in languages)  # a bare "no" would be False
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type", "student_class"),
+    [
+        ("distilbert", "bert", "DistilBertForMaskedLM"),
+        ("distilroberta", "roberta", "RobertaForMaskedLM"),
+        ("distilgpt2", "gpt2", "GPT2LMHeadModel"),
+        ("distilmbert", "bert", "DistilBertForMaskedLM"),
+    ],
+)
+def test_an_experiment_trains_a_tiny_stand_in_teacher_into_the_right_student(
+    name: str,
+    model_type: str,
+    student_class: str,
+    text_file: Path,
+    save_teacher: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    done = call(
+        distilkit.train.main,
+        f"experiment={name}",
+        f"teacher.name={save_teacher(model_type)}",
+        *SMALL,
+        *QUIET,
+        "data.num_workers=0",
+        f"data.corpus.paths={text_file}",
+        f"cache_dir={tmp_path}/cache",
+        "trainer.max_steps=2",
+        cwd=tmp_path,
+    )
+    assert (done.code, "Traceback" in done.err) == (0, False), done.err
+    run = only(tmp_path, f"outputs/{name}/*")
+    summary = OmegaConf.load(run / "summary.json")
+    assert (summary.name, summary.architecture, summary.layers) == (name, student_class, [0, 2, 5])
+    assert summary.objective == {
+        f"alpha_{term}": alpha
+        for term, alpha in zip(("ce", "mlm", "clm", "cos"), PAPERS[name][1], strict=True)
+        if alpha
+    } | {"temperature": 2.0, "soft_targets": "all"}
+    assert OmegaConf.load(run / "student/config.json").architectures == [student_class]
+    for file in ("student/model.safetensors", "checkpoints/best.ckpt", "checkpoints/last.ckpt"):
+        assert (run / file).stat().st_size > 0, file
+
+
+def commands(file: Path) -> list[list[str]]:
+    """Return the overrides of each distilkit.train command in a config's comments."""
+    found = re.findall(r"python -m distilkit\.train ([^\n]*)", file.read_text("utf-8"))
+    return [shlex.split(command) for command in found]
+
+
+@pytest.mark.parametrize(
+    "option", [option for option in OPTIONS if re.fullmatch(r"(experiment|sweep)/[a-z0-9_]+", option)]
+)
+def test_the_commands_in_the_head_of_a_recipe_compose(option: str) -> None:
+    file = CONF / f"{option}.yaml"
+    assert re.match(r"(# .*\n)+", file.read_text("utf-8")), "a recipe begins with a comment"
+    group, name = option.split("/")
+    assert commands(file)
+    assert commands(file)[0][0] == f"{group}={name}"
+    for overrides in commands(file):
+        cfg = composed(*overrides)
+        if f"{group}={name}" == "experiment=distilbert" and "trainer.devices=8" in overrides:
+            assert cfg.trainer.devices == 8
+
+
+# ---------------------------------------------------------------------------- sweeps
+
+
+def test_the_temperature_sweep_changes_the_temperature_alone() -> None:
+    cfg = composed("sweep=temperature")
+    assert cfg.hydra.mode.name == "MULTIRUN"
+    (name, values), *rest = cfg.hydra.sweeper.params.items()
+    assert (name, rest) == ("objective.temperature", [])
+    for value in values.split(","):
+        one = changed(composed("sweep=temperature", f"{name}={value}"), composed())
+        assert one == ({} if value == "2" else {"objective.temperature": int(value)})
+
+
+def test_each_row_of_the_ablation_changes_one_thing() -> None:
+    cfg = composed("sweep=ablation")
+    assert cfg.hydra.mode.name == "MULTIRUN"
+    (group, values), *rest = cfg.hydra.sweeper.params.items()
+    assert (group, rest) == ("+sweep/ablation", [])
+    rows = {
+        value: changed(composed("sweep=ablation", f"{group}={value}"), composed("sweep=ablation"))
+        for value in values.split(",")
+    }
+    assert rows == {
+        "full": {},
+        "no_ce": {"objective.alpha_ce": 0.0},
+        "no_mlm": {"objective.alpha_mlm": 0.0},
+        "no_cos": {"objective.alpha_cos": 0.0},
+        "random_init": {"student.init": "random"},
+    }
+    assert {option.removeprefix("sweep/ablation/") for option in OPTIONS if "sweep/ablation/" in option} == set(rows)
+
+
+def test_the_ablation_goes_with_an_experiment() -> None:
+    base = composed("experiment=distilroberta", "sweep=ablation")
+    row = composed("experiment=distilroberta", "sweep=ablation", "+sweep/ablation=no_cos")
+    assert changed(row, base) == {"objective.alpha_cos": 0.0}
+
+
+def test_the_demo_trains_a_teacher_and_three_students_that_differ_in_one_thing_each() -> None:
+    cfg = composed("experiment=demo", "stage=teacher")
+    assert cfg.hydra.mode.name == "MULTIRUN"
+    assert cfg.hydra.callbacks.sweep_report.measure_latency is True
+    assert cfg.hydra.sweeper.params == {"+experiment/demo": "teacher,distilled,baseline,random_init"}
+    assert OmegaConf.to_container(cfg.hydra.sweep, resolve=False)["subdir"] == "${stage}"
+    stages = {
+        name: composed("experiment=demo", f"+experiment/demo={name}")
+        for name in cfg.hydra.sweeper.params["+experiment/demo"].split(",")
+    }
+    assert {name: stage.stage for name, stage in stages.items()} == {name: name for name in stages}
+    assert {stage.name for stage in stages.values()} == {"demo"}
+    teacher, distilled = stages["teacher"], stages["distilled"]
+    assert teacher.teacher.name is None
+    assert teacher.student._target_ == "distilkit.student.new_student"
+    assert instantiate(teacher.objective).weights == {"mlm": 1.0}
+    assert OmegaConf.to_container(distilled.teacher, resolve=False)["name"] == "${hydra:sweep.dir}/teacher/student"
+    assert instantiate(distilled.objective).weights == {"ce": 5.0, "mlm": 2.0, "cos": 1.0}
+    assert distilled.student.layers == "half"
+    assert changed(stages["random_init"], distilled) == {"stage": "random_init", "student.init": "random"}
+    assert changed(stages["baseline"], distilled) == {
+        "stage": "baseline",
+        "objective.alpha_ce": 0.0,
+        "objective.alpha_cos": 0.0,
+        "objective.alpha_mlm": 1.0,
+    }

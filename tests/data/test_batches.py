@@ -1,0 +1,661 @@
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, processors
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from distilkit.data.batches import (
+    Blocks,
+    DistillationDataModule,
+    MicroBatches,
+    StepSampler,
+    special_tokens_around,
+    split_step,
+)
+from distilkit.data.masking import Ids, Masker, Masking
+from distilkit.errors import UserError
+from distilkit.losses import IGNORE_INDEX
+from distilkit.objective import Batch
+from tiny import SPECIAL, VOCABULARY, make_documents
+
+PAD, CLS, SEP = (SPECIAL.index(token) for token in ("[PAD]", "[CLS]", "[SEP]"))
+MASKING = Masking(mlm_probability=0.15, mask_share=0.8, random_share=0.1, smoothing=0.0, whole_word=False)
+
+
+def stream_of(num_tokens: int, *, separators: float = 0.1) -> Ids:
+    rng = np.random.default_rng(num_tokens)
+    tokens = rng.integers(len(SPECIAL), len(VOCABULARY), num_tokens)
+    tokens[rng.random(num_tokens) < separators] = SEP
+    return tokens.astype(np.uint16)
+
+
+MakeBlocks = Callable[..., Blocks]
+
+
+@pytest.fixture
+def make_blocks(tokenizer: PreTrainedTokenizerBase, causal_tokenizer: PreTrainedTokenizerBase) -> MakeBlocks:
+    """Make blocks of 16 tokens, masked or causal."""
+
+    def make(tokens: Ids, *, causal: bool = False, attend_across_documents: bool = True) -> Blocks:
+        counts = np.ones(len(VOCABULARY), dtype=np.int64)
+        return Blocks(
+            tokens,
+            tokenizer=causal_tokenizer if causal else tokenizer,
+            block_size=16,
+            masker=None if causal else Masker(MASKING, tokenizer=tokenizer, token_counts=counts, seed=0),
+            attend_across_documents=attend_across_documents,
+        )
+
+    return make
+
+
+causal_or_not = pytest.mark.parametrize("causal", [False, True], ids=["masked", "causal"])
+STREAM_LENGTHS = [1, 13, 14, 15, 16, 17, 224, 225, 333]  # a block takes 14 or 16 of the stream
+
+
+def originals(batch: Batch) -> Ids:
+    """Undo the masks."""
+    return torch.where(batch["labels"] == IGNORE_INDEX, batch["input_ids"], batch["labels"]).numpy()
+
+
+@causal_or_not
+@pytest.mark.parametrize("num_tokens", STREAM_LENGTHS)
+def test_packing_loses_no_token_and_repeats_none(make_blocks: MakeBlocks, causal: bool, num_tokens: int) -> None:
+    tokens = stream_of(num_tokens)
+    blocks = make_blocks(tokens, causal=causal)
+    batch = blocks[(0, np.arange(len(blocks)))]
+    rows = batch["input_ids"].numpy() if causal else originals(batch)
+    real = batch["attention_mask"].numpy() if "attention_mask" in batch else np.ones_like(rows)
+    lengths = real.sum(axis=1)
+    assert rows.shape == (len(blocks), 16)
+    assert (lengths[:-1] == 16).all()
+    assert (real == (np.arange(16) < lengths[:, None])).all()
+    around = 0 if causal else 1
+    if not causal:
+        assert (rows[:, 0] == CLS).all()
+        assert (rows[np.arange(len(rows)), lengths - 1] == SEP).all()
+        assert (rows[real == 0] == PAD).all()
+    interiors = [row[around : length - around] for row, length in zip(rows, lengths, strict=True)]
+    assert np.concatenate(interiors).tolist() == tokens.tolist()
+
+
+@causal_or_not
+def test_only_a_batch_with_padding_has_an_attention_mask(make_blocks: MakeBlocks, causal: bool) -> None:
+    blocks = make_blocks(stream_of(49), causal=causal)
+    assert len(blocks) == 4
+    assert "attention_mask" not in blocks[(0, np.array([2, 0, 1]))]
+    mask = blocks[(0, np.array([3, 0]))]["attention_mask"]
+    assert mask.tolist() == [[1] * (1 if causal else 9) + [0] * (15 if causal else 7), [1] * 16]
+
+
+def test_a_batch_has_the_blocks_asked_for_whatever_stands_beside_them(make_blocks: MakeBlocks) -> None:
+    blocks = make_blocks(stream_of(140))
+    whole = blocks[(2, np.arange(10))]
+    some = blocks[(2, np.array([7, 3]))]
+    for name in ("input_ids", "labels"):
+        assert torch.equal(some[name], whole[name][[7, 3]])
+    assert not torch.equal(blocks[(3, np.array([7, 3]))]["labels"], some["labels"])
+
+
+@pytest.mark.parametrize("num_tokens", STREAM_LENGTHS)
+def test_masked_labels_are_on_real_words_only(make_blocks: MakeBlocks, num_tokens: int) -> None:
+    blocks = make_blocks(stream_of(num_tokens))
+    batch = blocks[(0, np.arange(len(blocks)))]
+    ids, _ = blocks.input_ids(np.arange(len(blocks)))
+    chosen = batch["labels"].numpy() != IGNORE_INDEX
+    assert (ids[chosen] >= len(SPECIAL)).all()
+    assert (batch["labels"].numpy()[chosen] == ids[chosen]).all()
+    assert chosen.any()
+
+
+@pytest.mark.parametrize("num_tokens", STREAM_LENGTHS)
+def test_causal_labels_are_the_next_tokens(make_blocks: MakeBlocks, num_tokens: int) -> None:
+    tokens = stream_of(num_tokens)
+    blocks = make_blocks(tokens, causal=True)
+    labels = blocks[(0, np.arange(len(blocks)))]["labels"].tolist()
+    for block, row in enumerate(labels):
+        stretch = tokens[block * 16 : (block + 1) * 16].tolist()
+        assert row == stretch[1:] + [IGNORE_INDEX] * (17 - len(stretch))
+
+
+def numbered(interior: list[int], *, opening: int, closing: int) -> list[int]:
+    """Number the documents of one block with a plain loop."""
+    number, numbers = 0, [0] * opening
+    for position, token in enumerate(interior):
+        numbers.append(number)
+        if token == SEP and position + 1 < len(interior):
+            number += 1
+    numbers += [number] * closing
+    return numbers + [-1] * (16 - len(numbers))
+
+
+@causal_or_not
+@pytest.mark.parametrize("separators", [0.0, 0.2, 0.8, 1.0])
+@pytest.mark.parametrize("num_tokens", [1, 14, 16, 222, 333])
+def test_documents_are_numbered_within_each_block(
+    make_blocks: MakeBlocks, causal: bool, separators: float, num_tokens: int
+) -> None:
+    tokens = stream_of(num_tokens, separators=separators)
+    blocks = make_blocks(tokens, causal=causal, attend_across_documents=False)
+    around = 0 if causal else 1
+    stretches = [tokens[begin : begin + blocks.stride].tolist() for begin in range(0, num_tokens, blocks.stride)]
+    expected = [numbered(stretch, opening=around, closing=around) for stretch in stretches]
+    assert blocks[(0, np.arange(len(blocks)))]["document_ids"].tolist() == expected
+
+
+@pytest.mark.parametrize("around", [([SEP], []), ([SEP], [SEP]), ([CLS, SEP], [SEP, CLS]), ([], [SEP, SEP])])
+def test_special_tokens_around_a_block_begin_no_document(
+    tokenizer: PreTrainedTokenizerBase, around: tuple[list[int], list[int]]
+) -> None:
+    opening, closing = around
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    names = [*(SPECIAL[token] for token in opening), "$A", *(SPECIAL[token] for token in closing)]
+    backend.post_processor = processors.TemplateProcessing(
+        single=names, special_tokens=[("[CLS]", CLS), ("[SEP]", SEP)]
+    )
+    other = PreTrainedTokenizerFast(tokenizer_object=backend, sep_token="[SEP]", pad_token="[PAD]")
+    assert special_tokens_around(other) == around
+    tokens = stream_of(100, separators=0.3)
+    blocks = Blocks(tokens, tokenizer=other, block_size=16, masker=None, attend_across_documents=False)
+    stretches = [tokens[begin : begin + blocks.stride].tolist() for begin in range(0, 100, blocks.stride)]
+    expected = [numbered(stretch, opening=len(opening), closing=len(closing)) for stretch in stretches]
+    assert blocks[(0, np.arange(len(blocks)))]["document_ids"].tolist() == expected
+
+
+def test_documents_are_not_numbered_where_they_see_each_other(make_blocks: MakeBlocks) -> None:
+    assert "document_ids" not in make_blocks(stream_of(50))[(0, np.arange(3))]
+
+
+def test_a_tokenizers_opening_and_closing_tokens_are_found(
+    tokenizer: PreTrainedTokenizerBase, causal_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    assert special_tokens_around(tokenizer) == ([CLS], [SEP])
+    assert special_tokens_around(causal_tokenizer) == ([], [])
+
+
+def sampler_of(num_blocks: int, batch: int, *, rank: int = 0, ranks: int = 1, seed: int = 0) -> StepSampler:
+    return StepSampler(num_blocks=num_blocks, global_batch_size=batch, rank=rank, world_size=ranks, seed=seed)
+
+
+def drawn(sampler: StepSampler, epoch: int = 0) -> list[list[int]]:
+    sampler.set_epoch(epoch)
+    draws = list(sampler)
+    assert all(draw_epoch == epoch for draw_epoch, _ in draws)
+    return [blocks.tolist() for _, blocks in draws]
+
+
+@pytest.mark.parametrize(("num_blocks", "batch"), [(1, 1), (12, 4), (13, 4), (15, 4), (4, 4), (7, 1)])
+def test_each_epoch_is_a_permutation_cut_into_steps(num_blocks: int, batch: int) -> None:
+    sampler = sampler_of(num_blocks, batch)
+    steps = drawn(sampler)
+    assert sorted(itertools.chain(*steps)) == list(range(num_blocks))
+    rest = num_blocks % batch
+    assert [len(step) for step in steps] == [batch] * (num_blocks // batch) + [rest] * (rest > 0)
+    assert len(sampler) == len(steps)
+
+
+@pytest.mark.parametrize(("num_blocks", "batch", "ranks"), [(48, 8, 2), (51, 8, 4), (50, 12, 3), (9, 8, 8), (8, 8, 8)])
+def test_ranks_share_each_global_batch_of_one_process(num_blocks: int, batch: int, ranks: int) -> None:
+    shares = [drawn(sampler_of(num_blocks, batch, rank=rank, ranks=ranks)) for rank in range(ranks)]
+    kept = num_blocks - num_blocks % ranks
+    whole = drawn(sampler_of(kept, batch))
+    for step, parts in zip(whole, zip(*shares, strict=True), strict=True):
+        assert len({len(part) for part in parts}) == 1
+        assert sorted(itertools.chain(*parts)) == sorted(step)
+
+
+def test_the_order_depends_on_epoch_and_seed_only() -> None:
+    orders = [drawn(sampler_of(500, 10, seed=seed), epoch) for seed in (0, 1, 2) for epoch in (0, 1, 2)]
+    again = drawn(sampler_of(500, 10, seed=1), 2)
+    assert again == orders[5]
+    flat = np.array([list(itertools.chain(*order)) for order in orders])
+    for first, second in itertools.combinations(flat, 2):
+        assert (first == second).sum() < 8  # one in 500 agrees by chance, so one in all
+
+
+def test_every_block_is_as_likely_at_every_place() -> None:
+    sampler = sampler_of(10, 10)
+    places = np.array([np.argsort(drawn(sampler, epoch)[0]) for epoch in range(3000)])
+    found = np.stack([np.bincount(places[:, block], minlength=10) for block in range(10)])
+    assert abs(found - 300).max() < 5 * np.sqrt(3000 * 0.1 * 0.9)
+
+
+@pytest.mark.parametrize("step", [0, 1, 3, 4])
+def test_a_sampler_may_start_at_any_step(step: int) -> None:
+    sampler = sampler_of(13, 4)
+    rest = [blocks.tolist() for _, blocks in sampler.starting_at(step)]
+    assert rest == drawn(sampler)[step:]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    blocks: int
+    batch: int
+    micro: int
+    ranks: int = 1
+
+
+SIZES = [
+    Sizes(blocks=24, batch=8, micro=4),
+    Sizes(blocks=24, batch=8, micro=3),
+    Sizes(blocks=29, batch=8, micro=3),
+    Sizes(blocks=25, batch=8, micro=8),
+    Sizes(blocks=8, batch=8, micro=100),
+    Sizes(blocks=9, batch=4, micro=1),
+    Sizes(blocks=32, batch=8, micro=4, ranks=2),
+    Sizes(blocks=29, batch=8, micro=3, ranks=2),
+    Sizes(blocks=27, batch=8, micro=3, ranks=2),
+    Sizes(blocks=9, batch=8, micro=1, ranks=2),
+]
+all_sizes = pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "-".join(map(str, vars(sizes).values())))
+
+MakeLoader = Callable[..., MicroBatches]
+
+
+@pytest.fixture
+def make_loader(make_blocks: MakeBlocks) -> MakeLoader:
+    def make(sizes: Sizes, *, rank: int = 0, epoch: int = 0, num_workers: int = 0) -> MicroBatches:
+        blocks = make_blocks(stream_of(14 * sizes.blocks - 5))  # the last block has padding
+        assert len(blocks) == sizes.blocks
+        sampler = sampler_of(sizes.blocks, sizes.batch, rank=rank, ranks=sizes.ranks)
+        sampler.set_epoch(epoch)
+        return MicroBatches(
+            blocks, sampler=sampler, micro_batch_size=sizes.micro, num_workers=num_workers, pin_memory=False
+        )
+
+    return make
+
+
+def same(first: list[Batch], second: list[Batch]) -> bool:
+    return len(first) == len(second) and all(
+        one.keys() == two.keys()
+        and all(torch.equal(torch.as_tensor(one[name]), torch.as_tensor(two[name])) for name in one)
+        for one, two in zip(first, second, strict=True)
+    )
+
+
+def steps_of(micro_batches: list[Batch]) -> list[list[Batch]]:
+    """Group micro-batches into steps by their marks, which must alternate."""
+    steps: list[list[Batch]] = []
+    for micro_batch in micro_batches:
+        assert micro_batch["is_first"] == (not steps or bool(steps[-1][-1]["is_last"]))
+        if micro_batch["is_first"]:
+            steps.append([])
+        steps[-1].append(micro_batch)
+    assert steps[-1][-1]["is_last"]
+    return steps
+
+
+@all_sizes
+def test_micro_batches_are_the_samplers_steps_in_pieces(make_loader: MakeLoader, sizes: Sizes) -> None:
+    for rank in range(sizes.ranks):
+        loader = make_loader(sizes, rank=rank, epoch=1)
+        micro_batches = list(loader)
+        assert len(loader) == len(micro_batches)
+        steps = steps_of(micro_batches)
+        assert [len(step) for step in steps[:-1]] == [loader.per_step] * (len(steps) - 1)
+        for step, draw in zip(steps, loader.sampler, strict=True):
+            whole = loader.blocks[draw]
+            assert all(len(part["input_ids"]) <= sizes.micro for part in step)
+            for name in whole:
+                assert torch.equal(torch.cat([part[name] for part in step]), whole[name])
+
+
+@all_sizes
+def test_counts_are_those_of_the_whole_step(make_loader: MakeLoader, sizes: Sizes) -> None:
+    for rank in range(sizes.ranks):
+        for step in steps_of(list(make_loader(sizes, rank=rank))):
+            num_tokens = sum(int((originals(part) != PAD).sum()) for part in step)
+            num_labels = sum(int((part["labels"] != IGNORE_INDEX).sum()) for part in step)
+            assert {int(part["num_tokens"]) for part in step} == {num_tokens}
+            assert {int(part["num_labels"]) for part in step} == {num_labels}
+
+
+def places(chosen: Tensor) -> list[int]:
+    """Find the true places of a flattened batch with a plain loop."""
+    return [place for place, value in enumerate(chosen.flatten().tolist()) if value]
+
+
+def check_places(batch: Batch) -> None:
+    assert batch["labelled"].dtype == torch.int64
+    assert batch["labelled"].tolist() == places(batch["labels"] != IGNORE_INDEX)
+    assert ("real" in batch) == ("attention_mask" in batch)
+    if "real" in batch:
+        assert batch["real"].tolist() == places(batch["attention_mask"])
+
+
+@causal_or_not
+@all_sizes
+def test_micro_batches_know_where_their_labelled_and_their_real_tokens_are(
+    make_blocks: MakeBlocks, sizes: Sizes, causal: bool
+) -> None:
+    blocks = make_blocks(stream_of((16 if causal else 14) * sizes.blocks - 5), causal=causal)  # the last has padding
+    padded = 0
+    for first in range(0, sizes.blocks, sizes.batch):
+        step = blocks[(0, np.arange(first, min(first + sizes.batch, sizes.blocks)))]
+        for micro_batch in split_step(step, sizes.micro):
+            check_places(micro_batch)
+            padded += "real" in micro_batch
+    assert padded
+
+
+def test_a_micro_batch_without_labels_has_no_labelled_tokens() -> None:
+    labels = torch.full((4, 3), IGNORE_INDEX)
+    labels[3, 1] = 7
+    parts = split_step({"input_ids": torch.zeros(4, 3, dtype=torch.int64), "labels": labels}, 2)
+    assert [part["labelled"].tolist() for part in parts] == [[], [4]]
+    assert [int(part["num_labels"]) for part in parts] == [1, 1]
+    assert [int(part["num_tokens"]) for part in parts] == [12, 12]
+
+
+def test_ranks_take_equally_many_micro_batches_of_different_blocks(make_loader: MakeLoader) -> None:
+    sizes = Sizes(blocks=30, batch=8, micro=3, ranks=2)
+    both = [list(make_loader(sizes, rank=rank)) for rank in range(2)]
+    assert [len(part["input_ids"]) for part in both[0]] == [len(part["input_ids"]) for part in both[1]]
+    rows = [tuple(row.tolist()) for batch in itertools.chain(*both) for row in torch.from_numpy(originals(batch))]
+    assert len(set(rows)) == len(rows) == 30
+
+
+def test_another_epoch_brings_another_order_and_other_masks(make_loader: MakeLoader) -> None:
+    loader = make_loader(Sizes(blocks=24, batch=8, micro=4))
+    first = list(loader)
+    assert same(list(loader), first)
+    loader.sampler.set_epoch(1)
+    assert not same(list(loader), first)
+
+
+@pytest.mark.parametrize("sizes", [SIZES[2], SIZES[7]], ids=["one rank", "two ranks"])
+def test_workers_make_the_same_batches(make_loader: MakeLoader, sizes: Sizes) -> None:
+    assert same(list(make_loader(sizes, num_workers=2)), list(make_loader(sizes)))
+
+
+@pytest.mark.parametrize("sizes", [SIZES[1], SIZES[2], SIZES[7], SIZES[4]])
+def test_a_loader_goes_on_after_any_step_and_refuses_to_go_on_within_one(make_loader: MakeLoader, sizes: Sizes) -> None:
+    whole = list(make_loader(sizes, epoch=3))
+    for position in range(1, len(whole)):
+        interrupted = make_loader(sizes, epoch=3)
+        list(itertools.islice(interrupted, position))
+        state = interrupted.state_dict()
+        resumed = make_loader(sizes, epoch=3)
+        if not whole[position]["is_first"]:
+            with pytest.raises(UserError, match=r"taken after micro-batch \d of \d of one optimizer step"):
+                resumed.load_state_dict(state)
+            continue
+        resumed.load_state_dict(state)
+        assert len(resumed) == len(whole)  # of the epoch, not of the rest: so Lightning counts
+        assert same(list(resumed), whole[position:])
+        assert same(list(resumed), whole)
+
+
+def test_a_state_of_a_resumed_epoch_counts_from_its_start(make_loader: MakeLoader) -> None:
+    sizes = SIZES[2]
+    first, second, third = (make_loader(sizes) for _ in range(3))
+    list(itertools.islice(first, 3))
+    second.load_state_dict(first.state_dict())
+    list(itertools.islice(second, 3))
+    third.load_state_dict(second.state_dict())
+    assert same(list(third), list(make_loader(sizes))[6:])
+
+
+def test_a_state_from_the_end_of_an_epoch_begins_the_next(make_loader: MakeLoader) -> None:
+    sizes = SIZES[2]
+    finished = make_loader(sizes)
+    list(finished)
+    resumed = make_loader(sizes, epoch=1)
+    resumed.load_state_dict(finished.state_dict())
+    assert same(list(resumed), list(make_loader(sizes, epoch=1)))
+
+
+def test_a_state_from_before_an_epoch_begins_it(make_loader: MakeLoader) -> None:
+    resumed = make_loader(SIZES[2])
+    resumed.load_state_dict(make_loader(SIZES[2]).state_dict())
+    assert same(list(resumed), list(make_loader(SIZES[2])))
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (
+            Sizes(blocks=32, batch=8, micro=4),
+            "an epoch of 24 blocks and 2 micro-batches a step, this run has 32 and 2;",
+        ),
+        (
+            Sizes(blocks=24, batch=8, micro=2),
+            "an epoch of 24 blocks and 2 micro-batches a step, this run has 24 and 4;",
+        ),
+        (
+            Sizes(blocks=24, batch=8, micro=4, ranks=2),
+            "24 blocks and 2 .*, this run has 24 and 1; resume with the same",
+        ),
+    ],
+)
+def test_a_state_of_other_sizes_is_an_error(make_loader: MakeLoader, other: Sizes, message: str) -> None:
+    state = make_loader(Sizes(blocks=24, batch=8, micro=4)).state_dict()
+    with pytest.raises(UserError, match=message):
+        make_loader(other).load_state_dict(state)
+
+
+def test_a_step_is_split_without_copying_or_losing_a_row() -> None:
+    step: dict[str, Tensor] = {"input_ids": torch.arange(10).view(5, 2), "labels": torch.full((5, 2), IGNORE_INDEX)}
+    step["labels"][4, 1] = 7
+    parts = split_step(step, 2)
+    assert [part["input_ids"].tolist() for part in parts] == [[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[8, 9]]]
+    assert [(part["is_first"], part["is_last"]) for part in parts] == [(True, False), (False, False), (False, True)]
+    assert [(int(part["num_tokens"]), int(part["num_labels"])) for part in parts] == [(10, 1)] * 3
+
+
+class Texts:
+    def __init__(self, num_documents: int) -> None:
+        self.num_documents = num_documents
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"documents": self.num_documents}
+
+    def documents(self) -> Iterator[str]:
+        yield from make_documents(self.num_documents)
+
+
+MakeModule = Callable[..., DistillationDataModule]
+
+
+@pytest.fixture
+def make_module(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> MakeModule:
+    def make(*, num_documents: int = 100, ranks: int = 0, rank: int = 0, **fields: Any) -> DistillationDataModule:
+        sizes = {"block_size": 16, "global_batch_size": 8, "micro_batch_size": 4, "val_share": 0.2}
+        options = {"max_val_blocks": 1000, "attend_across_documents": True, "num_workers": 0, "seed": 0, "task": "mlm"}
+        module = DistillationDataModule(
+            corpus=Texts(num_documents),
+            **{"tokenizer": tokenizer, "masking": MASKING, "cache_dir": str(tmp_path)} | sizes | options | fields,
+        )
+        if ranks:
+            strategy = SimpleNamespace(root_device=torch.device("cpu"))
+            module.trainer = SimpleNamespace(world_size=ranks, global_rank=rank, strategy=strategy)
+        return module
+
+    return make
+
+
+def ready(module: DistillationDataModule) -> DistillationDataModule:
+    module.prepare_data()
+    module.setup()
+    return module
+
+
+def test_both_splits_together_hold_the_corpus(make_module: MakeModule) -> None:
+    module = ready(make_module(micro_batch_size=3))
+    found = sum(int((originals(part) >= len(SPECIAL)).sum()) for part in module.train_dataloader())
+    found += sum(int((originals(part) >= len(SPECIAL)).sum()) for part in module.val_dataloader())
+    assert found == sum(len(document.split()) + 1 for document in make_documents(100))
+
+
+def test_a_causal_module_shifts_and_a_masked_one_masks(
+    make_module: MakeModule, causal_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    causal = next(iter(ready(make_module(task="clm", tokenizer=causal_tokenizer)).train_dataloader()))
+    assert torch.equal(causal["labels"][:, :-1], causal["input_ids"][:, 1:])
+    masked = next(iter(ready(make_module()).train_dataloader()))
+    assert (masked["labels"] != IGNORE_INDEX).sum(dim=1).tolist() == [2] * 4
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "ranks", "accumulation"),
+    [(8, 4, 1, 2), (8, 3, 1, 3), (8, 100, 1, 1), (8, 1, 2, 4), (8, 3, 2, 2)],
+)
+def test_the_trainers_accumulation_follows_from_the_batch_sizes(
+    make_module: MakeModule, batch: int, micro: int, ranks: int, accumulation: int
+) -> None:
+    module = ready(make_module(global_batch_size=batch, micro_batch_size=micro, ranks=ranks))
+    assert module.trainer.accumulate_grad_batches == accumulation
+    steps = steps_of(list(module.train_dataloader()))
+    assert {len(step) for step in steps[:-1]} == {accumulation}
+
+
+@pytest.mark.parametrize("loader_first", [False, True])
+def test_the_place_in_an_epoch_travels_with_the_module(make_module: MakeModule, loader_first: bool) -> None:
+    interrupted = ready(make_module())
+    assert interrupted.state_dict() == {}
+    whole = list(ready(make_module()).train_dataloader())
+    list(itertools.islice(interrupted.train_dataloader(), 4))
+    resumed = ready(make_module())
+    if loader_first:
+        loader = resumed.train_dataloader()
+        resumed.load_state_dict(interrupted.state_dict())
+    else:
+        resumed.load_state_dict(interrupted.state_dict())
+        loader = resumed.train_dataloader()
+    assert same(list(loader), whole[4:])
+    assert same(list(loader), whole)
+    assert same(list(resumed.train_dataloader()), whole)  # another loader begins anew
+
+
+def test_a_module_refuses_a_state_of_other_sizes(make_module: MakeModule) -> None:
+    interrupted, other = ready(make_module()), ready(make_module(micro_batch_size=2))
+    interrupted.train_dataloader()
+    other.load_state_dict(interrupted.state_dict())
+    with pytest.raises(UserError, match="this run has .*; resume with the same data, batch sizes and number of proc"):
+        other.train_dataloader()
+
+
+def test_validation_batches_are_the_same_on_every_pass_and_in_every_run(make_module: MakeModule) -> None:
+    module = ready(make_module())
+    first = list(module.val_dataloader())
+    module.train_dataloader().sampler.set_epoch(5)
+    assert same(list(module.val_dataloader()), first)
+    assert same(list(ready(make_module()).val_dataloader()), first)
+    assert sum(len(batch["input_ids"]) for batch in first) == len(module.val_blocks)
+    assert {len(batch["input_ids"]) for batch in first[:-1]} == {4}
+
+
+def test_a_validation_batch_is_a_step_of_its_own(make_module: MakeModule) -> None:
+    batches = list(ready(make_module()).val_dataloader())
+    assert any("real" in batch for batch in batches)
+    for batch in batches:
+        check_places(batch)
+        assert int(batch["num_labels"]) == len(batch["labelled"])
+        assert int(batch["num_tokens"]) == int((originals(batch) != PAD).sum())
+        assert batch["is_first"] and batch["is_last"]
+
+
+def test_validation_masks_are_not_those_of_a_training_epoch(make_module: MakeModule) -> None:
+    module = ready(make_module())
+    (first, *_) = module.val_dataloader()
+    for epoch in range(3):
+        assert not torch.equal(module.val_blocks[(epoch, np.arange(4))]["labels"], first["labels"])
+
+
+def rows_of(batches: Iterable[Batch]) -> list[list[int]]:
+    return [row for batch in batches for row in batch["labels"].tolist()]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 31, 45])
+def test_no_more_validation_blocks_are_used_than_asked_for_and_they_are_spread(
+    make_module: MakeModule, count: int
+) -> None:
+    every = rows_of(ready(make_module()).val_dataloader())
+    few = rows_of(ready(make_module(max_val_blocks=count)).val_dataloader())
+    places = [every.index(row) for row in few]
+    assert len(set(places)) == count
+    assert places == sorted(places)
+    ideal = [part * (len(every) - 1) / max(1, count - 1) for part in range(count)]
+    assert max(abs(place - wanted) for place, wanted in zip(places, ideal, strict=True)) <= 0.5
+
+
+@pytest.mark.parametrize(("count", "ranks"), [(12, 2), (13, 4), (4, 4)])
+def test_ranks_share_the_validation_blocks_evenly(make_module: MakeModule, count: int, ranks: int) -> None:
+    whole = rows_of(ready(make_module(max_val_blocks=count)).val_dataloader())
+    shares = [
+        list(ready(make_module(max_val_blocks=count, ranks=ranks, rank=rank)).val_dataloader()) for rank in range(ranks)
+    ]
+    assert len({tuple(len(batch["input_ids"]) for batch in share) for share in shares}) == 1
+    assert sorted(itertools.chain(*map(rows_of, shares))) == sorted(whole[: count - count % ranks])
+
+
+def test_with_fewer_validation_blocks_than_ranks_none_goes_without(make_module: MakeModule) -> None:
+    whole = list(ready(make_module(max_val_blocks=3)).val_dataloader())
+    for rank in range(8):
+        assert same(list(ready(make_module(max_val_blocks=3, ranks=8, rank=rank)).val_dataloader()), whole)
+
+
+def test_a_sample_can_be_looked_at(make_module: MakeModule) -> None:
+    sample = ready(make_module()).decoded_sample()
+    assert re.fullmatch(r"\[CLS\] .*\[MASK\].* \[SEP\]", sample)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [
+        ("block_size", 2, 3),
+        ("global_batch_size", 0, 1),
+        ("micro_batch_size", 0, 1),
+        ("max_val_blocks", 0, 1),
+        ("block_size", -1, 3),
+    ],
+)
+def test_a_size_out_of_range_is_an_error(make_module: MakeModule, name: str, value: int, least: int) -> None:
+    with pytest.raises(UserError, match=rf"data\.{name}={value}, but it must be at least {least}"):
+        make_module(**{name: value})
+
+
+def test_a_causal_block_has_a_token_to_predict(
+    make_module: MakeModule, causal_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    with pytest.raises(UserError, match=r"data\.block_size=1, but it must be at least 2"):
+        make_module(task="clm", tokenizer=causal_tokenizer, block_size=1)
+    module = ready(make_module(task="clm", tokenizer=causal_tokenizer, block_size=2))
+    assert all(int(part["num_labels"]) for part in module.train_dataloader())
+
+
+@pytest.mark.parametrize("block_size", [3, 64])
+def test_a_corpus_smaller_than_one_batch_is_an_error(make_module: MakeModule, block_size: int) -> None:
+    enough = len(ready(make_module(block_size=block_size)).train_blocks)
+    ready(make_module(block_size=block_size, global_batch_size=enough))
+    with pytest.raises(UserError) as caught:
+        ready(make_module(block_size=block_size, global_batch_size=enough + 1))
+    assert str(caught.value) == (
+        f"the corpus has {enough} training blocks of {block_size} tokens, less than one batch of "
+        f"data.global_batch_size={enough + 1}; give more text or set a smaller batch"
+    )
+
+
+def test_a_share_that_holds_out_nothing_is_an_error(make_module: MakeModule) -> None:
+    with pytest.raises(UserError, match=r"val_share=1e-09 held out no document; give more text or set a larger share"):
+        ready(make_module(val_share=1e-9))
+
+
+def test_a_share_out_of_range_is_an_error(make_module: MakeModule) -> None:
+    with pytest.raises(UserError, match="val_share=1.0, but it must be above 0 and below 1"):
+        ready(make_module(val_share=1.0))
+
+
+def test_a_batch_that_does_not_divide_over_the_processes_is_an_error(make_module: MakeModule) -> None:
+    with pytest.raises(UserError, match=r"global_batch_size=8 does not divide over 3 processes; set a multiple of 3"):
+        ready(make_module(ranks=3))

@@ -1,0 +1,108 @@
+"""The ablation, from its command to its report."""
+
+import contextlib
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+
+from distilkit.evaluate.ablation import Ablation, evaluation
+from distilkit.model_card import add_scores
+from distilkit.records import read_results
+from jobs import QUIET, SMALL, only, spawn, write_rows
+from scores import scored
+
+ROWS = ("full", "no_ce", "no_mlm", "no_cos", "random_init")
+
+
+@pytest.fixture
+def command(save_teacher: Callable[..., Path], text_file: Path, tmp_path: Path) -> list[str]:
+    return [
+        *("-m", "distilkit.train", "sweep=ablation", "teacher=hf", f"teacher.name={save_teacher('bert')}"),
+        *SMALL,
+        *QUIET,
+        f"data.corpus.paths={text_file}",
+        f"cache_dir={tmp_path}/cache",
+        "trainer.max_steps=2",
+        "ablation.tasks=[sst2,rte]",
+    ]
+
+
+SHORT = 'ablation.overrides=["trainer.enable_progress_bar=false","finetune.epochs=1","finetune.lr=1e-3","task.max_length=60"]'
+
+
+@pytest.mark.slow
+def test_the_sweep_ends_in_a_report_of_what_each_term_is_worth(command: list[str], tmp_path: Path) -> None:
+    data = tmp_path / "glue"
+    write_rows(data / "SST-2")
+    write_rows(data / "other")
+    (data / "RTE").mkdir()
+    for name in ("train", "dev"):
+        lines = (data / "other" / f"{name}.tsv").read_text("utf-8").splitlines()[1:]
+        pairs = [f"{line.split(chr(9))[0]}\tba\t{line[-1]}" for line in lines]
+        (data / "RTE" / f"{name}.tsv").write_text("\n".join(["sentence1\tsentence2\tlabel", *pairs]) + "\n", "utf-8")
+    done = spawn(*command, SHORT, f"ablation.data_dir={data}", "hydra.sweep.dir=ablation", cwd=tmp_path)
+    assert done.code == 0, done.err
+    sweep = tmp_path / "ablation"
+    found = read_results([sweep / "scores"])
+    assert {(result.name, result.task) for result in found} == {
+        (name, task) for name in ("teacher", *ROWS) for task in ("sst2", "rte")
+    }
+    text = (sweep / "report" / "report.md").read_text("utf-8")
+    for name in ROWS:
+        assert name in text
+    assert "-2.96" in text  # the paper's change without soft targets
+    assert "report: " in done.out
+    card = (only(sweep, "0/student") / "README.md").read_text("utf-8")
+    assert "## Scores" in card and "SST-2" in card
+
+
+def test_what_is_wrong_with_a_task_is_said_before_anything_is_trained(command: list[str], tmp_path: Path) -> None:
+    done = spawn(*command, SHORT, f"ablation.data_dir={tmp_path}/nowhere", cwd=tmp_path)
+    assert done.code == 1
+    assert "nowhere is no folder" in done.err
+    assert not list(tmp_path.glob("outputs/**/checkpoints"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("+ablation.task=rte", "ablation.task is unknown; ablation takes tasks, data_dir, seeds, overrides"),
+        ("ablation.tasks=[nothing]", "task 'nothing' with overrides"),
+        ('ablation.overrides=["finetune.lr=0"]', "finetune.lr=0, but it must be a number above 0"),
+        ('ablation.overrides=["finetune.learning_rate=1"]', "finetune.learning_rate"),
+    ],
+)
+def test_settings_that_cannot_be_are_named_before_anything_is_trained(
+    override: str, message: str, tmp_path: Path
+) -> None:
+    with initialize_config_module("distilkit.conf.train", version_base="1.3"):
+        cfg = compose("train", ["sweep=ablation", "ablation.tasks=[sst2]", override], return_hydra_config=True)
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err), pytest.raises(SystemExit) as stopped:
+        Ablation().on_multirun_start(cfg)
+    assert stopped.value.code == 1
+    assert message in err.getvalue()
+
+
+def test_composing_an_evaluation_leaves_the_configs_in_use_as_they_were() -> None:
+    with initialize_config_module("distilkit.conf.train", version_base="1.3"):
+        evaluation("rte", data_dir="there", overrides=["finetune.lr=1e-4"])
+        assert compose("train", ["objective.temperature=3"]).objective.temperature == 3
+
+
+def test_scores_come_into_the_card_once_and_only_into_our_cards(tmp_path: Path) -> None:
+    card = tmp_path / "README.md"
+    assert not add_scores(tmp_path, scored(rte=[0.6]))
+    card.write_text("# Someone else's\n", "utf-8")
+    assert not add_scores(tmp_path, scored(rte=[0.6]))
+    assert card.read_text("utf-8") == "# Someone else's\n"
+    card.write_text("---\ntags: [knowledge-distillation, distilkit]\n---\n# mine\n\nText.\n", "utf-8")
+    assert add_scores(tmp_path, scored(rte=[0.6]))
+    assert add_scores(tmp_path, scored(rte=[0.7, 0.7], sst2=[0.9]))
+    text = card.read_text("utf-8")
+    assert text.count("## Scores") == 1
+    assert "70.0" in text and "90.0" in text and "60.0" not in text
+    assert text.startswith("---\ntags") and "Text." in text

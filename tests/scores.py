@@ -1,0 +1,138 @@
+"""Results and runs as scoring and training write them, with figures that can be added up by hand."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from distilkit.records import Result
+from distilkit.report import published
+from distilkit.report.tables import Roles
+
+GLUE = published.GLUE_TASKS
+
+
+COST = {
+    "seconds": 1800.0,
+    "tokens": 1_000_000,
+    "device": "cpu",
+    "machine": "Some CPU, 2 cores",
+    "date": "2026-11-20",
+    "versions": {"python": "3.11", "torch": "2.13"},
+}
+
+
+BERT = dict(zip(GLUE, (0.56, 0.84, 0.88, 0.91, 0.89, 0.69, 0.92, 0.89, 0.53), strict=True))  # sum 7.11
+
+
+STUDENT = dict(zip(GLUE, (0.51, 0.82, 0.87, 0.89, 0.88, 0.59, 0.91, 0.86, 0.56), strict=True))  # sum 6.89
+
+
+BASELINE = dict(zip(GLUE, (0.30, 0.75, 0.81, 0.84, 0.85, 0.55, 0.88, 0.80, 0.56), strict=True))  # sum 6.34
+
+
+PARAMETERS = {"bert": 110_000_000, "student": 66_000_000, "baseline": 66_000_000}
+
+
+ROLES = Roles(teacher="bert", baseline="baseline")
+
+
+def result(name: str, task: str, score: float | None, **fields: Any) -> Result:
+    """Make a result as scoring writes it."""
+    parameters = PARAMETERS.get(name, 66_000_000)
+    given = {
+        "model": f"outputs/{name}/student",
+        "sha256": f"{name:0<7}0123456789",
+        "model_type": "bert",
+        "parameters": parameters,
+        "parameters_without_embeddings": parameters - 24_000_000,
+        "kind": "finetuned",
+        "seed": 1,
+        "settings": {"lr": 2e-5, "batch_size": 32},
+        "scores": {} if score is None else {"accuracy": score},
+        "cost": COST,
+        **fields,
+    }
+    return Result(name=name, task=task, score=score, **given)
+
+
+def glue(*, seeds: Sequence[int] = (1, 2, 3)) -> list[Result]:
+    """Nine tasks, three models, three seeds: the middle one has the score of the tables above."""
+    shift = {1: 0.0, 2: -0.02, 3: 0.01}
+    return [
+        result(name, task, score + shift[seed], seed=seed)
+        for name, scores in (("student", STUDENT), ("bert", BERT), ("baseline", BASELINE))
+        for task, score in scores.items()
+        for seed in seeds
+    ]
+
+
+def speed(name: str, latency: float, **fields: Any) -> Result:
+    scores = {
+        "cpu/latency_ms": latency,
+        "cpu/latency_ms_p10": latency - 1,
+        "cpu/latency_ms_p90": latency + 2,
+        "cpu/sentences_per_second": 3000 / latency,
+        "cpu/onnx/latency_ms": latency / 2,
+        "file_mb": 438.0,
+        "onnx_mb": 440.5,
+    }
+    return result(name, "sst2", None, kind="speed", seed=None, scores=scores, **fields)
+
+
+WIKITEXT = {"path": "Salesforce/wikitext", "name": "wikitext-103-raw-v1", "split": "test", "revision": None}
+
+
+def perplexity(name: str, value: float, *, task: str = "perplexity", **fields: Any) -> Result:
+    """Make a result as LanguageScore writes it; ``settings`` and ``details`` are changes of what it writes."""
+    given = {"scores": {task: value, "word_perplexity": 2 * value}, **fields}
+    given["settings"] = {
+        **{"text": {"hub": WIKITEXT}, "max_tokens": None, "block_size": 512, "vocabulary": 50_257, "stride": 256},
+        **fields.get("settings", {}),
+    }
+    given["details"] = {"documents": 60, "text_tokens": 900, "words": 700, **fields.get("details", {})}
+    return result(name, task, value, kind="language_model", seed=None, higher_is_better=False, **given)
+
+
+def run(label: str, nll: float, *, folder: str = "outputs/a", **fields: Any) -> dict[str, Any]:
+    """What the comparison of a sweep reads of a run."""
+    return {
+        "label": label,
+        "name": "distil",
+        "folder": f"{folder}/{label}",
+        "before": {"val/nll": 9.0},
+        "after": {"val/nll": nll},
+        "student_parameters": 1000,
+        "tokens_seen": 64,
+        **fields,
+    }
+
+
+ABLATED = {"full": 0.70, "no_ce": 0.66, "no_mlm": 0.71, "no_cos": 0.69, "random_init": 0.60}
+
+
+def ablated() -> list[Result]:
+    return [result(f"tiny/{name}", task, s) for name, s in ABLATED.items() for task in ("sst2", "rte")]
+
+
+RESULT = Result(
+    name="distilbert-base-uncased",
+    model="distilbert/distilbert-base-uncased",
+    sha256="x",
+    model_type="distilbert",
+    parameters=1,
+    parameters_without_embeddings=1,
+    task="rte",
+    kind="finetuned",
+    seed=1,
+    settings={},
+    scores={},
+    score=0.6,
+)
+
+
+def scored(**scores: list[float]) -> list[Any]:
+    return [
+        dataclasses.replace(RESULT, task=task, seed=seed, score=score)
+        for task, values in scores.items()
+        for seed, score in enumerate(values, 1)
+    ]

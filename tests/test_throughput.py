@@ -1,0 +1,56 @@
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from distilkit.throughput import forward_cost, peak_flops, step_flops
+from tiny import build_model, build_objective, full_batch
+
+VOCABULARY = 4000  # wide enough that each of the vocabulary's products is a tenth of the whole and more
+SHAPES: dict[str, dict[str, Any]] = {
+    "bert": {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4},
+    "roberta": {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4},
+    "gpt2": {"vocab_size": VOCABULARY, "n_embd": 64, "n_head": 4},
+}
+
+
+def addmm_flops(total: Sequence[int], left: Sequence[int], right: Sequence[int], **_: Any) -> int:
+    """Count a product that is added in place, which torch's counter does not know."""
+    return 2 * left[0] * left[1] * right[1]
+
+
+@pytest.mark.parametrize("soft_targets", ["all", "masked"])
+@pytest.mark.parametrize("family", SHAPES)
+def test_the_flops_of_a_step_are_those_that_torch_counts(family: str, soft_targets: str) -> None:
+    task: Any = "clm" if family == "gpt2" else "mlm"
+    student = build_model(family, seed=1, num_layers=2, **SHAPES[family]).train()
+    teacher = build_model(family, num_layers=4, **SHAPES[family]).requires_grad_(False)
+    for implementation in ("fused", "reference"):
+        objective, batch = (
+            build_objective(task, implementation, soft_targets),
+            full_batch(task=task, blocks=2, length=60),
+        )
+        rows = {"num_tokens": torch.tensor(120), "num_labels": torch.tensor(len(batch["labelled"]))}
+        counts = objective.denominators(**rows, task=task)
+        counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops})
+        with sdpa_kernel(SDPBackend.MATH), counter:
+            objective.loss(student, teacher, batch, task=task, denominators=counts)[0].backward()
+        expected = step_flops(objective, forward_cost(student), forward_cost(teacher), batch, task=task)
+        assert counter.get_total_flops() == pytest.approx(expected, rel=0.05), implementation
+
+
+def test_the_heads_count_for_the_rows_that_are_read() -> None:
+    costs = forward_cost(build_model("bert", num_layers=1)), forward_cost(build_model("bert", num_layers=2))
+    batch = full_batch(task="mlm")
+    every, masked = (
+        step_flops(build_objective("mlm", "fused", rows), *costs, batch, task="mlm") for rows in ("all", "masked")
+    )
+    skipped = batch["input_ids"].numel() - len(batch["labelled"])
+    assert every - masked == skipped * (3 * costs[0].head + costs[1].head)
+
+
+def test_the_peak_of_this_machine_is_a_plausible_number() -> None:
+    assert 1e8 < peak_flops(torch.device("cpu"), torch.float32) < 1e15
