@@ -15,7 +15,8 @@ from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBas
 from benchmarks import synthetic
 from benchmarks.measure import in_turn
 from benchmarks.models import MASKED_SHARE
-from distilkit.data.batches import Blocks, MicroBatches, StepSampler
+from distilkit.data.batches import MicroBatches, StepSampler
+from distilkit.data.blocks import Blocks
 from distilkit.data.masking import Masker, Masking
 
 OURS, SMOOTHED = "ours", "ours, frequent words masked less"

@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distilkit.malloc import keep_large_buffers
+from distilkit.cli import keep_large_buffers
 
 Run = Callable[[], object]
 T = TypeVar("T")

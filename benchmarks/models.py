@@ -1,15 +1,14 @@
 """What is measured on: teacher and student from configs with random weights, random batches, and their FLOPs."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
 from distilkit.data.batches import split_step
-from distilkit.language_model import Task
+from distilkit.language_model import Batch, Task
 from distilkit.losses import IGNORE_INDEX
-from distilkit.objective import Batch
 
 Family = Literal["bert", "roberta", "gpt2"]
 
@@ -105,4 +104,5 @@ def build_batch(
         chosen = draws.topk(max(1, round(MASKED_SHARE * length)), dim=1).indices
         labels.scatter_(1, chosen, ids.gather(1, chosen))
     (batch,) = split_step({"input_ids": ids, "labels": labels}, batch_size)
-    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+    on_device = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+    return cast(Batch, on_device)

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from distilkit.language_model import Task
-from distilkit.objective import Batch, Objective
+from distilkit.language_model import Batch, Task
+from distilkit.objective import Objective
 
 
 def naive_loss(

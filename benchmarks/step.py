@@ -13,9 +13,8 @@ from benchmarks.machine import DTYPES, Precision
 from benchmarks.measure import NoProducts, in_turn, peak_megabytes
 from benchmarks.models import SIZES, Family, build_batch, build_models, task_of_family
 from benchmarks.naive import naive_loss
-from distilkit.language_model import Task
-from distilkit.objective import Batch, Objective
-from distilkit.teacher import cast_parameters
+from distilkit.language_model import Batch, Task, cast_parameters
+from distilkit.objective import Objective
 from distilkit.throughput import forward_cost, step_flops
 
 

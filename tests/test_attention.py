@@ -16,10 +16,9 @@ from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokeni
 
 import distilkit.attention
 from distilkit.attention import FAMILIES, use_attention
-from distilkit.backbone import checkpoint_activations, compile_backbone
 from distilkit.errors import UserError
 from distilkit.export import student_files
-from distilkit.language_model import last_hidden_state
+from distilkit.language_model import checkpoint_activations, compile_backbone, last_hidden_state
 from distilkit.student import cut_student
 from tiny import ARCHITECTURES, build_model, build_teacher
 

@@ -16,15 +16,16 @@ from pytorch_lightning.strategies import FSDPStrategy
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from distilkit.backbone import checkpoint_activations
-from distilkit.callbacks import Throughput, ValidateEvery
+from distilkit.callbacks import ValidateEvery
 from distilkit.data.batches import split_step
 from distilkit.errors import UserError
+from distilkit.language_model import Batch, checkpoint_activations
 from distilkit.losses import IGNORE_INDEX
 from distilkit.module import DistillationModule
-from distilkit.objective import Batch, Objective
+from distilkit.objective import Objective
 from distilkit.student import cut_student
 from distilkit.teacher import Teacher
+from distilkit.throughput import Throughput
 from tiny import build_teacher, full_batch
 from watch import Watch
 

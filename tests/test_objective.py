@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
 from distilkit.errors import UserError
-from distilkit.language_model import Task
+from distilkit.language_model import Batch, Task
 from distilkit.losses import IGNORE_INDEX
-from distilkit.objective import Batch, Objective
+from distilkit.objective import Objective
 from tiny import build_model
 
 PARITY = Path(__file__).parent / "fixtures" / "parity"

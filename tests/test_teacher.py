@@ -6,7 +6,8 @@ import torch
 from transformers import BertConfig, BertModel
 
 from distilkit.errors import UserError
-from distilkit.teacher import load_teacher, weight_hash
+from distilkit.language_model import weight_hash
+from distilkit.teacher import load_teacher
 from tiny import build_model
 
 

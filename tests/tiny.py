@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
-from distilkit.language_model import task_of
+from distilkit.language_model import Batch, task_of, weight_hash
 from distilkit.losses import IGNORE_INDEX
-from distilkit.objective import Batch, Objective
-from distilkit.teacher import Teacher, weight_hash
+from distilkit.objective import Objective
+from distilkit.teacher import Teacher
 
 _STARTS, _ENDS = "b d f g k l m n p r s t", "a e i o u al en or"
 WORDS = [f"{start}{end}" for start in _STARTS.split() for end in _ENDS.split()]

@@ -1,18 +1,14 @@
-"""What Lightning has not: validation counted in optimizer steps, and throughput in tokens per second."""
+"""Callbacks that Lightning lacks: validation counted in optimizer steps, and a progress bar for ``max_steps``."""
 
 import math
 import sys
-import time
 from typing import Any
 
-import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import RichProgressBar
-from pytorch_lightning.trainer.states import TrainerFn
 
 from distilkit.errors import UserError
 from distilkit.module import DistillationModule
-from distilkit.throughput import peak_flops
 
 
 class ValidateEvery(Callback):
@@ -51,73 +47,6 @@ class ValidateEvery(Callback):
         """Let Lightning, which validates at multiples of an interval of micro-batches, do it now or not yet."""
         now = due and (trainer.global_step % self.interval == 0 or trainer.global_step == self.total)
         trainer.val_check_batch = trainer.fit_loop.total_batch_idx + 1 if now else sys.maxsize
-
-
-class Throughput(Callback):
-    """Log ``throughput/tokens_per_second`` over all ranks and ``throughput/mfu``, validation not counted.
-
-    The second is the share of the devices' peak that goes into the model's own operations (see ``flops.py``).
-    """
-
-    def __init__(self) -> None:
-        """Start at zero."""
-        self.tokens = self.window_tokens = 0
-        self.window_flops = self.peak = 0.0
-        self.seconds = self.window_seconds = 0.0
-        self.started: float | None = None  # None: the clock stands still
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the device, and start the clock."""
-        precision = str(trainer.precision)
-        dtype = torch.bfloat16 if "bf16" in precision else torch.float16 if "16" in precision else torch.float32
-        self.peak = peak_flops(pl_module.device, dtype) * trainer.world_size
-        self.started = time.perf_counter()
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock."""
-        self._stop()
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock again, when training goes on."""
-        if trainer.state.fn == TrainerFn.FITTING:
-            self.started = time.perf_counter()
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock, when the device has finished."""
-        if pl_module.device.type == "cuda":
-            torch.cuda.synchronize(pl_module.device)
-        self._stop()
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Count tokens; at each logged step, log the rate since the last one."""
-        tokens = batch["input_ids"].numel() * trainer.world_size
-        self.tokens += tokens
-        self.window_tokens += tokens
-        assert isinstance(pl_module, DistillationModule)
-        self.window_flops += pl_module.flops(batch) * trainer.world_size
-        log_every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by one of its connectors
-        if batch["is_last"] and log_every and trainer.global_step % log_every == 0:
-            self._stop()
-            self.started = time.perf_counter()
-            rate = self.window_tokens / max(self.window_seconds, 1e-9)
-            pl_module.log("throughput/tokens_per_second", rate)
-            pl_module.log("throughput/mfu", self.window_flops / max(self.window_seconds, 1e-9) / self.peak)
-            pl_module.shown["tokens/s"] = rate
-            self.window_tokens, self.window_flops, self.window_seconds = 0, 0.0, 0.0
-
-    def _stop(self) -> None:
-        if self.started is not None:
-            elapsed = time.perf_counter() - self.started
-            self.seconds += elapsed
-            self.window_seconds += elapsed
-            self.started = None
-
-    @property
-    def tokens_per_second(self) -> float:
-        """The average over the whole training."""
-        return self.tokens / max(self.seconds, 1e-9)
 
 
 class ProgressBar(RichProgressBar):

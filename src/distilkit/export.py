@@ -1,7 +1,6 @@
-"""From a checkpoint to a Hugging Face folder: config, safetensors, tokenizer and model card."""
+"""Export a checkpoint as a Hugging Face folder: config, safetensors, tokenizer and model card."""
 
 import json
-import logging
 import pickle
 import shutil
 import tempfile
@@ -25,56 +24,15 @@ from transformers import (
 from distilkit.cli import report_errors
 from distilkit.errors import UserError
 from distilkit.language_model import num_parameters, task_of
-
-log = logging.getLogger(__name__)
+from distilkit.model_card import student_card
 
 
 def student_files(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Return the config's and the tokenizer's files by name: with the weights, all that a folder needs."""
+    """Return the files of config and tokenizer by name; a folder needs these and the weights."""
     with tempfile.TemporaryDirectory() as folder:
         student.config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return {file.name: file.read_text("utf-8") for file in sorted(Path(folder).iterdir())}
-
-
-def model_card(record: Mapping[str, Any], *, results: Mapping[str, float], tokens_seen: int, num_params: int) -> str:
-    """Write the student's model card: where it comes from, how it was trained, what it scored."""
-    teacher = record["teacher"]
-    head = ["---", "library_name: transformers", "tags: [knowledge-distillation, distilkit]"]
-    if teacher and not Path(teacher["name"]).exists():
-        head.append(f"base_model: {teacher['name']}")
-    objective = ", ".join(f"{name} {value}" for name, value in record["objective"].items())
-    if teacher:
-        revision = "" if Path(teacher["name"]).exists() else f"revision `{teacher['revision']}`, "
-        source = f"distilled from `{teacher['name']}` ({revision}{teacher['parameters']:,} parameters)"
-        method = ", by the method of [DistilBERT](https://arxiv.org/abs/1910.01108)"
-    else:
-        source, method = "trained without a teacher", ""
-    layers = record["layers"]
-    lines = [
-        *head,
-        "---",
-        f"# {record['name']}",
-        "",
-        f"A {record['architecture']} of {num_params:,} parameters, {source} with distilkit {record['version']}{method}.",
-        "",
-        "| | |",
-        "|---|---|",
-        f"| layers kept | {layers if layers is not None else 'none: random init'} |",
-        f"| objective | {objective} |",
-        f"| data | {record['data']} |",
-        f"| block size | {record['block_size']} tokens, {record['global_batch_size']} blocks a step |",
-        f"| tokens seen | {tokens_seen:,} |",
-        "",
-    ]
-    if results:
-        lines += [
-            "Results on the held-out documents (nats per token, shares of labelled tokens):",
-            "",
-            "| metric | value |",
-        ]
-        lines += ["|---|---|", *(f"| {name} | {value:.4f} |" for name, value in sorted(results.items())), ""]
-    return "\n".join(lines)
 
 
 def write_student(
@@ -86,9 +44,9 @@ def write_student(
     results: Mapping[str, float],
     tokens_seen: int,
 ) -> PreTrainedModel:
-    """Write a folder that ``from_pretrained`` loads, all at once or not at all, and return the model.
+    """Write a folder that ``from_pretrained`` loads, whole or not at all, and return the model.
 
-    ``state`` holds the student's weights by the names of its own class; ``files`` is ``student_files``'s.
+    ``state`` holds the student's weights by the names of its own class. ``files`` comes from ``student_files``.
 
     Raises:
         UserError: the folder exists.
@@ -101,14 +59,21 @@ def write_student(
         for name, content in files.items():
             (temporary / name).write_text(content, "utf-8")
         config = AutoConfig.from_pretrained(temporary)
-        auto = (
-            AutoModelForCausalLM if task_of(config.model_type, config.architectures) == "clm" else AutoModelForMaskedLM
-        )
+        task = task_of(config.model_type, config.architectures)
+        auto = AutoModelForCausalLM if task == "clm" else AutoModelForMaskedLM
         model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
         model.load_state_dict(state, strict=True)
         model.eval().save_pretrained(temporary)
-        card = model_card(record, results=results, tokens_seen=tokens_seen, num_params=num_parameters(model))
-        (temporary / "README.md").write_text(card, "utf-8")
+        mask_token = json.loads(files.get("tokenizer_config.json", "{}")).get("mask_token")
+        card = student_card(
+            record,
+            results=results,
+            tokens_seen=tokens_seen,
+            num_params=num_parameters(model),
+            task=task,
+            mask_token=mask_token["content"] if isinstance(mask_token, dict) else mask_token or "[MASK]",
+        )
+        card.save(temporary / "README.md")
         temporary.chmod(0o755)
         temporary.rename(folder)
     finally:
@@ -134,7 +99,7 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
 
 
 def export_checkpoint(ckpt: str | Path, out: str | Path) -> PreTrainedModel:
-    """Turn any checkpoint of a distilkit run into a Hugging Face folder.
+    """Export a checkpoint of a distilkit run as a Hugging Face folder.
 
     Raises:
         UserError: the file is no such checkpoint, or the folder exists.

@@ -1,25 +1,52 @@
-"""A Hugging Face language model, split at its last hidden state.
+"""Load a Hugging Face language model, split it at its last hidden state, and run the two parts.
 
-The split lets the objective compute vocabulary-wide logits for chosen tokens only, before the head's transform.
+The split lets the objective compute vocabulary-wide logits for chosen tokens only.
 """
 
-from typing import Any, Literal, cast
+import hashlib
+from pathlib import Path
+from typing import Any, Literal, NotRequired, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from distilkit.attention import dense_mask, use_attention
 from distilkit.errors import UserError
+from distilkit.losses import Head
 
 Task = Literal["mlm", "clm"]
 
+_AUTO_CLASS = {"mlm": AutoModelForMaskedLM, "clm": AutoModelForCausalLM}
 _POSITIONS_AFTER_PAD = ("roberta", "xlm-roberta")  # their first position is pad_token_id + 1
 
 
+class Batch(TypedDict):
+    """A micro-batch: what the data module makes, and the objective reads.
+
+    All but ``input_ids`` and ``labels`` is optional. Padding has an ``attention_mask``, separated documents have
+    ``document_ids``. ``labelled`` and ``real`` are found on the host, so that a device need not report how many there
+    are. The data module adds the last four: counts over the whole optimizer step, and the place in it.
+    """
+
+    input_ids: Tensor  # (batch, length)
+    labels: Tensor  # (batch, length), -100 without a target
+    attention_mask: NotRequired[Tensor]  # (batch, length), 0 on padding
+    document_ids: NotRequired[Tensor]  # (batch, length), constant within a document
+    labelled: NotRequired[Tensor]  # (rows,), flat indices of the tokens with a label
+    real: NotRequired[Tensor]  # (tokens,), flat indices of all tokens but padding
+    num_tokens: NotRequired[Tensor]  # scalar
+    num_labels: NotRequired[Tensor]  # scalar
+    is_first: NotRequired[bool]
+    is_last: NotRequired[bool]
+
+
+# ------------------------------------------------------------------------------- loading
+
+
 def task_of(model_type: str, architectures: list[str] | None = None) -> Task:
-    """Tell masked from causal language models by ``config.architectures``, then by ``config.model_type``.
+    """Return the kind of a language model by ``config.architectures``, then by ``config.model_type``.
 
     A type that has both classes (BERT, RoBERTa) is masked unless its files say otherwise.
 
@@ -35,12 +62,61 @@ def task_of(model_type: str, architectures: list[str] | None = None) -> Task:
     return "mlm"
 
 
-def max_positions(model: PreTrainedModel) -> int:
-    """Return how many tokens a sequence may have."""
-    limit = int(model.config.max_position_embeddings)
-    if model.config.model_type in _POSITIONS_AFTER_PAD:
-        limit -= int(model.config.pad_token_id) + 1
-    return limit
+def load_language_model(
+    name: str,
+    *,
+    revision: str = "main",
+    task: Task | None = None,
+    trust_remote_code: bool = False,
+    needs_head: bool = True,
+) -> tuple[PreTrainedModel, Task]:
+    """Load a masked or causal language model from the hub or a folder, from safetensors, in float32.
+
+    ``task`` is read from the config when it is None.
+
+    Raises:
+        UserError: the model cannot be found or has no safetensors, or its files lack the head while ``needs_head``.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        task = task or task_of(config.model_type, config.architectures)
+        model, info = _AUTO_CLASS[task].from_pretrained(
+            name,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        where = "folder" if Path(name).is_dir() else "hub id"
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"cannot load {where} {name!r} at revision {revision!r}: {reason} "
+            "A hub id needs the network or a filled Hugging Face cache; a folder needs config.json and "
+            "model.safetensors (remote code only with trust_remote_code=true)"
+        ) from error
+    missing = sorted(key for key in info["missing_keys"] if not key.endswith("position_ids"))
+    if missing and needs_head:
+        raise UserError(
+            f"{name!r} has no trained language-model head: {', '.join(missing)} were not in its files and would be "
+            "random targets; use a checkpoint saved with its head, or set objective.alpha_ce=0 and objective.alpha_mse=0"
+        )
+    return model, task
+
+
+def weight_hash(model: PreTrainedModel) -> str:
+    """Return the SHA-256 over names and values of all weights."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------- backbone and head
 
 
 def _restarting_positions(model: PreTrainedModel, document_ids: Tensor) -> Tensor:
@@ -92,6 +168,17 @@ def last_hidden_state(
     return cast(Tensor, model.base_model(input_ids=input_ids, **arguments).last_hidden_state)
 
 
+def token_states(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Run the backbone on a batch: states of all tokens, padding included, (batch * length, width)."""
+    states = last_hidden_state(
+        model,
+        batch["input_ids"],
+        attention_mask=batch.get("attention_mask"),
+        document_ids=batch.get("document_ids"),
+    )
+    return states.flatten(0, 1)
+
+
 def head_transform(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Apply what stands between the last hidden state and the output embeddings: (tokens, width) -> (tokens, width)."""
     parts: Any = model  # each family names its own
@@ -118,6 +205,11 @@ def output_embeddings(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
     return output.weight, output.bias
 
 
+def lm_head(model: PreTrainedModel, states: Tensor) -> Head:
+    """Return what makes the logits of these states (rows, width)."""
+    return Head(head_transform(model, states), *output_embeddings(model))
+
+
 @torch.no_grad()
 def check_split(model: PreTrainedModel) -> None:
     """Make sure that backbone and head together are the whole model, on one short sequence.
@@ -139,6 +231,9 @@ def check_split(model: PreTrainedModel) -> None:
         )
 
 
+# -------------------------------------------------------------------------- size and limits
+
+
 def num_parameters(model: nn.Module) -> int:
     """Count the parameters, each tied weight once."""
     return sum(parameter.numel() for parameter in model.parameters())
@@ -150,6 +245,14 @@ def num_parameters_without_embeddings(model: nn.Module) -> int:
     return num_parameters(model) - sum(table.numel() for table in tables.values())
 
 
+def max_positions(model: PreTrainedModel) -> int:
+    """Return how many tokens a sequence may have."""
+    limit = int(model.config.max_position_embeddings)
+    if model.config.model_type in _POSITIONS_AFTER_PAD:
+        limit -= int(model.config.pad_token_id) + 1
+    return limit
+
+
 def check_positions(model: PreTrainedModel, length: int, *, key: str, name: str) -> None:
     """Make sure that sequences of a length, set by the config's ``key``, fit the model's positions, if it has a limit.
 
@@ -159,3 +262,35 @@ def check_positions(model: PreTrainedModel, length: int, *, key: str, name: str)
     limit = max_positions(model) if hasattr(model.config, "max_position_embeddings") else length
     if length > limit:
         raise UserError(f"{key}={length}, but {name} has {limit} positions; set {key}={limit} or less")
+
+
+# ------------------------------------------------------------------------ how models run
+
+
+def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast a frozen model's parameters once, where autocast would cast them at each step.
+
+    Buffers keep their dtype: rotary frequencies need float32.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def compile_backbone(model: PreTrainedModel) -> None:
+    """Compile the backbone's forward in place; the names of weights, and so checkpoints, do not change."""
+    use_attention(model)  # first: GPT-2's own attention sees the future when it is compiled without a mask
+    model.base_model.compile()
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Keep only the input of each layer in training, and recompute the rest in backward: less memory, more time.
+
+    Raises:
+        UserError: the architecture does not support it.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"activation_checkpointing=true, but {type(model).__name__} does not support it; set activation_checkpointing=false"
+        )
+    model.activation_checkpointing_enable()
+    model.disable_input_require_grads()  # a hook for frozen embeddings, which breaks a compiled graph

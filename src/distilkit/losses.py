@@ -90,3 +90,16 @@ def reference_losses(
     if hard_weights is not None:
         hard = (hard_weights * hard_target_cross_entropy(logits, labels)).sum()
     return VocabularyLosses(soft + hard + mse, soft.detach(), hard.detach(), mse.detach())
+
+
+def score(head: Head, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the cross-entropy at ``targets`` (rows,), in nats, and the predictions, both (rows,).
+
+    Logits exist for 512 rows at a time: those of a causal batch would take gigabytes.
+    """
+    nlls, predictions = [], []
+    for features, labels in zip(head.features.split(512), targets.split(512), strict=True):
+        logits = F.linear(features, head.weight, head.bias)
+        nlls.append(hard_target_cross_entropy(logits, labels))
+        predictions.append(logits.argmax(dim=-1))
+    return torch.cat(nlls), torch.cat(predictions)

@@ -1,46 +1,153 @@
-"""Put a model's scores into its model card."""
+"""The model card of a student: its origin, its training and its scores, with the hub's metadata."""
 
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from distilkit.records import Result
-from distilkit.report.tables import results_markdown
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 log = logging.getLogger(__name__)
 
+_TAGS = ["knowledge-distillation", "distilkit"]
+_PIPELINES = {"mlm": "fill-mask", "clm": "text-generation"}
 _BEGIN, _END = "<!-- scores of distilkit.evaluate -->", "<!-- end of scores -->"
+_TEMPLATE = """---
+{{ card_data }}
+---
+# {{ name }}
+
+A {{ architecture }} of {{ num_params }} parameters, {{ origin }} with distilkit {{ version }}{{ method }}.
+
+```python
+from transformers import pipeline
+
+{% if pipeline == "fill-mask" -%}
+pipeline("fill-mask", "path/to/this/folder")("The capital of France is {{ mask_token }}.")
+{%- else -%}
+pipeline("text-generation", "path/to/this/folder")("The capital of France is")
+{%- endif %}
+```
+
+| | |
+|---|---|
+{% for label, value in facts -%}
+| {{ label }} | {{ value }} |
+{% endfor %}
+{%- if results %}
+Results on the held-out documents (nats per token, shares of labelled tokens):
+
+| metric | value |
+|---|---|
+{% for metric, value in results -%}
+| {{ metric }} | {{ "%.4f" | format(value) }} |
+{% endfor %}
+{%- endif %}
+"""
 
 
-def add_scores(folder: Path, results: Sequence[Result]) -> bool:
-    """Write the table of a model's scores into the card that distilkit made of it, in the place of an older table.
-
-    Returns whether there is such a card; any other README.md is left alone.
-    """
-    card = folder / "README.md"
-    table = results_markdown(results)
-    if not table or not card.is_file():
-        return False
-    text = card.read_text("utf-8")
-    if "distilkit]" not in text.partition("\n# ")[0]:  # among the tags of its header
-        return False
-    before, begin, rest = text.partition(_BEGIN)
-    after = rest.partition(_END)[2] if begin and _END in rest else "\n"
-    lines = [
-        _BEGIN,
-        "## Scores",
-        "",
-        "After fine-tuning on each task; medians over seeds, in percent where they are shares.",
-        "",
-    ]
-    section = "\n".join([*lines, table, _END])
+def teacher_metadata(name: str) -> dict[str, Any]:
+    """Return ``license`` and ``language`` of a teacher's own card, as far as it has them."""
     try:
-        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".card", delete=False, encoding="utf-8") as temporary:
-            temporary.write(before.rstrip("\n") + "\n\n" + section + after)
-        Path(temporary.name).chmod(0o644)
-        Path(temporary.name).replace(card)
-    except OSError as error:  # a folder that is not ours to write: the scores are safe in their own file
-        log.warning("%s keeps its old table: %s", card, error)
+        file = Path(name) / "README.md"
+        if Path(name).is_dir() and not file.is_file():
+            return {}
+        data = ModelCard.load(file if file.is_file() else name).data.to_dict()
+    except (OSError, ValueError, HfHubHTTPError, OfflineModeIsEnabled):  # no card, no valid metadata, no network
+        return {}
+    return {key: data[key] for key in ("license", "language") if data.get(key)}
+
+
+def student_card(
+    record: Mapping[str, Any],
+    *,
+    results: Mapping[str, float],
+    tokens_seen: int,
+    num_params: int,
+    task: str,
+    mask_token: str = "[MASK]",
+) -> ModelCard:
+    """Build the card of a student from the record of its run.
+
+    ``results`` are its metrics on held-out documents. ``task`` is ``mlm`` or ``clm``.
+    """
+    teacher = record["teacher"]
+    is_local = teacher is not None and Path(teacher["name"]).exists()
+    origin, method = "trained without a teacher", ""
+    if teacher:
+        revision = "" if is_local else f"revision `{teacher['revision']}`, "
+        origin = f"distilled from `{teacher['name']}` ({revision}{teacher['parameters']:,} parameters)"
+        method = ", by the method of [DistilBERT](https://arxiv.org/abs/1910.01108)"
+    metrics = {name: results[f"val/{name}"] for name in ("nll", "perplexity", "accuracy") if f"val/{name}" in results}
+    metadata = ModelCardData(
+        base_model=teacher["name"] if teacher and not is_local else None,
+        library_name="transformers",
+        pipeline_tag=_PIPELINES[task],
+        tags=_TAGS,
+        model_name=record["name"],
+        eval_results=[
+            EvalResult(
+                task_type=_PIPELINES[task],
+                dataset_type="held-out",
+                dataset_name=f"held-out documents: {record['data']}",
+                metric_type=name,
+                metric_value=round(value, 4),
+            )
+            for name, value in metrics.items()
+        ]
+        or None,
+        **record.get("metadata", {}),
+    )
+    layers = record["layers"]
+    card: ModelCard = ModelCard.from_template(
+        metadata,
+        template_str=_TEMPLATE,
+        name=record["name"],
+        architecture=record["architecture"],
+        num_params=f"{num_params:,}",
+        origin=origin,
+        method=method,
+        version=record["version"],
+        pipeline=_PIPELINES[task],
+        mask_token=mask_token,
+        facts=[
+            ("layers kept", "none: random init" if layers is None else layers),
+            ("objective", ", ".join(f"{name} {value}" for name, value in record["objective"].items())),
+            ("data", record["data"]),
+            ("block size", f"{record['block_size']} tokens, {record['global_batch_size']} blocks a step"),
+            ("tokens seen", f"{tokens_seen:,}"),
+        ],
+        results=sorted(results.items()),
+    )
+    return card
+
+
+def add_scores(folder: Path, table: str, scores: Sequence[EvalResult] = ()) -> bool:
+    """Write a table of task scores into the card of a student, in place of an older one, and into its metadata.
+
+    Returns whether there is a card that distilkit wrote; any other README.md is left alone.
+    """
+    file = folder / "README.md"
+    if not table or not file.is_file():
+        return False
+    card = ModelCard.load(file, ignore_metadata_errors=True)
+    if "distilkit" not in (card.data.to_dict().get("tags") or []):
+        return False
+    before, begin, rest = card.text.partition(_BEGIN)
+    after = rest.partition(_END)[2] if begin and _END in rest else "\n"
+    intro = "After fine-tuning on each task; medians over seeds, in percent where they are shares."
+    card.text = f"{before.rstrip()}\n\n" + "\n".join([_BEGIN, "## Scores", "", intro, "", table, _END]) + after
+    theirs = {result.dataset_type for result in scores}
+    kept = [result for result in card.data.eval_results or [] if result.dataset_type not in theirs]
+    card.data.eval_results = [*kept, *scores] or None
+    card.data.model_name = card.data.model_name or folder.resolve().name
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".card") as temporary:
+            card.save(Path(temporary) / file.name)
+            (Path(temporary) / file.name).replace(file)
+    except OSError as error:  # a read-only folder: the scores are safe in their own file
+        log.warning("%s keeps its old table: %s", file, error)
         return False
     return True

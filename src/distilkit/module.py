@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from pytorch_lightning import LightningModule
 from pytorch_lightning.plugins.precision import MixedPrecision, Precision
 from pytorch_lightning.strategies import FSDPStrategy
@@ -21,10 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from distilkit import losses
 from distilkit.errors import UserError
 from distilkit.export import student_files
-from distilkit.language_model import Task
-from distilkit.objective import Batch, Objective, labelled_rows, lm_head, real_rows, token_states
-from distilkit.teacher import Teacher, cast_parameters
-from distilkit.throughput import forward_cost, step_flops
+from distilkit.language_model import Batch, Task, cast_parameters, lm_head, token_states
+from distilkit.objective import Objective, labelled_rows, real_rows
+from distilkit.teacher import Teacher
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +80,6 @@ class DistillationModule(LightningModule):
         self.before: dict[str, float] = {}  # held-out metrics of the student as it was cut
         self.after: dict[str, float] = {}  # and of its present weights, once they are scored
         self.strict_loading = False  # the teacher is in no checkpoint; the student is checked below
-        self.costs = forward_cost(student), forward_cost(teacher.model) if teacher else None
         self.shapes = {name: list(tensor.shape) for name, tensor in student.state_dict().items()}  # before any sharding
         self.matrices = {name for name, parameter in student.named_parameters() if parameter.ndim >= 2}
         if not objective.reads_student_logits:  # a head without a gradient; DDP would wait for it
@@ -163,11 +160,6 @@ class DistillationModule(LightningModule):
             self._log_step()
         # Lightning divides by the accumulation and DDP by the ranks; our denominators hold both already.
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
-
-    def flops(self, batch: Batch) -> float:
-        """Return the floating-point operations that training on a batch needs."""
-        student, teacher = self.costs
-        return step_flops(self.objective, student, teacher, batch, task=self.task)
 
     def _loss(
         self,
@@ -284,7 +276,7 @@ class DistillationModule(LightningModule):
         for prefix, model, hidden in (("", self.student, states[0]), ("teacher_", self.teacher, states[1])):
             if model is None or hidden is None:
                 continue
-            nll, predictions[prefix] = score(lm_head(model, hidden[rows]), targets)
+            nll, predictions[prefix] = losses.score(lm_head(model, hidden[rows]), targets)
             self._count(f"{prefix}nll", nll.mean(), num_labels)
             self._count(f"{prefix}accuracy", (predictions[prefix] == targets).float().mean(), num_labels)
         if "teacher_" in predictions:
@@ -375,16 +367,3 @@ class DistillationModule(LightningModule):
             differing = sorted(name for name in theirs | self.shapes if theirs.get(name) != self.shapes.get(name))
             raise UserError(f"the checkpoint holds another student: {differing[0]} differs; {cure}")
         self.tokens_seen = saved["tokens_seen"]
-
-
-def score(head: losses.Head, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropy at ``targets`` (rows,), in nats, and the predictions, both (rows,).
-
-    Logits are held for a few rows at once: a batch of a causal model would have gigabytes of them.
-    """
-    nlls, predictions = [], []
-    for features, labels in zip(head.features.split(512), targets.split(512), strict=True):
-        logits = F.linear(features, head.weight, head.bias)
-        nlls.append(losses.hard_target_cross_entropy(logits, labels))
-        predictions.append(logits.argmax(dim=-1))
-    return torch.cat(nlls), torch.cat(predictions)

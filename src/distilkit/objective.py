@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,15 +11,7 @@ from transformers import PreTrainedModel
 from distilkit import losses
 from distilkit.errors import UserError
 from distilkit.fused import fused_losses
-from distilkit.language_model import Task, head_transform, last_hidden_state, output_embeddings
-
-Batch = dict[str, Any]
-"""``input_ids`` and ``labels`` (batch, length); with padding ``attention_mask``; with separation ``document_ids``.
-
-From the data module also ``labelled`` and, with padding, ``real``: flat indices of the tokens that have a label, and of
-all but padding.
-"""
-
+from distilkit.language_model import Batch, Task, lm_head, token_states
 
 _CHOICES = {"soft_targets": ("all", "masked"), "implementation": ("fused", "reference")}
 
@@ -184,32 +176,16 @@ def real_rows(batch: Batch) -> Tensor | None:
     """
     if "attention_mask" not in batch:
         return None
-    return cast(Tensor, batch["real"] if "real" in batch else batch["attention_mask"].flatten().nonzero().squeeze(1))
+    return batch["real"] if "real" in batch else batch["attention_mask"].flatten().nonzero().squeeze(1)
 
 
 def labelled_rows(batch: Batch) -> Tensor:
     """Return the flat indices (rows,) of the tokens that have a label; see ``real_rows``."""
     if "labelled" in batch:
-        return cast(Tensor, batch["labelled"])
-    return cast(Tensor, (batch["labels"].flatten() != losses.IGNORE_INDEX).nonzero().squeeze(1))
+        return batch["labelled"]
+    return (batch["labels"].flatten() != losses.IGNORE_INDEX).nonzero().squeeze(1)
 
 
 def choose(tokens: Tensor, rows: Tensor | None) -> Tensor:
     """Take rows of (tokens, ...) by their indices (rows,), or all of them for None."""
     return tokens if rows is None else tokens[rows]
-
-
-def token_states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Run a backbone over a batch: the last hidden states of all tokens, padding included, (batch * length, width)."""
-    states = last_hidden_state(
-        model,
-        batch["input_ids"],
-        attention_mask=batch.get("attention_mask"),
-        document_ids=batch.get("document_ids"),
-    )
-    return states.flatten(0, 1)
-
-
-def lm_head(model: PreTrainedModel, states: Tensor) -> losses.Head:
-    """Return what makes the logits of these states (rows, width)."""
-    return losses.Head(head_transform(model, states), *output_embeddings(model))

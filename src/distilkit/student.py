@@ -24,8 +24,8 @@ from transformers import (
 
 from distilkit.data.tokenizer import load_tokenizer
 from distilkit.errors import UserError
-from distilkit.language_model import check_split, task_of
-from distilkit.teacher import Teacher, load_language_model
+from distilkit.language_model import check_split, load_language_model, task_of
+from distilkit.teacher import Teacher
 
 log = logging.getLogger(__name__)
 

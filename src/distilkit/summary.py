@@ -18,12 +18,14 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from distilkit.callbacks import Throughput
+from distilkit.data.corpus import Corpus
 from distilkit.export import read_checkpoint, write_student
 from distilkit.language_model import num_parameters
+from distilkit.model_card import teacher_metadata
 from distilkit.module import DistillationModule
 from distilkit.objective import Objective
 from distilkit.teacher import Teacher
+from distilkit.throughput import Throughput
 
 _PACKAGES = ("distilkit", "torch", "pytorch-lightning", "transformers", "tokenizers", "datasets", "hydra-core", "numpy")
 
@@ -97,10 +99,25 @@ def plot_curves(metrics_file: Path, out: Path, *, title: str) -> None:
     figure.savefig(out, dpi=120)
 
 
+def _hub_datasets(fingerprint: Any) -> dict[str, list[str]]:
+    """Return the hub ids that a corpus reads, as the ``datasets`` of a model card."""
+
+    def paths(node: Any) -> list[str]:
+        if isinstance(node, list):
+            return [path for part in node for path in paths(part)]
+        if not isinstance(node, dict):
+            return []
+        own = [node[kind]["path"] for kind in ("hub", "wikipedia") if kind in node]
+        return own + paths(node.get("parts"))
+
+    found = list(dict.fromkeys(paths(fingerprint)))
+    return {"datasets": found} if found else {}
+
+
 def describe(
-    cfg: DictConfig, *, objective: Objective, teacher: Teacher | None, student: PreTrainedModel
+    cfg: DictConfig, *, objective: Objective, teacher: Teacher | None, student: PreTrainedModel, corpus: Corpus
 ) -> dict[str, Any]:
-    """Collect what a reader of the student wants to know of its making, as JSON."""
+    """Collect, as JSON, what a reader of the student needs to know about its training."""
     # Each rank of torchrun or srun has a folder of its own, but they have one config all the same.
     folder = json.dumps(cfg.output_dir)[:-1]
     config = json.dumps(OmegaConf.to_container(cfg, resolve=True)).replace(folder, '".')
@@ -127,6 +144,7 @@ def describe(
         "data": cfg.data.description,
         "block_size": cfg.data.block_size,
         "global_batch_size": cfg.data.global_batch_size,
+        "metadata": (teacher_metadata(teacher.name) if teacher else {}) | _hub_datasets(corpus.fingerprint()),
         "config": json.loads(config),
     }
 

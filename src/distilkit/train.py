@@ -1,12 +1,10 @@
 """Distil a student from a teacher: ``python -m distilkit.train teacher=roberta-base student=half_depth``."""
 
 import logging
-import warnings
 from pathlib import Path
 
 import hydra
 import torch
-import transformers
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
@@ -15,14 +13,11 @@ from pytorch_lightning import Trainer, seed_everything
 from pytorch_lightning.loggers import CSVLogger, WandbLogger
 from pytorch_lightning.strategies import FSDPStrategy
 
-from distilkit.backbone import checkpoint_activations, compile_backbone, set_matmul_precision
 from distilkit.callbacks import ValidateEvery
-from distilkit.cli import check_keys, check_names, report_errors
+from distilkit.cli import check_keys, check_names, prepare_process, ranks_on_config, report_errors, set_matmul_precision
 from distilkit.errors import UserError
 from distilkit.export import read_checkpoint
-from distilkit.language_model import check_positions, num_parameters, task_of
-from distilkit.launch import ranks_on_config
-from distilkit.malloc import keep_large_buffers
+from distilkit.language_model import check_positions, checkpoint_activations, compile_backbone, num_parameters, task_of
 from distilkit.module import DistillationModule
 from distilkit.summary import describe, finish
 
@@ -76,7 +71,7 @@ def train(cfg: DictConfig) -> float:
     if cfg.activation_checkpointing:
         checkpoint_activations(student)
     data = instantiate(cfg.data, tokenizer=tokenizer, task=task)
-    record = describe(cfg, objective=objective, teacher=teacher, student=student)
+    record = describe(cfg, objective=objective, teacher=teacher, student=student, corpus=data.corpus)
     module = DistillationModule(
         student=student,
         teacher=teacher,
@@ -139,16 +134,7 @@ def train(cfg: DictConfig) -> float:
 @report_errors
 def main(cfg: DictConfig) -> float:
     """Run one job, and return the metric that sweepers minimise."""
-    keep_large_buffers()
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message="Found .* module\\(s\\) in eval mode")  # the teacher, on purpose
-    warnings.filterwarnings("ignore", message="Experiment logs directory .* exists")  # the run's folder, on purpose
-    warnings.filterwarnings(
-        "ignore", message="The dirpath has changed"
-    )  # a resumed run has a folder and a best of its own
-    warnings.filterwarnings("ignore", message=".*LeafSpec")  # Lightning's own use of torch
-    warnings.filterwarnings("ignore", message=".*does not have many workers")  # batches are cut from a memory map
-    warnings.filterwarnings("ignore", message=".*sync_dist=True")  # what is logged is summed over ranks already
+    prepare_process()
     return train(cfg)
 
 

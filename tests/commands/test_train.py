@@ -287,7 +287,16 @@ def test_the_loss_curves_are_a_picture_with_something_on_it(run: Run) -> None:
 def test_the_model_card_says_how_the_student_was_made(run: Run, save_teacher: Callable[..., Path]) -> None:
     card = (run.folder / "student" / "README.md").read_text("utf-8")
     _, head, body = card.split("---\n", 2)
-    assert yaml.safe_load(head) == {"library_name": "transformers", "tags": ["knowledge-distillation", "distilkit"]}
+    metadata = yaml.safe_load(head)
+    (index,) = metadata.pop("model-index")
+    assert metadata == {
+        "library_name": "transformers",
+        "pipeline_tag": "fill-mask",
+        "tags": ["knowledge-distillation", "distilkit"],
+    }
+    metrics = [result["metrics"][0] for result in index["results"]]
+    assert [metric["type"] for metric in metrics] == ["nll", "perplexity", "accuracy"]
+    assert metrics[0]["value"] == round(run.summary["after"]["val/nll"], 4)
     for fact in (
         f"distilled from `{save_teacher('bert')}` (58,718 parameters) with distilkit",
         "A DistilBertForMaskedLM of",

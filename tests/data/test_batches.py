@@ -13,18 +13,12 @@ from tokenizers import Tokenizer, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from distilkit.data.batches import (
-    Blocks,
-    DistillationDataModule,
-    MicroBatches,
-    StepSampler,
-    special_tokens_around,
-    split_step,
-)
+from distilkit.data.batches import DistillationDataModule, MicroBatches, StepSampler, split_step
+from distilkit.data.blocks import Blocks, special_tokens_around
 from distilkit.data.masking import Ids, Masker, Masking
 from distilkit.errors import UserError
+from distilkit.language_model import Batch
 from distilkit.losses import IGNORE_INDEX
-from distilkit.objective import Batch
 from tiny import SPECIAL, VOCABULARY, make_documents
 
 PAD, CLS, SEP = (SPECIAL.index(token) for token in ("[PAD]", "[CLS]", "[SEP]"))

@@ -4,112 +4,24 @@ import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pytorch_lightning import LightningDataModule
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from distilkit.data.cache import TokenCache, open_cache, prepare, separator_id
+from distilkit.data.blocks import Blocks, Draw, special_tokens_around
+from distilkit.data.cache import TokenCache, open_cache, prepare
 from distilkit.data.corpus import Corpus
-from distilkit.data.masking import VALIDATION_EPOCH, Ids, Masker, Masking, mix
+from distilkit.data.masking import VALIDATION_EPOCH, Masker, Masking, mix
 from distilkit.errors import UserError
-from distilkit.language_model import Task
+from distilkit.language_model import Batch, Task
 from distilkit.losses import IGNORE_INDEX
-from distilkit.objective import Batch
 
 log = logging.getLogger(__name__)
-
-Draw = tuple[int, Ids]  # an epoch and the blocks to take: what a sampler hands to the data set
-
-
-class Blocks(Dataset[Batch]):
-    """Cut a token stream into full blocks and make batches of them, masked or shifted.
-
-    Each block is the tokenizer's opening tokens, a stretch of the stream, and its closing tokens: no token is lost
-    and none is repeated; the last block alone may be padded.
-    """
-
-    def __init__(
-        self,
-        tokens: NDArray[Any],
-        *,
-        tokenizer: PreTrainedTokenizerBase,
-        block_size: int,
-        masker: Masker | None,
-        attend_across_documents: bool,
-    ) -> None:
-        """Take a stream (tokens,) and a masker, or None for causal models."""
-        self.masker = masker
-        self.block_size = block_size
-        self.attend_across_documents = attend_across_documents
-        self.separator = separator_id(tokenizer)
-        self.opening, self.closing = special_tokens_around(tokenizer)
-        self.stride = block_size - len(self.opening) - len(self.closing)
-        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.separator
-        num_full = len(tokens) // self.stride
-        stream = np.asarray(tokens)  # slices of a memory map are slow to make
-        self.full = stream[: num_full * self.stride].reshape(num_full, self.stride)
-        self.rest = stream[num_full * self.stride :]
-
-    def __len__(self) -> int:
-        """Count the blocks, the padded last one included."""
-        return len(self.full) + bool(len(self.rest))
-
-    def __getitem__(self, draw: Draw) -> Batch:
-        """Make the batch of these blocks in this epoch: tensors of (blocks, block_size)."""
-        epoch, blocks = draw
-        input_ids, lengths = self.input_ids(blocks)
-        real = np.arange(self.block_size) < lengths[:, None]
-        if self.masker is not None:
-            model_ids, labels = self.masker(input_ids, epoch=epoch, samples=blocks, lengths=lengths)
-        else:
-            model_ids = input_ids
-            labels = np.full_like(input_ids, IGNORE_INDEX)  # position t predicts token t + 1
-            labels[:, :-1] = np.where(real[:, 1:], input_ids[:, 1:], IGNORE_INDEX)
-        batch: Batch = {"input_ids": torch.from_numpy(model_ids), "labels": torch.from_numpy(labels)}
-        if (lengths < self.block_size).any():
-            batch["attention_mask"] = torch.from_numpy(real.astype(np.int64))
-        if not self.attend_across_documents:
-            batch["document_ids"] = torch.from_numpy(self.document_ids(input_ids, real))
-        return batch
-
-    def input_ids(self, blocks: Ids) -> tuple[Ids, Ids]:
-        """Gather unmasked blocks: ids (blocks, block_size) and the number of real tokens of each (blocks,)."""
-        begin, end = len(self.opening), len(self.opening) + self.stride
-        ids = np.empty((len(blocks), self.block_size), dtype=np.int64)
-        ids[:, :begin], ids[:, end:] = self.opening, self.closing
-        lengths = np.full(len(blocks), self.block_size, dtype=np.int64)
-        is_full = blocks < len(self.full)
-        if is_full.all():
-            ids[:, begin:end] = self.full.take(blocks, axis=0)
-        else:
-            ids[is_full, begin:end] = self.full[blocks[is_full]]
-            last = np.concatenate([self.rest, self.closing]).astype(np.int64)
-            lengths[~is_full] = begin + len(last)
-            ids[~is_full, begin:] = self.pad_id
-            ids[~is_full, begin : begin + len(last)] = last
-        return ids, lengths
-
-    def document_ids(self, input_ids: Ids, real: NDArray[np.bool_]) -> Ids:
-        """Number the documents within each block from 0; a separator belongs to the one it closes; padding is -1."""
-        after_separator = np.zeros_like(input_ids)
-        after_separator[:, 1:] = input_ids[:, :-1] == self.separator
-        after_separator[:, 1 : len(self.opening) + 1] = 0  # an opening token may be the separator's twin
-        ends = real.sum(axis=1, keepdims=True) - len(self.closing)
-        after_separator[np.arange(self.block_size) >= ends] = 0  # the closing tokens go with the last document
-        return np.where(real, np.cumsum(after_separator, axis=1), -1)
-
-
-def special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Return what the tokenizer puts before and after one sequence: [CLS] and [SEP], <s> and </s>, or nothing."""
-    inner = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    start = next(i for i in range(len(whole)) if whole[i : i + len(inner)] == inner)
-    return whole[:start], whole[start + len(inner) :]
 
 
 class StepSampler(Sampler[Draw]):
@@ -184,10 +96,11 @@ class MicroBatches:
             for micro_batch in split_step(step, self.micro_batch_size):
                 self.position += 1
                 if self.pin_memory:  # what the split has added; the rest is pinned already
-                    micro_batch = {
-                        name: value.pin_memory() if isinstance(value, torch.Tensor) else value
+                    pinned = {
+                        name: value.pin_memory() if isinstance(value, Tensor) else value
                         for name, value in micro_batch.items()
                     }
+                    micro_batch = cast(Batch, pinned)
                 yield micro_batch
 
     def state_dict(self) -> dict[str, int]:
@@ -227,34 +140,36 @@ class _Steps(Sampler[Draw]):
 
 
 def split_step(step: Batch, micro_batch_size: int) -> list[Batch]:
-    """Split one optimizer step into micro-batches that know where their labelled and their real tokens are.
+    """Split one optimizer step into micro-batches that know where their labelled and real tokens are.
 
-    Each adds ``labelled`` (rows,), the sorted places of its labelled tokens among its micro_batch * block_size, where it
-    has an ``attention_mask`` also ``real`` (tokens,), those of its real ones, and ``num_tokens`` and ``num_labels``, the
-    counts of the whole step. They are found here, on the host, so that a device need not report how many there are.
+    Each gets ``labelled`` (rows,), the sorted indices of its labelled tokens among its micro_batch * block_size. Where
+    there is padding it also gets ``real`` (tokens,). ``num_tokens`` and ``num_labels`` count over the whole step.
+    All are found here, on the host, so that a device need not report how many there are.
     """
     size, block_size = step["input_ids"].shape
-    places = {"labelled": np.flatnonzero(step["labels"].numpy() != IGNORE_INDEX)}
+    found = {"labelled": np.flatnonzero(step["labels"].numpy() != IGNORE_INDEX)}
     if "attention_mask" in step:
-        places["real"] = np.flatnonzero(step["attention_mask"].numpy())
+        found["real"] = np.flatnonzero(step["attention_mask"].numpy())
     counts = {
-        "num_tokens": torch.tensor(len(places["real"]) if "real" in places else size * block_size),
-        "num_labels": torch.tensor(len(places["labelled"])),
+        "num_tokens": torch.tensor(len(found["real"]) if "real" in found else size * block_size),
+        "num_labels": torch.tensor(len(found["labelled"])),
     }
     begins = range(0, size, micro_batch_size)
-    pieces = {name: tensor.split(micro_batch_size) for name, tensor in step.items()}
-    for name, found in places.items():
-        cuts = np.searchsorted(found, [begin * block_size for begin in begins[1:]])
+    pieces = {name: cast(Tensor, tensor).split(micro_batch_size) for name, tensor in step.items()}
+    for name, indices in found.items():
+        cuts = np.searchsorted(indices, [begin * block_size for begin in begins[1:]])
         pieces[name] = tuple(
-            torch.from_numpy(piece - begin * block_size)
-            for begin, piece in zip(begins, np.split(found, cuts), strict=True)
+            torch.from_numpy(piece - begin * block_size)  # from the start of the micro-batch
+            for begin, piece in zip(begins, np.split(indices, cuts), strict=True)
         )
-    return [
+    last = len(begins) - 1
+    micro_batches = (
         {name: piece[index] for name, piece in pieces.items()}
         | counts
-        | {"is_first": index == 0, "is_last": index == len(begins) - 1}
+        | {"is_first": index == 0, "is_last": index == last}
         for index in range(len(begins))
-    ]
+    )
+    return [cast(Batch, micro_batch) for micro_batch in micro_batches]
 
 
 def whole_step(batch: Any) -> Batch:

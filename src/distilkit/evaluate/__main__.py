@@ -5,7 +5,6 @@ import json
 import logging
 import shutil
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 
 import hydra
 import torch
-import transformers
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Callback, Trainer, seed_everything
@@ -23,8 +21,7 @@ from pytorch_lightning.loggers import WandbLogger
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from distilkit.backbone import set_matmul_precision
-from distilkit.cli import check_keys, check_names, report_errors
+from distilkit.cli import check_keys, check_names, prepare_process, report_errors, set_matmul_precision
 from distilkit.errors import UserError
 from distilkit.evaluate.finetune import (
     NUMBERS,
@@ -37,10 +34,10 @@ from distilkit.evaluate.finetune import (
 )
 from distilkit.evaluate.models import check_same_vocabulary, load_task_model, load_task_tokenizer, weights_id
 from distilkit.language_model import check_positions, num_parameters, num_parameters_without_embeddings
-from distilkit.malloc import keep_large_buffers
 from distilkit.model_card import add_scores
 from distilkit.records import FILE, Result, cost, model_name, read_file, read_results, write_results
 from distilkit.report.page import print_table
+from distilkit.report.tables import results_markdown
 from distilkit.summary import write_json
 
 log = logging.getLogger(__name__)
@@ -302,7 +299,7 @@ def evaluate(cfg: DictConfig) -> float | None:
         write_results(folder, results)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # they were for resuming
         mine = [result for result in read_results([folder.parents[1]]) if result.sha256 == model_id]
-        add_scores(Path(cfg.model), mine)
+        add_scores(Path(cfg.model), results_markdown(mine))
     show(results, folder)
     return results[0].held_out
 
@@ -321,10 +318,7 @@ def show(results: Sequence[Result], folder: Path) -> None:
 @report_errors
 def main(cfg: DictConfig) -> float | None:
     """Run one job, and return what sweepers may maximise: the score on held-out rows."""
-    keep_large_buffers()
-    transformers.utils.logging.disable_progress_bar()
-    for message in (".*does not have many workers", ".*LeafSpec", "Checkpoint directory .* exists", ".*eval mode"):
-        warnings.filterwarnings("ignore", message=message)
+    prepare_process()
     return evaluate(cfg)
 
 

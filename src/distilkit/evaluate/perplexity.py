@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from distilkit.data.batches import special_tokens_around
+from distilkit.data.blocks import special_tokens_around
 from distilkit.data.corpus import Corpus
 from distilkit.data.masking import VALIDATION_EPOCH, Ids, Masker, Masking
 from distilkit.data.text_files import TextFiles
@@ -28,16 +28,17 @@ from distilkit.language_model import (
     check_positions,
     check_split,
     last_hidden_state,
+    lm_head,
+    load_language_model,
     max_positions,
     num_parameters,
     num_parameters_without_embeddings,
+    weight_hash,
 )
 from distilkit.losses import IGNORE_INDEX
-from distilkit.module import score as score_rows
-from distilkit.objective import lm_head
+from distilkit.losses import score as score_rows
 from distilkit.records import Result, cost
 from distilkit.student import check_vocabulary
-from distilkit.teacher import load_language_model, weight_hash
 
 PARAGRAPH = "\n\n"
 _MAX_BLOCK_SIZE = 512  # what most encoders have, and as much context as a comparison of students needs

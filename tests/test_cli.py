@@ -2,12 +2,12 @@ import platform
 import subprocess
 import sys
 
-from distilkit.malloc import keep_large_buffers
+from distilkit.cli import keep_large_buffers
 
 # The resident memory after freeing 200 MB, with and without the raised thresholds.
 PROBE = """
 import resource, sys
-from distilkit.malloc import keep_large_buffers
+from distilkit.cli import keep_large_buffers
 if sys.argv[1] == "keep":
     assert keep_large_buffers()
 block = bytearray(200_000_000)

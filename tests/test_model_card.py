@@ -1,0 +1,138 @@
+"""The card of a student: the hub's metadata, what a reader learns of the training, and scores that replace older ones."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import EvalResult, ModelCard
+
+from distilkit.data.corpus import Concatenation
+from distilkit.data.docstrings import Docstrings
+from distilkit.data.hub import HubDataset, MultilingualWikipedia
+from distilkit.model_card import add_scores, student_card, teacher_metadata
+from distilkit.summary import _hub_datasets
+
+RECORD: dict[str, Any] = {
+    "name": "demo",
+    "version": "1.2.3",
+    "teacher": {"name": "google-bert/bert-base-uncased", "revision": "abc", "sha256": "x", "parameters": 110_000_000},
+    "objective": {"alpha_ce": 5.0, "temperature": 2.0},
+    "architecture": "DistilBertForMaskedLM",
+    "layers": [0, 2, 4],
+    "data": "docstrings",
+    "block_size": 64,
+    "global_batch_size": 16,
+    "metadata": {"license": "apache-2.0", "language": "en", "datasets": ["wikimedia/wikipedia"]},
+}
+RESULTS = {"val/nll": 4.5, "val/perplexity": 90.017, "val/accuracy": 0.25, "val/agreement": 0.6}
+
+
+def card(record: dict[str, Any] | None = None, **fields: Any) -> ModelCard:
+    given = {"results": RESULTS, "tokens_seen": 1000, "num_params": 66_000_000, "task": "mlm", **fields}
+    return student_card(RECORD | (record or {}), **given)
+
+
+def head(content: str) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(content.split("---\n")[1])
+    return found
+
+
+def test_the_hub_learns_what_the_student_is() -> None:
+    metadata = head(card().content)
+    (index,) = metadata.pop("model-index")
+    assert metadata == {
+        "base_model": "google-bert/bert-base-uncased",
+        "datasets": ["wikimedia/wikipedia"],
+        "language": "en",
+        "library_name": "transformers",
+        "license": "apache-2.0",
+        "pipeline_tag": "fill-mask",
+        "tags": ["knowledge-distillation", "distilkit"],
+    }
+    assert index["name"] == "demo"
+    values = {result["metrics"][0]["type"]: result["metrics"][0]["value"] for result in index["results"]}
+    # One dataset gives one entry with all its metrics.
+    values |= {metric["type"]: metric["value"] for metric in index["results"][0]["metrics"]}
+    assert values == {"nll": 4.5, "perplexity": 90.017, "accuracy": 0.25}
+
+
+def test_a_reader_learns_how_the_student_was_made() -> None:
+    text = card().text
+    for fact in (
+        "A DistilBertForMaskedLM of 66,000,000 parameters, distilled from `google-bert/bert-base-uncased` (revision `abc`, "
+        "110,000,000 parameters) with distilkit 1.2.3, by the method of [DistilBERT]",
+        "| layers kept | [0, 2, 4] |",
+        "| objective | alpha_ce 5.0, temperature 2.0 |",
+        "| block size | 64 tokens, 16 blocks a step |",
+        "| val/perplexity | 90.0170 |",
+        'pipeline("fill-mask", "path/to/this/folder")("The capital of France is [MASK].")',
+    ):
+        assert fact in text
+
+
+def test_a_causal_student_generates_and_one_without_a_teacher_has_no_base_model() -> None:
+    made = card({"teacher": None, "layers": None, "metadata": {}}, task="clm", results={})
+    metadata = head(made.content)
+    assert metadata["pipeline_tag"] == "text-generation"
+    assert not {"base_model", "license", "model-index"} & set(metadata)
+    assert "trained without a teacher" in made.text
+    assert 'pipeline("text-generation", "path/to/this/folder")("The capital of France is")' in made.text
+    assert "Results on" not in made.text
+    assert "| layers kept | none: random init |" in made.text
+
+
+def test_the_mask_token_of_the_example_is_the_tokenizers() -> None:
+    assert "The capital of France is <mask>." in card(mask_token="<mask>").text
+
+
+def test_a_student_inherits_licence_and_language_from_a_card_of_its_teacher(tmp_path: Path) -> None:
+    assert teacher_metadata(str(tmp_path)) == {}
+    (tmp_path / "README.md").write_text("---\nlicense: mit\nlanguage: [de, fr]\ntags: [x]\n---\n# Teacher\n", "utf-8")
+    assert teacher_metadata(str(tmp_path)) == {"license": "mit", "language": ["de", "fr"]}
+    assert teacher_metadata("nobody/nothing") == {}  # the hub cannot be reached
+
+
+def test_the_datasets_are_the_hub_ids_that_the_corpus_reads() -> None:
+    wikipedia = MultilingualWikipedia(languages=["en"], date="20231101", exponent=0.7, seed=1)
+    parts = Concatenation(parts=[HubDataset(path="a/b"), HubDataset(path="c/d"), HubDataset(path="a/b"), wikipedia])
+    assert _hub_datasets(parts.fingerprint()) == {"datasets": ["a/b", "c/d", "wikimedia/wikipedia"]}
+    assert _hub_datasets(Docstrings(packages=["yaml"]).fingerprint()) == {}
+
+
+def rte(value: float) -> EvalResult:
+    return EvalResult(
+        task_type="text-classification",
+        dataset_type="rte",
+        dataset_name="RTE",
+        metric_type="accuracy",
+        metric_value=value,
+    )
+
+
+def test_new_scores_replace_the_old_ones_in_the_text_and_in_the_metadata(tmp_path: Path) -> None:
+    card().save(tmp_path / "README.md")
+    assert add_scores(tmp_path, "| task | 60.0 |\n", [rte(0.6)])
+    assert add_scores(tmp_path, "| task | 70.0 |\n", [rte(0.7)])
+    found = ModelCard.load(tmp_path / "README.md")
+    assert found.text.count("## Scores") == 1
+    assert "70.0" in found.text and "60.0" not in found.text
+    by_dataset = {(each.dataset_type, each.metric_type): each.metric_value for each in found.data.eval_results}
+    assert by_dataset["rte", "accuracy"] == 0.7
+    assert by_dataset["held-out", "nll"] == 4.5
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
+def test_a_card_that_cannot_be_written_keeps_its_old_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    card().save(tmp_path / "README.md")
+    before = (tmp_path / "README.md").read_text("utf-8")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError("read-only file system")
+
+    monkeypatch.setattr(ModelCard, "save", refuse)
+    assert not add_scores(tmp_path, "| task | 60.0 |\n", [rte(0.6)])
+    assert "keeps its old table: read-only file system" in caplog.text
+    assert (tmp_path / "README.md").read_text("utf-8") == before
