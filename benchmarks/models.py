@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
 from distilkit.data.batches import split_step
-from distilkit.language_model import Batch, Task
+from distilkit.language_model import LM, Batch
 from distilkit.losses import IGNORE_INDEX
 
 Family = Literal["bert", "roberta", "gpt2"]
@@ -42,8 +42,8 @@ SIZES = {
 }
 
 
-def task_of_family(family: Family) -> Task:
-    """Tell which task the models of a family are trained on."""
+def lm_of_family(family: Family) -> LM:
+    """Return which LM objective the models of a family are trained on."""
     return "clm" if family == "gpt2" else "mlm"
 
 
@@ -90,14 +90,12 @@ def _model(model_type: str, size: Size, layers: int, dropout: float, shape: dict
     return model
 
 
-def build_batch(
-    task: Task, *, vocabulary: int, batch_size: int, length: int, device: str = "cpu", seed: int = 0
-) -> Batch:
+def build_batch(lm: LM, *, vocabulary: int, batch_size: int, length: int, device: str = "cpu", seed: int = 0) -> Batch:
     """Draw a batch of full blocks, as the data path would serve it; an exact share of each block is labelled."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(_FIRST_WORD, vocabulary, (batch_size, length), generator=generator)
     labels = torch.full_like(ids, IGNORE_INDEX)
-    if task == "clm":
+    if lm == "clm":
         labels[:, :-1] = ids[:, 1:]
     else:
         draws = torch.rand(batch_size, length, generator=generator)

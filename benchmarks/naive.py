@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from distilkit.language_model import Batch, Task
+from distilkit.language_model import LM, Batch
 from distilkit.objective import Objective
 
 
 def naive_loss(
-    student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, *, objective: Objective, task: Task
+    student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, *, objective: Objective, lm: LM
 ) -> Tensor:
     """Return the weighted loss of a batch of full blocks."""
     ids, labels = batch["input_ids"], batch["labels"]
@@ -23,10 +23,10 @@ def naive_loss(
         theirs = teacher(input_ids=ids, attention_mask=attention_mask, output_hidden_states=True)
     ours = student(input_ids=ids, attention_mask=attention_mask, output_hidden_states=True)
 
-    masked_only = objective.soft_targets == "masked" and task == "mlm"
+    masked_only = objective.soft_targets == "masked" and lm == "mlm"
     chosen = labels > -1 if masked_only else attention_mask.bool()
     loss = objective.alpha_ce * naive_kl(ours.logits, theirs.logits, chosen, temperature=objective.temperature)
-    if task == "mlm":
+    if lm == "mlm":
         loss = loss + objective.alpha_mlm * naive_cross_entropy(ours.logits, labels)
     else:  # position t predicts token t + 1
         shifted = ours.logits[:, :-1].contiguous()

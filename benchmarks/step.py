@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from benchmarks.machine import DTYPES, Precision
 from benchmarks.measure import NoProducts, in_turn, peak_megabytes
-from benchmarks.models import SIZES, Family, build_batch, build_models, task_of_family
+from benchmarks.models import SIZES, Family, build_batch, build_models, lm_of_family
 from benchmarks.naive import naive_loss
-from distilkit.language_model import Batch, Task, cast_parameters
+from distilkit.language_model import LM, Batch, cast_parameters
 from distilkit.objective import Objective
 from distilkit.throughput import forward_cost, step_flops
 
@@ -56,11 +56,11 @@ class Step:
     """A variant ready to run: models, objective and optimizer."""
 
     def __init__(
-        self, variant: Variant, student: PreTrainedModel, teacher: PreTrainedModel, *, task: Task, device: str
+        self, variant: Variant, student: PreTrainedModel, teacher: PreTrainedModel, *, lm: LM, device: str
     ) -> None:
         """Take models that other variants of the same maker may share."""
-        self.variant, self.student, self.teacher, self.task, self.device = variant, student, teacher, task, device
-        self.objective = objective(task, rows=variant.rows)
+        self.variant, self.student, self.teacher, self.lm, self.device = variant, student, teacher, lm, device
+        self.objective = objective(lm, rows=variant.rows)
         self.optimizer = torch.optim.AdamW(
             student.parameters(),
             lr=1e-6,
@@ -75,13 +75,13 @@ class Step:
         half = self.variant.precision == "bf16"
         with torch.autocast(self.device, torch.bfloat16) if half else nullcontext():
             if self.variant.maker == "naive":
-                return naive_loss(self.student, self.teacher, batch, objective=self.objective, task=self.task)
-            return our_loss(self.student, self.teacher, batch, objective=self.objective, task=self.task)
+                return naive_loss(self.student, self.teacher, batch, objective=self.objective, lm=self.lm)
+            return our_loss(self.student, self.teacher, batch, objective=self.objective, lm=self.lm)
 
     def flops(self, batch: Batch) -> float:
         """Count what a step on a batch must compute, whatever this variant computes in truth."""
         costs = forward_cost(self.student), forward_cost(self.teacher)
-        return step_flops(self.objective, *costs, batch, task=self.task)
+        return step_flops(self.objective, *costs, batch, lm=self.lm)
 
     def __call__(self, batch: Batch) -> None:
         """Take one optimizer step."""
@@ -91,12 +91,12 @@ class Step:
         self.optimizer.step()
 
 
-def objective(task: Task, *, rows: Literal["all", "masked"]) -> Objective:
+def objective(lm: LM, *, rows: Literal["all", "masked"]) -> Objective:
     """Return DistilBERT's objective: 5 / 2 / 1 at temperature 2."""
     return Objective(
         alpha_ce=5.0,
-        alpha_mlm=2.0 if task == "mlm" else 0.0,
-        alpha_clm=2.0 if task == "clm" else 0.0,
+        alpha_mlm=2.0 if lm == "mlm" else 0.0,
+        alpha_clm=2.0 if lm == "clm" else 0.0,
         alpha_cos=1.0,
         alpha_mse=0.0,
         temperature=2.0,
@@ -106,11 +106,11 @@ def objective(task: Task, *, rows: Literal["all", "masked"]) -> Objective:
 
 
 def our_loss(
-    student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, *, objective: Objective, task: Task
+    student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, *, objective: Objective, lm: LM
 ) -> Tensor:
     """Return distilkit's loss of a batch that is a whole optimizer step."""
-    counts = objective.denominators(num_tokens=batch["num_tokens"], num_labels=batch["num_labels"], task=task)
-    return objective.loss(student, teacher, batch, task=task, denominators=counts)[0]
+    counts = objective.denominators(num_tokens=batch["num_tokens"], num_labels=batch["num_labels"], lm=lm)
+    return objective.loss(student, teacher, batch, lm=lm, denominators=counts)[0]
 
 
 def build_steps(chosen: list[Variant], work: Workload, *, initializer_range: float = 0.02) -> dict[Variant, Step]:
@@ -118,7 +118,7 @@ def build_steps(chosen: list[Variant], work: Workload, *, initializer_range: flo
 
     All of ours are in one precision, so that their teacher is cast as training casts it.
     """
-    task = task_of_family(work.family)
+    lm = lm_of_family(work.family)
     steps: dict[Variant, Step] = {}
     models: dict[str, tuple[PreTrainedModel, PreTrainedModel]] = {}
     for variant in chosen:
@@ -129,7 +129,7 @@ def build_steps(chosen: list[Variant], work: Workload, *, initializer_range: flo
             models[variant.maker] = student.to(work.device), teacher.to(work.device)  # type: ignore[arg-type]
             if variant.maker == "ours":
                 cast_parameters(teacher, DTYPES[variant.precision])
-        steps[variant] = Step(variant, *models[variant.maker], task=task, device=work.device)
+        steps[variant] = Step(variant, *models[variant.maker], lm=lm, device=work.device)
     return steps
 
 
@@ -137,7 +137,7 @@ def batch_of(work: Workload, batch_size: int) -> Batch:
     """Draw the batch that all variants of a comparison see."""
     vocabulary = SIZES[work.size].vocabulary_of(work.family)
     return build_batch(
-        task_of_family(work.family),
+        lm_of_family(work.family),
         vocabulary=vocabulary,
         batch_size=batch_size,
         length=work.length,

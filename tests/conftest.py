@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from distilkit.language_model import task_of
+from distilkit.language_model import lm_of
 from tiny import VOCABULARY, build_model, make_documents
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
@@ -68,7 +68,7 @@ def save_teacher(
         if key not in saved:
             folder = tmp_path_factory.mktemp(model_type)
             build_model(model_type, **fields).save_pretrained(folder)
-            (causal_tokenizer if task_of(model_type) == "clm" else tokenizer).save_pretrained(folder)
+            (causal_tokenizer if lm_of(model_type) == "clm" else tokenizer).save_pretrained(folder)
             saved[key] = folder
         return saved[key]
 

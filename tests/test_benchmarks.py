@@ -65,7 +65,7 @@ def test_the_flops_are_those_that_torch_counts() -> None:
     for model in (naive.student, naive.teacher):
         model.set_attn_implementation("eager")  # the counter knows its products
     with FlopCounterMode(display=False) as counter:
-        naive_loss(naive.student, naive.teacher, batch, objective=naive.objective, task="mlm").backward()
+        naive_loss(naive.student, naive.teacher, batch, objective=naive.objective, lm="mlm").backward()
     assert counter.get_total_flops() == pytest.approx(naive.flops(batch), rel=0.01)
 
 

@@ -278,19 +278,19 @@ def test_a_step_makes_no_tensor_of_tokens_times_vocabulary_and_never_makes_the_h
     family: str, soft_targets: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(fused._BYTES_OF_LOGITS, "cpu", 0)
-    task: Any = "clm" if family == "gpt2" else "mlm"
+    lm: Any = "clm" if family == "gpt2" else "mlm"
     wide = {"vocab_size": 300}  # wider than anything else, so that logits of all tokens would be the largest tensor
     student = build_model(family, seed=1, num_layers=2, **wide).train()
     teacher = build_model(family, num_layers=2, **wide)
-    batch = full_batch(task=task, blocks=64)
+    batch = full_batch(lm=lm, blocks=64)
     tokens, vocabulary = batch["input_ids"].numel(), student.config.vocab_size
     counts = {"num_tokens": torch.tensor(tokens), "num_labels": torch.tensor(len(batch["labelled"]))}
     for implementation in ("fused", "reference"):
-        objective = build_objective(task, implementation, soft_targets)
-        rows = tokens if task == "clm" or soft_targets == "all" else len(batch["labelled"])
+        objective = build_objective(lm, implementation, soft_targets)
+        rows = tokens if lm == "clm" or soft_targets == "all" else len(batch["labelled"])
         with Watch(vocabulary) as watch:
-            denominators = objective.denominators(**counts, task=task)
-            loss, _ = objective.loss(student, teacher, batch, task=task, denominators=denominators)
+            denominators = objective.denominators(**counts, lm=lm)
+            loss, _ = objective.loss(student, teacher, batch, lm=lm, denominators=denominators)
             loss.backward()
         if implementation == "fused":
             assert watch.waits == []
@@ -307,19 +307,19 @@ def test_fifty_steps_follow_the_loss_curve_of_the_plain_formulas(
 ) -> None:
     monkeypatch.setitem(fused._BYTES_OF_LOGITS, "cpu", 0)
     monkeypatch.setattr(fused, "_FEWEST_ROWS", 16)  # a step of several chunks
-    task: Any = "clm" if family == "gpt2" else "mlm"
+    lm: Any = "clm" if family == "gpt2" else "mlm"
     teacher = build_model(family, num_layers=2)
     curves = []
     for implementation in ("fused", "reference"):
         student = build_model(family, seed=1, num_layers=1).eval()  # without dropout
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
-        objective = build_objective(task, implementation, soft_targets)
+        objective = build_objective(lm, implementation, soft_targets)
         curve = []
         for step in range(50):
-            batch = full_batch(task=task, blocks=4, seed=step)
+            batch = full_batch(lm=lm, blocks=4, seed=step)
             counts = {"num_tokens": torch.tensor(64), "num_labels": torch.tensor(len(batch["labelled"]))}
-            denominators = objective.denominators(**counts, task=task)
-            loss, _ = objective.loss(student, teacher, batch, task=task, denominators=denominators)
+            denominators = objective.denominators(**counts, lm=lm)
+            loss, _ = objective.loss(student, teacher, batch, lm=lm, denominators=denominators)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -334,15 +334,15 @@ def test_an_untied_head_and_a_vocabulary_padded_to_another_size_follow_the_plain
     sizes: tuple[int, int],
 ) -> None:
     teacher = build_model("bert", num_layers=2, vocab_size=sizes[1])
-    batch = full_batch(task="mlm")
+    batch = full_batch(lm="mlm")
     counts = {"num_tokens": torch.tensor(256), "num_labels": torch.tensor(len(batch["labelled"]))}
     gradients = []
     for implementation in ("fused", "reference"):
         student = build_model("bert", seed=1, num_layers=1, vocab_size=sizes[0], tie_word_embeddings=False).eval()
         assert student.get_output_embeddings().weight is not student.get_input_embeddings().weight
         objective = build_objective("mlm", implementation)
-        denominators = objective.denominators(**counts, task="mlm")
-        objective.loss(student, teacher, batch, task="mlm", denominators=denominators)[0].backward()
+        denominators = objective.denominators(**counts, lm="mlm")
+        objective.loss(student, teacher, batch, lm="mlm", denominators=denominators)[0].backward()
         gradients.append({name: p.grad for name, p in student.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():

@@ -8,10 +8,10 @@ from distilkit.language_model import (
     check_split,
     head_transform,
     last_hidden_state,
+    lm_of,
     max_positions,
     num_parameters,
     output_embeddings,
-    task_of,
 )
 from tiny import ARCHITECTURES, build_model
 
@@ -84,11 +84,11 @@ def test_a_head_that_does_more_is_refused() -> None:
 
 
 def test_the_task_is_read_from_the_config() -> None:
-    assert [task_of(name) for name in ("bert", "roberta", "gpt2", "modernbert")] == ["mlm", "mlm", "clm", "mlm"]
-    assert task_of("bert", ["BertLMHeadModel"]) == "clm"
-    assert task_of("bert", ["BertForMaskedLM"]) == "mlm"
+    assert [lm_of(name) for name in ("bert", "roberta", "gpt2", "modernbert")] == ["mlm", "mlm", "clm", "mlm"]
+    assert lm_of("bert", ["BertLMHeadModel"]) == "clm"
+    assert lm_of("bert", ["BertForMaskedLM"]) == "mlm"
     with pytest.raises(UserError, match="model type 'vit' has neither a masked nor a causal language-model class"):
-        task_of("vit")
+        lm_of("vit")
 
 
 def test_tied_weights_count_once() -> None:

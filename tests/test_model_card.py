@@ -29,7 +29,7 @@ RESULTS = {"val/nll": 4.5, "val/perplexity": 90.017, "val/accuracy": 0.25, "val/
 
 
 def card(record: dict[str, Any] | None = None, **fields: Any) -> ModelCard:
-    given = {"results": RESULTS, "tokens_seen": 1000, "num_params": 66_000_000, "task": "mlm", **fields}
+    given = {"results": RESULTS, "tokens_seen": 1000, "num_params": 66_000_000, "lm": "mlm", **fields}
     return student_card(RECORD | (record or {}), **given)
 
 
@@ -72,7 +72,7 @@ def test_a_reader_learns_how_the_student_was_made() -> None:
 
 
 def test_a_causal_student_generates_and_one_without_a_teacher_has_no_base_model() -> None:
-    made = card({"teacher": None, "layers": None, "metadata": {}}, task="clm", results={})
+    made = card({"teacher": None, "layers": None, "metadata": {}}, lm="clm", results={})
     metadata = head(made.content)
     assert metadata["pipeline_tag"] == "text-generation"
     assert not {"base_model", "license", "model-index"} & set(metadata)

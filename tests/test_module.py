@@ -46,28 +46,28 @@ def build_module(
     **changes: Any,
 ) -> DistillationModule:
     teacher = teacher or build_teacher("bert", num_layers=2, **NO_DROPOUT)
-    alphas = alphas or (DISTILBERT if teacher.task == "mlm" else DISTILGPT2)
+    alphas = alphas or (DISTILBERT if teacher.lm == "mlm" else DISTILGPT2)
     torch.manual_seed(1)
     settings: dict[str, Any] = {"scheduler": "constant", "warmup_share": 0.0, "seed": 0, "record": {"config": {}}}
     return DistillationModule(
         student=cut_student(teacher=teacher, tokenizer=tokenizer, layers="half"),
         teacher=teacher,
         tokenizer=tokenizer,
-        task=teacher.task,
+        lm=teacher.lm,
         objective=Objective(**alphas, temperature=2.0, soft_targets=soft_targets, implementation="fused"),
         optimizer=optimizer,
         **{**settings, **changes},
     )
 
 
-def uneven_step(*, task: str, seed: int = 0, size: int = 32) -> Batch:
+def uneven_step(*, lm: str, seed: int = 0, size: int = 32) -> Batch:
     """Make one optimizer step whose samples have very different numbers of tokens and of labels."""
     rng = np.random.default_rng(seed)
     ids = torch.from_numpy(rng.integers(5, 120, (size, 16)))
     real = torch.arange(16) < torch.from_numpy(rng.integers(2, 17, size))[:, None]
     ids[~real] = 0
     labels = torch.full_like(ids, IGNORE_INDEX)
-    if task == "mlm":
+    if lm == "mlm":
         chosen = real & (torch.from_numpy(rng.random((size, 16))) < torch.linspace(0.05, 0.9, size)[:, None])
         labels[chosen] = ids[chosen]
         ids[chosen] = 4
@@ -131,7 +131,7 @@ def test_accumulation_changes_neither_loss_nor_gradient(
     for micro_batch_size in (32, 4, 5):
         module = build_module(tokenizer, teacher=teacher, soft_targets=soft_targets)
         gradients = Gradients()
-        steps = [uneven_step(task=teacher.task)]
+        steps = [uneven_step(lm=teacher.lm)]
         trainer = fit(module, steps, micro_batch_size=micro_batch_size, callbacks=[gradients])
         assert trainer.global_step == 1
         results[micro_batch_size] = (trainer.callback_metrics, gradients.steps[0])
@@ -169,7 +169,7 @@ def test_the_host_waits_in_no_step_that_does_not_log(
     teacher = build_teacher(model_type, num_layers=2)
     optimizer = functools.partial(torch.optim.AdamW, lr=1e-3, fused=True)
     module = build_module(tokenizer, teacher=teacher, optimizer=optimizer, scheduler="linear")
-    steps = [full_batch(task=teacher.task, blocks=8, seed=seed) for seed in range(7)]
+    steps = [full_batch(lm=teacher.lm, blocks=8, seed=seed) for seed in range(7)]
     for step in steps:
         del step["labelled"]
     with Watch() as watch:
@@ -198,7 +198,7 @@ def test_activation_checkpointing_changes_no_gradient_of_a_step(
         module, found = build_module(tokenizer, teacher=build_teacher(model_type, num_layers=2)), Gradients()
         if checkpoints:
             checkpoint_activations(module.student)
-        steps = [uneven_step(task=module.task)]
+        steps = [uneven_step(lm=module.lm)]
         fit(module, steps, micro_batch_size=8, precision=precision, callbacks=[found])
         gradients.append(found.steps[0])
     assert gradients[0].keys() == gradients[1].keys()
@@ -207,7 +207,7 @@ def test_activation_checkpointing_changes_no_gradient_of_a_step(
 
 
 def test_the_smaller_last_step_of_an_epoch_is_taken_by_itself(tokenizer: PreTrainedTokenizerBase) -> None:
-    steps = [uneven_step(task="mlm", seed=seed, size=size) for seed, size in ((0, 32), (1, 32), (2, 11))]
+    steps = [uneven_step(lm="mlm", seed=seed, size=size) for seed, size in ((0, 32), (1, 32), (2, 11))]
     module, gradients = build_module(tokenizer), Gradients()
     trainer = fit(module, steps, micro_batch_size=4, callbacks=[gradients])
     assert trainer.global_step == 3
@@ -224,7 +224,7 @@ def test_the_smaller_last_step_of_an_epoch_is_taken_by_itself(tokenizer: PreTrai
 
 def test_only_weighted_terms_are_logged(tokenizer: PreTrainedTokenizerBase) -> None:
     module = build_module(tokenizer, alphas={**DISTILBERT, "alpha_ce": 0.0})
-    trainer = fit(module, [uneven_step(task="mlm")], micro_batch_size=32)
+    trainer = fit(module, [uneven_step(lm="mlm")], micro_batch_size=32)
     assert {name for name in trainer.callback_metrics if "loss" in name} == {
         "train/loss",
         "train/loss_mlm",
@@ -241,7 +241,7 @@ def test_the_student_trains_with_dropout_and_the_teacher_without(tokenizer: PreT
             modes.append((all(m.training for m in student.modules()), any(m.training for m in teacher.modules())))
 
     module = build_module(tokenizer, teacher=build_teacher("bert", num_layers=2))
-    step = uneven_step(task="mlm")
+    step = uneven_step(lm="mlm")
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=1,
@@ -260,7 +260,7 @@ def test_the_student_trains_with_dropout_and_the_teacher_without(tokenizer: PreT
 def test_the_teacher_gets_no_gradient_and_does_not_change(tokenizer: PreTrainedTokenizerBase) -> None:
     teacher = build_teacher("bert", num_layers=2)
     before = {name: tensor.clone() for name, tensor in teacher.model.state_dict().items()}
-    fit(build_module(tokenizer, teacher=teacher), [uneven_step(task="mlm")], micro_batch_size=8)
+    fit(build_module(tokenizer, teacher=teacher), [uneven_step(lm="mlm")], micro_batch_size=8)
     assert all(parameter.grad is None for parameter in teacher.model.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.model.state_dict().items())
 
@@ -279,11 +279,11 @@ def test_the_teacher_is_cast_once_where_the_trainer_runs_in_bfloat16_unless_told
     teacher = dataclasses.replace(build_teacher("bert", num_layers=2, **NO_DROPOUT), dtype=dtype)
     optimizer = functools.partial(torch.optim.SGD, lr=1e-3)
     module = build_module(tokenizer, teacher=teacher, optimizer=optimizer)
-    fit(module, [uneven_step(task="mlm")], micro_batch_size=32, precision=precision)
+    fit(module, [uneven_step(lm="mlm")], micro_batch_size=32, precision=precision)
     assert {parameter.dtype for parameter in teacher.model.parameters()} == {expected}
     assert {parameter.dtype for parameter in module.student.parameters()} == {torch.float32}
     exact = build_module(tokenizer, optimizer=optimizer)
-    fit(exact, [uneven_step(task="mlm")], micro_batch_size=32)
+    fit(exact, [uneven_step(lm="mlm")], micro_batch_size=32)
     terms = {name: float(term) for name, term in module.step_terms.items()}
     assert terms == pytest.approx({name: float(term) for name, term in exact.step_terms.items()}, rel=2e-2)
 
@@ -320,7 +320,7 @@ def test_a_cast_teacher_keeps_the_digits_of_its_rotary_frequencies(tokenizer: Pr
     before = {name: buffer.clone() for name, buffer in teacher.model.named_buffers()}
     assert before
     module = build_module(tokenizer, teacher=teacher, optimizer=functools.partial(torch.optim.SGD, lr=1e-3))
-    fit(module, [uneven_step(task="mlm")], micro_batch_size=32, precision="bf16-mixed")
+    fit(module, [uneven_step(lm="mlm")], micro_batch_size=32, precision="bf16-mixed")
     for name, buffer in teacher.model.named_buffers():
         assert torch.equal(buffer, before[name]), name
 
@@ -328,7 +328,7 @@ def test_a_cast_teacher_keeps_the_digits_of_its_rotary_frequencies(tokenizer: Pr
 def test_vectors_are_not_decayed_and_matrices_are(tokenizer: PreTrainedTokenizerBase) -> None:
     optimizer = functools.partial(torch.optim.AdamW, lr=0.0, weight_decay=0.1)
     module = build_module(tokenizer, optimizer=optimizer)
-    trainer = fit(module, [uneven_step(task="mlm")], micro_batch_size=32)
+    trainer = fit(module, [uneven_step(lm="mlm")], micro_batch_size=32)
     decayed, free = trainer.optimizers[0].param_groups
     assert decayed["weight_decay"] == 0.1
     assert free["weight_decay"] == 0.0
@@ -343,7 +343,7 @@ def test_a_head_that_no_term_reads_is_frozen_so_that_no_rank_waits_for_its_gradi
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     module = build_module(tokenizer, alphas={**dict.fromkeys(DISTILBERT, 0.0), "alpha_cos": 1.0})
-    fit(module, [uneven_step(task="mlm")], micro_batch_size=32)
+    fit(module, [uneven_step(lm="mlm")], micro_batch_size=32)
     frozen = {name for name, parameter in module.student.named_parameters() if not parameter.requires_grad}
     assert frozen == {
         *(f"vocab_transform.{part}" for part in ("weight", "bias")),
@@ -365,14 +365,14 @@ def test_the_schedule_warms_up_and_decays_to_zero_over_the_optimizer_steps(
     module = build_module(
         tokenizer, optimizer=functools.partial(torch.optim.SGD, lr=0.8), scheduler="linear", warmup_share=0.2
     )
-    steps = [uneven_step(task="mlm", seed=seed, size=8) for seed in range(10)]
+    steps = [uneven_step(lm="mlm", seed=seed, size=8) for seed in range(10)]
     fit(module, steps, micro_batch_size=2, callbacks=[Rates()])
     assert rates == pytest.approx([0.0, 0.4, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
 
 
 def test_validation_metrics_are_the_plain_formulas_over_all_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     module = build_module(tokenizer)
-    steps = [uneven_step(task="mlm", seed=seed, size=size) for seed, size in ((0, 8), (1, 3))]
+    steps = [uneven_step(lm="mlm", seed=seed, size=size) for seed, size in ((0, 8), (1, 3))]
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
     (got,) = trainer.validate(module, DataLoader(steps, batch_size=None), verbose=False)
 
@@ -407,7 +407,7 @@ def test_validation_metrics_are_the_plain_formulas_over_all_tokens(tokenizer: Pr
 
 
 def saved_checkpoint(module: DistillationModule, folder: Path) -> tuple[Path, dict[str, Any]]:
-    trainer = fit(module, [uneven_step(task="mlm")], micro_batch_size=32)
+    trainer = fit(module, [uneven_step(lm="mlm")], micro_batch_size=32)
     file = folder / "a.ckpt"
     trainer.save_checkpoint(file)
     return file, torch.load(file, weights_only=True)
@@ -439,8 +439,8 @@ def test_validation_comes_first_then_at_least_every_so_many_steps_and_at_the_end
         val_check_interval=1000,
         num_sanity_val_steps=-1,
     )
-    held_out = [uneven_step(task="mlm", seed=99, size=4)]
-    steps = [uneven_step(task="mlm", seed=seed, size=4) for seed in range(num_steps)]
+    held_out = [uneven_step(lm="mlm", seed=99, size=4)]
+    steps = [uneven_step(lm="mlm", seed=seed, size=4) for seed in range(num_steps)]
     trainer.fit(module, Steps(steps, 2), DataLoader(held_out, batch_size=None))
     assert validated == expected
     (scores,) = trainer.validate(module, DataLoader(held_out, batch_size=None), verbose=False)
@@ -456,7 +456,7 @@ def test_each_backbone_sees_a_batch_once_in_training_and_in_validation(
     module = build_module(tokenizer, teacher=teacher, soft_targets=soft_targets)
     for model in (module.student, teacher.model):
         model.base_model.register_forward_hook(lambda *_, name=model.config.model_type: counted.append(name))
-    step = uneven_step(task="mlm", size=4)
+    step = uneven_step(lm="mlm", size=4)
     trainer = fit(module, [step], micro_batch_size=4)
     assert sorted(counted) == ["bert", "distilbert"]
     trainer.validate(module, DataLoader([step], batch_size=None), verbose=False)
@@ -482,7 +482,7 @@ def resume(module: DistillationModule, file: Path, *callbacks: Callback) -> None
         enable_model_summary=False,
         callbacks=list(callbacks),
     )
-    trainer.fit(module, Steps([uneven_step(task="mlm")], 32), ckpt_path=file)
+    trainer.fit(module, Steps([uneven_step(lm="mlm")], 32), ckpt_path=file)
 
 
 def test_resuming_puts_the_student_back_and_goes_on(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -526,12 +526,12 @@ def test_a_loss_that_is_not_finite_stops_training(tokenizer: PreTrainedTokenizer
     with torch.no_grad():
         module.student.vocab_projector.bias[7] = float("nan")
     with pytest.raises(UserError, match=r"the loss is not finite at step 0 .*Lower optimizer.lr"):
-        fit(module, [uneven_step(task="mlm")], micro_batch_size=32)
+        fit(module, [uneven_step(lm="mlm")], micro_batch_size=32)
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     module = build_module(tokenizer)
-    trainer = fit(module, [uneven_step(task="mlm")], micro_batch_size=32)
+    trainer = fit(module, [uneven_step(lm="mlm")], micro_batch_size=32)
     with torch.no_grad():
         module.student.vocab_transform.weight[0, 0] = float("inf")
     with pytest.raises(UserError, match=r"student.vocab_transform.weight is not finite at step 1; no checkpoint"):
@@ -540,7 +540,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, tokenizer: Pr
 
 
 def test_dropout_depends_on_the_step_and_not_on_what_was_drawn_before(tokenizer: PreTrainedTokenizerBase) -> None:
-    step = uneven_step(task="mlm")
+    step = uneven_step(lm="mlm")
     teacher = build_teacher("bert", num_layers=2, hidden_dropout_prob=0.5)
     losses = []
     for draws in (0, 3):
@@ -553,7 +553,7 @@ def test_dropout_depends_on_the_step_and_not_on_what_was_drawn_before(tokenizer:
 
 def test_tokens_are_counted_over_the_whole_run(tokenizer: PreTrainedTokenizerBase) -> None:
     module, throughput = build_module(tokenizer), Throughput()
-    steps = [uneven_step(task="mlm", seed=seed) for seed in range(3)]
+    steps = [uneven_step(lm="mlm", seed=seed) for seed in range(3)]
     trainer = fit(module, steps, micro_batch_size=4, callbacks=[throughput])
     assert module.tokens_seen == throughput.tokens == 3 * 32 * 16
     assert trainer.callback_metrics["throughput/tokens_per_second"] > 0
@@ -572,7 +572,7 @@ def test_a_held_out_loss_that_is_not_finite_is_no_score(tokenizer: PreTrainedTok
     module = build_module(tokenizer)
     with torch.no_grad():
         module.student.distilbert.embeddings.word_embeddings.weight[50] = float("nan")
-    steps = [uneven_step(task="mlm", size=8)]
+    steps = [uneven_step(lm="mlm", size=8)]
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
     with pytest.raises(UserError, match="the loss is not finite at step 0"):
         trainer.validate(module, DataLoader(steps, batch_size=None), verbose=False)
@@ -585,7 +585,7 @@ def test_a_fused_optimizer_clips_gradients_as_a_plain_one_does(
     def trained(*, fused: bool, clip: float | None) -> torch.Tensor:
         # An eps of 1 lets the size of the gradient through, which Adam would divide out.
         module = build_module(tokenizer, optimizer=functools.partial(torch.optim.AdamW, lr=1.0, eps=1.0, fused=fused))
-        step = [uneven_step(task="mlm")]
+        step = [uneven_step(lm="mlm")]
         fit(module, step, micro_batch_size=8, precision=precision, gradient_clip_val=clip)
         return torch.nn.utils.parameters_to_vector(module.student.parameters()).detach()
 
@@ -603,4 +603,4 @@ def test_a_fused_optimizer_that_cannot_clip_is_an_error_before_the_first_step(
     cure = r"gradient_clip_val=5\.0 cannot clip them.*set optimizer\.fused=null, or trainer\.precision=bf16-mixed"
     refused = pytest.raises(UserError, match=cure) if fused and clip else contextlib.nullcontext()
     with refused:
-        fit(module, [uneven_step(task="mlm")], micro_batch_size=8, gradient_clip_val=clip)
+        fit(module, [uneven_step(lm="mlm")], micro_batch_size=8, gradient_clip_val=clip)

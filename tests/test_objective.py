@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
 from distilkit.errors import UserError
-from distilkit.language_model import Batch, Task
+from distilkit.language_model import LM, Batch
 from distilkit.losses import IGNORE_INDEX
 from distilkit.objective import Objective
 from tiny import build_model
@@ -33,11 +33,11 @@ def objective(**changes: Any) -> Objective:
 
 
 def weighted_terms(
-    chosen: Objective, student: PreTrainedModel, teacher: PreTrainedModel | None, batch: Batch, task: Task
+    chosen: Objective, student: PreTrainedModel, teacher: PreTrainedModel | None, batch: Batch, lm: LM
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     real = batch.get("attention_mask", torch.ones_like(batch["labels"]))
-    counts = chosen.denominators(num_tokens=real.sum(), num_labels=(batch["labels"] != IGNORE_INDEX).sum(), task=task)
-    return chosen.loss(student, teacher, batch, task=task, denominators=counts)
+    counts = chosen.denominators(num_tokens=real.sum(), num_labels=(batch["labels"] != IGNORE_INDEX).sum(), lm=lm)
+    return chosen.loss(student, teacher, batch, lm=lm, denominators=counts)
 
 
 def load_parity_model(name: str) -> PreTrainedModel:
@@ -189,12 +189,12 @@ def test_models_that_do_not_fit_the_objective_are_an_error() -> None:
     bert, gpt2 = build_model("bert", num_layers=1), build_model("gpt2", num_layers=1)
     narrow = build_model("bert", num_layers=1, hidden_size=16)
     with pytest.raises(UserError, match=r"objective.alpha_clm=1.0 on a masked language model \(bert\); set objective="):
-        objective(alpha_clm=1.0).check_models(student=bert, teacher=bert, task="mlm")
+        objective(alpha_clm=1.0).check_models(student=bert, teacher=bert, lm="mlm")
     with pytest.raises(UserError, match=r"objective.alpha_mlm=1.0 on a causal language model \(gpt2\); set objective="):
-        objective(alpha_mlm=1.0).check_models(student=gpt2, teacher=gpt2, task="clm")
+        objective(alpha_mlm=1.0).check_models(student=gpt2, teacher=gpt2, lm="clm")
     with pytest.raises(
         UserError, match=r"objective.alpha_ce=5.0, objective.alpha_cos=1.0 need a teacher, but teacher=none"
     ):
-        objective(alpha_ce=5.0, alpha_cos=1.0).check_models(student=bert, teacher=None, task="mlm")
+        objective(alpha_ce=5.0, alpha_cos=1.0).check_models(student=bert, teacher=None, lm="mlm")
     with pytest.raises(UserError, match=r"the student is 16 wide and the teacher 32; set objective.alpha_cos=0"):
-        objective(alpha_cos=1.0).check_models(student=narrow, teacher=bert, task="mlm")
+        objective(alpha_cos=1.0).check_models(student=narrow, teacher=bert, lm="mlm")

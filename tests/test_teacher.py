@@ -15,7 +15,7 @@ def test_a_teacher_is_frozen_in_eval_mode_and_float32_however_it_was_stored(tmp_
     build_model("bert", num_layers=2).half().save_pretrained(tmp_path)
     teacher = load_teacher(name=str(tmp_path))
     assert teacher is not None
-    assert teacher.task == "mlm"
+    assert teacher.lm == "mlm"
     assert not any(module.training for module in teacher.model.modules())
     assert all(p.dtype == torch.float32 and not p.requires_grad for p in teacher.model.parameters())
 

@@ -25,28 +25,28 @@ def addmm_flops(total: Sequence[int], left: Sequence[int], right: Sequence[int],
 @pytest.mark.parametrize("soft_targets", ["all", "masked"])
 @pytest.mark.parametrize("family", SHAPES)
 def test_the_flops_of_a_step_are_those_that_torch_counts(family: str, soft_targets: str) -> None:
-    task: Any = "clm" if family == "gpt2" else "mlm"
+    lm: Any = "clm" if family == "gpt2" else "mlm"
     student = build_model(family, seed=1, num_layers=2, **SHAPES[family]).train()
     teacher = build_model(family, num_layers=4, **SHAPES[family]).requires_grad_(False)
     for implementation in ("fused", "reference"):
         objective, batch = (
-            build_objective(task, implementation, soft_targets),
-            full_batch(task=task, blocks=2, length=60),
+            build_objective(lm, implementation, soft_targets),
+            full_batch(lm=lm, blocks=2, length=60),
         )
         rows = {"num_tokens": torch.tensor(120), "num_labels": torch.tensor(len(batch["labelled"]))}
-        counts = objective.denominators(**rows, task=task)
+        counts = objective.denominators(**rows, lm=lm)
         counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops})
         with sdpa_kernel(SDPBackend.MATH), counter:
-            objective.loss(student, teacher, batch, task=task, denominators=counts)[0].backward()
-        expected = step_flops(objective, forward_cost(student), forward_cost(teacher), batch, task=task)
+            objective.loss(student, teacher, batch, lm=lm, denominators=counts)[0].backward()
+        expected = step_flops(objective, forward_cost(student), forward_cost(teacher), batch, lm=lm)
         assert counter.get_total_flops() == pytest.approx(expected, rel=0.05), implementation
 
 
 def test_the_heads_count_for_the_rows_that_are_read() -> None:
     costs = forward_cost(build_model("bert", num_layers=1)), forward_cost(build_model("bert", num_layers=2))
-    batch = full_batch(task="mlm")
+    batch = full_batch(lm="mlm")
     every, masked = (
-        step_flops(build_objective("mlm", "fused", rows), *costs, batch, task="mlm") for rows in ("all", "masked")
+        step_flops(build_objective("mlm", "fused", rows), *costs, batch, lm="mlm") for rows in ("all", "masked")
     )
     skipped = batch["input_ids"].numel() - len(batch["labelled"])
     assert every - masked == skipped * (3 * costs[0].head + costs[1].head)

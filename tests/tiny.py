@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
-from distilkit.language_model import Batch, task_of, weight_hash
+from distilkit.language_model import Batch, lm_of, weight_hash
 from distilkit.losses import IGNORE_INDEX
 from distilkit.objective import Objective
 from distilkit.teacher import Teacher
@@ -39,7 +39,7 @@ def build_model(model_type: str, *, num_layers: int = 6, seed: int = 0, **fields
         config.num_hidden_layers = num_layers
     else:
         config = AutoConfig.for_model(model_type, **settings, num_hidden_layers=num_layers)
-    auto = AutoModelForCausalLM if task_of(model_type) == "clm" else AutoModelForMaskedLM
+    auto = AutoModelForCausalLM if lm_of(model_type) == "clm" else AutoModelForMaskedLM
     model = auto.from_config(config, dtype=torch.float32).eval()
     model.config.architectures = [type(model).__name__]
     return model
@@ -48,7 +48,7 @@ def build_model(model_type: str, *, num_layers: int = 6, seed: int = 0, **fields
 def build_teacher(model_type: str, *, num_layers: int = 6, seed: int = 0, **fields: Any) -> Teacher:
     model = build_model(model_type, num_layers=num_layers, seed=seed, **fields).requires_grad_(False)
     return Teacher(
-        model=model, name=f"tiny-{model_type}", revision="main", task=task_of(model_type), sha256=weight_hash(model)
+        model=model, name=f"tiny-{model_type}", revision="main", lm=lm_of(model_type), sha256=weight_hash(model)
     )
 
 
@@ -66,8 +66,8 @@ def make_documents(num_documents: int, *, seed: int = 0) -> list[str]:
     return documents
 
 
-def build_objective(task: str, implementation: Any, soft_targets: Any = "all") -> Objective:
-    hard = {"alpha_mlm": 2.0 * (task == "mlm"), "alpha_clm": 2.0 * (task == "clm")}
+def build_objective(lm: str, implementation: Any, soft_targets: Any = "all") -> Objective:
+    hard = {"alpha_mlm": 2.0 * (lm == "mlm"), "alpha_clm": 2.0 * (lm == "clm")}
     return Objective(
         alpha_ce=5.0,
         alpha_cos=1.0,
@@ -79,11 +79,11 @@ def build_objective(task: str, implementation: Any, soft_targets: Any = "all") -
     )
 
 
-def full_batch(*, task: str, blocks: int = 16, length: int = 16, seed: int = 0) -> Batch:
+def full_batch(*, lm: str, blocks: int = 16, length: int = 16, seed: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, 120, (blocks, length), generator=generator)
     labels = torch.full_like(ids, IGNORE_INDEX)
-    if task == "mlm":
+    if lm == "mlm":
         labels[:, 2::6] = ids[:, 2::6]
     else:
         labels[:, :-1] = ids[:, 1:]

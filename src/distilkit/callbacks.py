@@ -19,11 +19,7 @@ class ValidateEvery(Callback):
     """
 
     def __init__(self, *, optimizer_steps: int) -> None:
-        """Take the interval in optimizer steps.
-
-        Raises:
-            UserError: it is not positive.
-        """
+        """Take the interval in optimizer steps."""
         if optimizer_steps < 1:
             raise UserError(f"callbacks.validation.optimizer_steps={optimizer_steps}, but it must be at least 1")
         self.optimizer_steps = self.interval = self.total = optimizer_steps

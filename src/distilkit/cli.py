@@ -56,22 +56,14 @@ def report_errors(entry: Callable[P, R]) -> Callable[P, R]:
 
 
 def check_names(names: Iterable[Any], known: Iterable[str], *, path: str) -> None:
-    """Check that the keys of the config node at ``path`` are known.
-
-    Raises:
-        UserError: a key is unknown.
-    """
+    """Check that the keys of the config node at ``path`` are known."""
     for name in names:
         if name not in known:
             raise UserError(f"{path}.{name} is unknown; {path} takes {', '.join(known)}")
 
 
 def check_keys(node: DictConfig, *, path: str = "") -> None:
-    """Check that no value below ``node`` is missing, and that each target takes the keys it is given.
-
-    Raises:
-        UserError: a mandatory value is missing, a target cannot be imported, or a key is unknown to it.
-    """
+    """Check that no value below ``node`` is missing, and that each target takes the keys it is given."""
     if "_target_" in node:
         try:
             target = get_object(node["_target_"])
@@ -127,11 +119,7 @@ def keep_large_buffers() -> bool:
 
 
 def set_matmul_precision(name: str) -> None:
-    """Set how torch multiplies float32 matrices: ``highest``, ``high`` or ``medium``.
-
-    Raises:
-        UserError: the name is none of these.
-    """
+    """Set how torch multiplies float32 matrices: ``highest``, ``high`` or ``medium``."""
     import torch
 
     if name not in ("highest", "high", "medium"):

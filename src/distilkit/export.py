@@ -23,7 +23,7 @@ from transformers import (
 
 from distilkit.cli import report_errors
 from distilkit.errors import UserError
-from distilkit.language_model import num_parameters, task_of
+from distilkit.language_model import lm_of, num_parameters
 from distilkit.model_card import student_card
 
 
@@ -47,9 +47,6 @@ def write_student(
     """Write a folder that ``from_pretrained`` loads, whole or not at all, and return the model.
 
     ``state`` holds the student's weights by the names of its own class. ``files`` comes from ``student_files``.
-
-    Raises:
-        UserError: the folder exists.
     """
     if folder.exists():
         raise UserError(f"{folder} exists; choose another folder, or delete it")
@@ -59,8 +56,8 @@ def write_student(
         for name, content in files.items():
             (temporary / name).write_text(content, "utf-8")
         config = AutoConfig.from_pretrained(temporary)
-        task = task_of(config.model_type, config.architectures)
-        auto = AutoModelForCausalLM if task == "clm" else AutoModelForMaskedLM
+        lm = lm_of(config.model_type, config.architectures)
+        auto = AutoModelForCausalLM if lm == "clm" else AutoModelForMaskedLM
         model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
         model.load_state_dict(state, strict=True)
         model.eval().save_pretrained(temporary)
@@ -70,7 +67,7 @@ def write_student(
             results=results,
             tokens_seen=tokens_seen,
             num_params=num_parameters(model),
-            task=task,
+            lm=lm,
             mask_token=mask_token["content"] if isinstance(mask_token, dict) else mask_token or "[MASK]",
         )
         card.save(temporary / "README.md")
@@ -82,11 +79,7 @@ def write_student(
 
 
 def read_checkpoint(file: Path) -> dict[str, Any]:
-    """Map a checkpoint of a distilkit run into memory.
-
-    Raises:
-        UserError: the file is no such checkpoint, or it is cut short.
-    """
+    """Map a checkpoint of a distilkit run into memory."""
     try:
         checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         checkpoint["distilkit"]

@@ -16,7 +16,7 @@ from distilkit.attention import dense_mask, use_attention
 from distilkit.errors import UserError
 from distilkit.losses import Head
 
-Task = Literal["mlm", "clm"]
+LM = Literal["mlm", "clm"]
 
 _AUTO_CLASS = {"mlm": AutoModelForMaskedLM, "clm": AutoModelForCausalLM}
 _POSITIONS_AFTER_PAD = ("roberta", "xlm-roberta")  # their first position is pad_token_id + 1
@@ -45,13 +45,10 @@ class Batch(TypedDict):
 # ------------------------------------------------------------------------------- loading
 
 
-def task_of(model_type: str, architectures: list[str] | None = None) -> Task:
+def lm_of(model_type: str, architectures: list[str] | None = None) -> LM:
     """Return the kind of a language model by ``config.architectures``, then by ``config.model_type``.
 
     A type that has both classes (BERT, RoBERTa) is masked unless its files say otherwise.
-
-    Raises:
-        UserError: the type has no language-model head in transformers.
     """
     masked = MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(model_type)
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
@@ -66,21 +63,18 @@ def load_language_model(
     name: str,
     *,
     revision: str = "main",
-    task: Task | None = None,
+    lm: LM | None = None,
     trust_remote_code: bool = False,
     needs_head: bool = True,
-) -> tuple[PreTrainedModel, Task]:
+) -> tuple[PreTrainedModel, LM]:
     """Load a masked or causal language model from the hub or a folder, from safetensors, in float32.
 
-    ``task`` is read from the config when it is None.
-
-    Raises:
-        UserError: the model cannot be found or has no safetensors, or its files lack the head while ``needs_head``.
+    ``lm`` is read from the config when it is None.
     """
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-        task = task or task_of(config.model_type, config.architectures)
-        model, info = _AUTO_CLASS[task].from_pretrained(
+        lm = lm or lm_of(config.model_type, config.architectures)
+        model, info = _AUTO_CLASS[lm].from_pretrained(
             name,
             revision=revision,
             trust_remote_code=trust_remote_code,
@@ -104,7 +98,7 @@ def load_language_model(
             f"{name!r} has no trained language-model head: {', '.join(missing)} were not in its files and would be "
             "random targets; use a checkpoint saved with its head, or set objective.alpha_ce=0 and objective.alpha_mse=0"
         )
-    return model, task
+    return model, lm
 
 
 def weight_hash(model: PreTrainedModel) -> str:
@@ -142,11 +136,8 @@ def last_hidden_state(
     ``attention_mask`` is (batch, length) with 0 on padding, and None when there is none. ``document_ids`` (batch,
     length), constant within a document, keeps packed documents apart: a document's states are those of the document
     alone. Padding has a document id of its own. States of padding mean nothing.
-
-    Raises:
-        UserError: documents are to be kept apart in windows of attention that are not known here.
     """
-    causal = task_of(model.config.model_type, model.config.architectures) == "clm"
+    causal = lm_of(model.config.model_type, model.config.architectures) == "clm"
     arguments: dict[str, Any] = {"use_cache": False} if causal else {}
     if document_ids is None:
         arguments["attention_mask"] = attention_mask
@@ -212,11 +203,7 @@ def lm_head(model: PreTrainedModel, states: Tensor) -> Head:
 
 @torch.no_grad()
 def check_split(model: PreTrainedModel) -> None:
-    """Make sure that backbone and head together are the whole model, on one short sequence.
-
-    Raises:
-        UserError: they are not: the architecture does something to its logits that this library does not know.
-    """
+    """Make sure that backbone and head together are the whole model, on one short sequence."""
     was_training = model.training
     model.eval()
     ids = torch.arange(4, device=model.device)[None, :] + 4
@@ -254,11 +241,7 @@ def max_positions(model: PreTrainedModel) -> int:
 
 
 def check_positions(model: PreTrainedModel, length: int, *, key: str, name: str) -> None:
-    """Make sure that sequences of a length, set by the config's ``key``, fit the model's positions, if it has a limit.
-
-    Raises:
-        UserError: they do not.
-    """
+    """Make sure that sequences of a length, set by the config's ``key``, fit the model's positions, if it has a limit."""
     limit = max_positions(model) if hasattr(model.config, "max_position_embeddings") else length
     if length > limit:
         raise UserError(f"{key}={length}, but {name} has {limit} positions; set {key}={limit} or less")
@@ -283,11 +266,7 @@ def compile_backbone(model: PreTrainedModel) -> None:
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Keep only the input of each layer in training, and recompute the rest in backward: less memory, more time.
-
-    Raises:
-        UserError: the architecture does not support it.
-    """
+    """Keep only the input of each layer in training, and recompute the rest in backward: less memory, more time."""
     if not model.supports_gradient_checkpointing:
         raise UserError(
             f"activation_checkpointing=true, but {type(model).__name__} does not support it; set activation_checkpointing=false"

@@ -66,12 +66,12 @@ def student_card(
     results: Mapping[str, float],
     tokens_seen: int,
     num_params: int,
-    task: str,
+    lm: str,
     mask_token: str = "[MASK]",
 ) -> ModelCard:
     """Build the card of a student from the record of its run.
 
-    ``results`` are its metrics on held-out documents. ``task`` is ``mlm`` or ``clm``.
+    ``results`` are its metrics on held-out documents. ``lm`` is ``mlm`` or ``clm``.
     """
     teacher = record["teacher"]
     is_local = teacher is not None and Path(teacher["name"]).exists()
@@ -84,12 +84,12 @@ def student_card(
     metadata = ModelCardData(
         base_model=teacher["name"] if teacher and not is_local else None,
         library_name="transformers",
-        pipeline_tag=_PIPELINES[task],
+        pipeline_tag=_PIPELINES[lm],
         tags=_TAGS,
         model_name=record["name"],
         eval_results=[
             EvalResult(
-                task_type=_PIPELINES[task],
+                task_type=_PIPELINES[lm],
                 dataset_type="held-out",
                 dataset_name=f"held-out documents: {record['data']}",
                 metric_type=name,
@@ -110,7 +110,7 @@ def student_card(
         origin=origin,
         method=method,
         version=record["version"],
-        pipeline=_PIPELINES[task],
+        pipeline=_PIPELINES[lm],
         mask_token=mask_token,
         facts=[
             ("layers kept", "none: random init" if layers is None else layers),

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from distilkit import losses
 from distilkit.errors import UserError
 from distilkit.export import student_files
-from distilkit.language_model import Batch, Task, cast_parameters, lm_head, token_states
+from distilkit.language_model import LM, Batch, cast_parameters, lm_head, token_states
 from distilkit.objective import Objective, labelled_rows, real_rows
 from distilkit.teacher import Teacher
 
@@ -45,7 +45,7 @@ class DistillationModule(LightningModule):
         student: PreTrainedModel,
         teacher: Teacher | None,
         tokenizer: PreTrainedTokenizerBase,
-        task: Task,
+        lm: LM,
         objective: Objective,
         optimizer: Callable[[Iterable[dict[str, Any]]], Optimizer],
         scheduler: str,
@@ -59,14 +59,14 @@ class DistillationModule(LightningModule):
             raise UserError(
                 f"scheduler.warmup_share={warmup_share}, but it must be between 0 and 1; the paper's is 0.05"
             )
-        objective.check_models(student=student, teacher=teacher.model if teacher else None, task=task)
+        objective.check_models(student=student, teacher=teacher.model if teacher else None, lm=lm)
         self.student = student
         self.teacher = teacher.model if teacher else None
         self.teacher_sha256 = teacher.sha256 if teacher and objective.reads_teacher else None
         self.teacher_name = teacher.name if teacher else None
         self.keeps_teacher_dtype = teacher is not None and teacher.dtype == "float32"
         self.files = student_files(student, tokenizer)  # now, so that what cannot be saved is not trained either
-        self.task, self.objective = task, objective
+        self.lm, self.objective = lm, objective
         self.optimizer, self.scheduler, self.warmup_share = optimizer, scheduler, warmup_share
         self.seed = seed
         self.record = dict(record)
@@ -147,7 +147,7 @@ class DistillationModule(LightningModule):
         if batch["is_first"]:
             counts = torch.stack([batch["num_tokens"], batch["num_labels"]]).to(self.device)
             counts = self._sum_over_ranks(counts)
-            self.denominators = self.objective.denominators(num_tokens=counts[0], num_labels=counts[1], task=self.task)
+            self.denominators = self.objective.denominators(num_tokens=counts[0], num_labels=counts[1], lm=self.lm)
             self.step_terms = {}
         loss, terms = self._loss(batch, self.denominators)
         self.all_finite = self.all_finite.to(loss.device) & loss.detach().isfinite()
@@ -168,7 +168,7 @@ class DistillationModule(LightningModule):
         states: tuple[Tensor, Tensor | None] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         return self.objective.loss(
-            self.student, self.teacher, batch, task=self.task, denominators=denominators, states=states
+            self.student, self.teacher, batch, lm=self.lm, denominators=denominators, states=states
         )
 
     def _log_step(self) -> None:
@@ -189,9 +189,6 @@ class DistillationModule(LightningModule):
         """Stop when a loss was not finite since the start.
 
         Called where the host waits for the device anyway: when logging and before saving.
-
-        Raises:
-            UserError: a loss was infinite or not a number.
         """
         # Where a run is over, the module is on the CPU, and its process group need not be.
         broken = (~self.all_finite).float().to(self.trainer.strategy.root_device)
@@ -267,7 +264,7 @@ class DistillationModule(LightningModule):
         real = real_rows(batch)
         num_tokens = torch.tensor(len(labels) if real is None else len(real), device=self.device)
         num_labels = torch.tensor(len(rows), device=self.device)
-        counts = self.objective.denominators(num_tokens=num_tokens, num_labels=num_labels, task=self.task)
+        counts = self.objective.denominators(num_tokens=num_tokens, num_labels=num_labels, lm=self.lm)
         states = token_states(self.student, batch), token_states(self.teacher, batch) if self.teacher else None
         for name, mean in self._loss(batch, counts, states)[1].items():
             self._count(f"loss_{name}", mean, counts[name])
@@ -291,11 +288,7 @@ class DistillationModule(LightningModule):
             self.val_metrics[name].update(mean.float(), weight=count)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the means over all ranks, the weighted loss, and perplexities.
-
-        Raises:
-            UserError: a loss was infinite or not a number.
-        """
+        """Log the means over all ranks, the weighted loss, and perplexities."""
         self.check_finite()
         means = {name: metric.compute() for name, metric in self.val_metrics.items()}
         weighted = [alpha * means[f"loss_{name}"] for name, alpha in self.objective.weights.items()]
@@ -319,11 +312,7 @@ class DistillationModule(LightningModule):
     # ------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the teacher out, and add what export and resume need.
-
-        Raises:
-            UserError: a weight of the student or a loss is not finite: such a checkpoint must not replace a good one.
-        """
+        """Leave the teacher out, and add what export and resume need."""
         self.check_finite()
         state = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name.startswith("student.")}
         broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
@@ -343,11 +332,7 @@ class DistillationModule(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the run goes on as it began.
-
-        Raises:
-            UserError: the checkpoint is no distilkit one, or of another teacher, objective or student.
-        """
+        """Check that the run goes on as it began."""
         saved = checkpoint.get("distilkit")
         if saved is None:
             raise UserError("the checkpoint was not written by distilkit; give ckpt_path of a run of distilkit.train")

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from distilkit import losses
 from distilkit.errors import UserError
 from distilkit.fused import fused_losses
-from distilkit.language_model import Batch, Task, lm_head, token_states
+from distilkit.language_model import LM, Batch, lm_head, token_states
 
 _CHOICES = {"soft_targets": ("all", "masked"), "implementation": ("fused", "reference")}
 
@@ -27,7 +27,7 @@ class Objective:
     ``implementation`` is ``fused``, which never holds all logits, or ``reference``, the plain formulas.
 
     Raises:
-        UserError: a weight is negative, all are zero, the temperature is not positive, or both tasks are weighted.
+        UserError: a weight is negative, all are zero, the temperature is not positive, or both LM losses are weighted.
     """
 
     alpha_ce: float
@@ -81,19 +81,15 @@ class Objective:
         """Whether a term needs the teacher at all."""
         return self.reads_teacher_logits or self.alpha_cos > 0
 
-    def takes_all_rows(self, task: Task) -> bool:
+    def takes_all_rows(self, lm: LM) -> bool:
         """Whether a term needs logits of all real tokens, not of the labelled ones alone."""
-        return task == "clm" or (self.reads_teacher_logits and self.soft_targets == "all")
+        return lm == "clm" or (self.reads_teacher_logits and self.soft_targets == "all")
 
-    def check_models(self, *, student: PreTrainedModel, teacher: PreTrainedModel | None, task: Task) -> None:
-        """Make sure that the terms fit the models, before the first step.
-
-        Raises:
-            UserError: a causal weight on a masked model or the reverse, no teacher to read, or widths that differ.
-        """
-        wrong = "clm" if task == "mlm" else "mlm"
+    def check_models(self, *, student: PreTrainedModel, teacher: PreTrainedModel | None, lm: LM) -> None:
+        """Make sure that the terms fit the models, before the first step."""
+        wrong = "clm" if lm == "mlm" else "mlm"
         if wrong in self.weights:
-            kind, preset = ("masked", "distilbert or mlm") if task == "mlm" else ("causal", "distilgpt2 or clm")
+            kind, preset = ("masked", "distilbert or mlm") if lm == "mlm" else ("causal", "distilgpt2 or clm")
             raise UserError(
                 f"objective.alpha_{wrong}={self.weights[wrong]} on a {kind} language model "
                 f"({student.config.model_type}); set objective={preset}"
@@ -109,13 +105,13 @@ class Objective:
                 f"{student.config.hidden_size} wide and the teacher {teacher.config.hidden_size}; set objective.alpha_cos=0"
             )
 
-    def denominators(self, *, num_tokens: Tensor, num_labels: Tensor, task: Task) -> dict[str, Tensor]:
+    def denominators(self, *, num_tokens: Tensor, num_labels: Tensor, lm: LM) -> dict[str, Tensor]:
         """Choose for each term the count it is divided by: real tokens, or labelled ones.
 
         The counts are those of the whole optimizer step, over all micro-batches and ranks.
         """
         tokens, labels = num_tokens.clamp(min=1), num_labels.clamp(min=1)
-        soft = labels if self.soft_targets == "masked" and task == "mlm" else tokens
+        soft = labels if self.soft_targets == "masked" and lm == "mlm" else tokens
         by_term = {"ce": soft, "mse": soft, "mlm": labels, "clm": labels, "cos": tokens}
         return {name: by_term[name] for name in self.weights}
 
@@ -125,7 +121,7 @@ class Objective:
         teacher: PreTrainedModel | None,
         batch: Batch,
         *,
-        task: Task,
+        lm: LM,
         denominators: Mapping[str, Tensor],
         states: tuple[Tensor, Tensor | None] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -140,7 +136,7 @@ class Objective:
             states = token_states(student, batch), targets
         ours, theirs = states
         real = real_rows(batch)
-        rows = real if self.takes_all_rows(task) else labelled_rows(batch)
+        rows = real if self.takes_all_rows(lm) else labelled_rows(batch)
         labels = choose(batch["labels"].flatten(), rows)
 
         weights = {name: alpha / denominators[name] for name, alpha in self.weights.items()}
@@ -158,11 +154,11 @@ class Objective:
                 target_head,
                 labels,
                 soft_weights=by_row.get("ce"),
-                hard_weights=by_row.get(task),
+                hard_weights=by_row.get(lm),
                 mse_weights=by_row.get("mse"),
                 temperature=self.temperature,
             )
-            weighted = {"ce": soft, task: hard, "mse": mse}
+            weighted = {"ce": soft, lm: hard, "mse": mse}
         if self.alpha_cos and theirs is not None:
             weighted["cos"] = losses.hidden_cosine(choose(ours, real), choose(theirs, real)).sum() * weights["cos"]
             total = total + weighted["cos"]

@@ -16,7 +16,7 @@ def main(cfg: DictConfig) -> None:
     """Prepare the cache that ``distilkit.train`` with the same overrides will use, and say what is in it."""
     check_keys(cfg)
     tokenizer = instantiate(cfg.tokenizer)
-    data = instantiate(cfg.data, tokenizer=tokenizer, task="clm" if tokenizer.mask_token_id is None else "mlm")
+    data = instantiate(cfg.data, tokenizer=tokenizer, lm="clm" if tokenizer.mask_token_id is None else "mlm")
     cache = open_cache(data.prepare(), tokenizer)
     print(
         json.dumps({"cache": str(cache.folder), "documents": cache.meta["documents"], "tokens": cache.meta["tokens"]})

@@ -24,7 +24,7 @@ from transformers import (
 
 from distilkit.data.tokenizer import load_tokenizer
 from distilkit.errors import UserError
-from distilkit.language_model import check_split, load_language_model, task_of
+from distilkit.language_model import check_split, lm_of, load_language_model
 from distilkit.teacher import Teacher
 
 log = logging.getLogger(__name__)
@@ -65,11 +65,7 @@ def choose_layers(num_teacher_layers: int, num_student_layers: int) -> list[int]
 def resolve_layers(
     layers: Literal["half", "third"] | Sequence[int], *, num_teacher_layers: int, name: str
 ) -> list[int]:
-    """Turn ``half``, ``third`` or an explicit list into checked layer indices.
-
-    Raises:
-        UserError: the list is empty, out of range, repeated or not increasing.
-    """
+    """Turn ``half``, ``third`` or an explicit list into checked layer indices."""
     if isinstance(layers, str):
         if layers not in ("half", "third"):
             raise UserError(f"student.layers is {layers!r}; it takes half, third or a list such as [0,2,4]")
@@ -175,7 +171,7 @@ def cut_student(
         )
     if getattr(source.config, "layer_types", None):  # full or sliding attention, layer by layer
         config.layer_types = [source.config.layer_types[layer] for layer in chosen]
-    to_distilbert = config.model_type == "bert" and teacher.task == "mlm" and bert_class == "distilbert"
+    to_distilbert = config.model_type == "bert" and teacher.lm == "mlm" and bert_class == "distilbert"
     if to_distilbert:
         student: PreTrainedModel = DistilBertForMaskedLM(_distilbert_config(config))
     else:
@@ -222,7 +218,7 @@ def new_student(
     absent = {name: None for name in _SPECIAL_IDS if name not in special and (getattr(built, name, None) or 0) >= size}
     fields = {"vocab_size": size, **absent, **special, **(config or {})}
     built = AutoConfig.for_model(model_type, **fields)
-    auto = AutoModelForCausalLM if task_of(model_type) == "clm" else AutoModelForMaskedLM
+    auto = AutoModelForCausalLM if lm_of(model_type) == "clm" else AutoModelForMaskedLM
     student: PreTrainedModel = auto.from_config(built)
     student.config.architectures = [type(student).__name__]
     student.config.distilkit_layers = None
@@ -248,7 +244,7 @@ def pretrained_student(
         UserError: it cannot be loaded, or its vocabulary is not the teacher's.
     """
     student, _ = load_language_model(
-        name, revision=revision, trust_remote_code=trust_remote_code, task=teacher.task if teacher else None
+        name, revision=revision, trust_remote_code=trust_remote_code, lm=teacher.lm if teacher else None
     )
     if teacher is not None and student.config.vocab_size != teacher.model.config.vocab_size:
         own = load_tokenizer(name=name, revision=revision, trust_remote_code=trust_remote_code)
@@ -266,11 +262,7 @@ def pretrained_student(
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
-    """Make sure that every id of the tokenizer has an embedding.
-
-    Raises:
-        UserError: the tokenizer knows more ids than the model.
-    """
+    """Make sure that every id of the tokenizer has an embedding."""
     rows = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     if len(tokenizer) > rows:
         raise UserError(

@@ -6,7 +6,7 @@ from typing import Literal
 from transformers import PreTrainedModel
 
 from distilkit.errors import UserError
-from distilkit.language_model import Task, check_split, load_language_model, weight_hash
+from distilkit.language_model import LM, check_split, load_language_model, weight_hash
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class Teacher:
     model: PreTrainedModel
     name: str
     revision: str
-    task: Task
+    lm: LM
     sha256: str
     dtype: Literal["auto", "float32"] = "auto"
 
@@ -29,7 +29,7 @@ def load_teacher(
     *,
     name: str | None,
     revision: str = "main",
-    task: Task | None = None,
+    lm: LM | None = None,
     trust_remote_code: bool = False,
     dtype: Literal["auto", "float32"] = "auto",
     needs_head: bool = True,
@@ -46,10 +46,10 @@ def load_teacher(
         return None
     if dtype not in ("auto", "float32"):
         raise UserError(f"teacher.dtype is {dtype!r}; it takes auto or float32")
-    model, task = load_language_model(
-        name, revision=revision, task=task, trust_remote_code=trust_remote_code, needs_head=needs_head
+    model, lm = load_language_model(
+        name, revision=revision, lm=lm, trust_remote_code=trust_remote_code, needs_head=needs_head
     )
     model.eval().requires_grad_(False)
     check_split(model)
     commit = getattr(model.config, "_commit_hash", None) or revision
-    return Teacher(model=model, name=name, revision=commit, task=task, sha256=weight_hash(model), dtype=dtype)
+    return Teacher(model=model, name=name, revision=commit, lm=lm, sha256=weight_hash(model), dtype=dtype)

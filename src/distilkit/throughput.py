@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from distilkit.language_model import Batch, Task
+from distilkit.language_model import LM, Batch
 from distilkit.module import DistillationModule
 from distilkit.objective import Objective, labelled_rows
 
@@ -43,7 +43,7 @@ def forward_cost(model: PreTrainedModel) -> ForwardCost:
 
 
 def step_flops(
-    objective: Objective, student: ForwardCost, teacher: ForwardCost | None, batch: Batch, *, task: Task
+    objective: Objective, student: ForwardCost, teacher: ForwardCost | None, batch: Batch, *, lm: LM
 ) -> float:
     """Return the FLOPs of a batch: one pass of the teacher, three of the student, whose backward counts as two.
 
@@ -51,7 +51,7 @@ def step_flops(
     does not count (PaLM, arXiv 2204.02311, appendix B).
     """
     tokens, length = batch["input_ids"].numel(), batch["input_ids"].shape[1]
-    all_rows = objective.takes_all_rows(task)
+    all_rows = objective.takes_all_rows(lm)
     rows = tokens if all_rows else len(labelled_rows(batch))
     models = [(student, 3, objective.reads_student_logits)]
     if teacher is not None and objective.reads_teacher:
@@ -128,7 +128,7 @@ class Throughput(Callback):
         self.window_tokens += tokens
         assert isinstance(pl_module, DistillationModule)
         assert self.costs is not None
-        flops = step_flops(pl_module.objective, *self.costs, batch, task=pl_module.task)
+        flops = step_flops(pl_module.objective, *self.costs, batch, lm=pl_module.lm)
         self.window_flops += flops * trainer.world_size
         log_every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by one of its connectors
         if batch["is_last"] and log_every and trainer.global_step % log_every == 0:

@@ -17,7 +17,7 @@ from distilkit.callbacks import ValidateEvery
 from distilkit.cli import check_keys, check_names, prepare_process, ranks_on_config, report_errors, set_matmul_precision
 from distilkit.errors import UserError
 from distilkit.export import read_checkpoint
-from distilkit.language_model import check_positions, checkpoint_activations, compile_backbone, num_parameters, task_of
+from distilkit.language_model import check_positions, checkpoint_activations, compile_backbone, lm_of, num_parameters
 from distilkit.module import DistillationModule
 from distilkit.summary import describe, finish
 
@@ -63,20 +63,20 @@ def train(cfg: DictConfig) -> float:
     tokenizer = instantiate(cfg.tokenizer)
     teacher = instantiate(cfg.teacher, needs_head=objective.reads_teacher_logits)
     student = instantiate(cfg.student)(teacher=teacher, tokenizer=tokenizer)
-    task = task_of(student.config.model_type, student.config.architectures)
+    lm = lm_of(student.config.model_type, student.config.architectures)
     for model, whose in ((student, "the student"), *(((teacher.model, teacher.name),) if teacher else ())):
         check_positions(model, cfg.data.block_size, key="data.block_size", name=whose)
         if cfg.compile:
             compile_backbone(model)
     if cfg.activation_checkpointing:
         checkpoint_activations(student)
-    data = instantiate(cfg.data, tokenizer=tokenizer, task=task)
+    data = instantiate(cfg.data, tokenizer=tokenizer, lm=lm)
     record = describe(cfg, objective=objective, teacher=teacher, student=student, corpus=data.corpus)
     module = DistillationModule(
         student=student,
         teacher=teacher,
         tokenizer=tokenizer,
-        task=task,
+        lm=lm,
         objective=objective,
         optimizer=instantiate(cfg.optimizer),
         **cfg.scheduler,

@@ -199,7 +199,7 @@ def test_the_student_in_the_folder_is_the_one_that_was_scored(run: Run) -> None:
     """Score student/ once more, with a plain loop over the held-out blocks."""
     config = OmegaConf.load(run.folder / "config.yaml")
     tokenizer = AutoTokenizer.from_pretrained(run.folder / "student")
-    data = instantiate(config.data, tokenizer=tokenizer, task="mlm")
+    data = instantiate(config.data, tokenizer=tokenizer, lm="mlm")
     data.setup()
     model = DistilBertForMaskedLM.from_pretrained(run.folder / "student").eval()
     total, hits, count = 0.0, 0, 0

@@ -46,7 +46,7 @@ FILLED = {  # what a user of the option has to fill in
     "experiment/demo": ["stage=teacher"],
     "experiment/demo_student": ["teacher.name=someone/something"],
 }
-GIVEN_BY_TRAIN = {"teacher", "tokenizer", "task", "needs_head", "params", "callbacks", "logger"}
+GIVEN_BY_TRAIN = {"teacher", "tokenizer", "lm", "needs_head", "params", "callbacks", "logger"}
 
 
 @pytest.fixture(autouse=True)
@@ -255,7 +255,7 @@ def test_every_data_option_builds_without_reading_its_corpus(
     if option == "data/text":
         cfg.data.corpus.paths = str(text_file)
     corpus = {"corpus": TextFiles(paths=str(text_file))} if option == "data/base" else {}
-    data = instantiate(cfg.data, tokenizer=tokenizer, task="mlm", **corpus)
+    data = instantiate(cfg.data, tokenizer=tokenizer, lm="mlm", **corpus)
     assert isinstance(data, DistillationDataModule)
     assert data.corpus.fingerprint()
     assert list(tmp_path.iterdir()) == []
@@ -291,7 +291,7 @@ def test_every_teacher_option_names_a_hub_id_or_loads_what_it_is_given(
         owner, name = cfg.teacher.name.split("/")
         assert owner
         assert name == option.removeprefix("teacher/")
-        assert cfg.teacher.task is None
+        assert cfg.teacher.lm is None
 
 
 @pytest.mark.parametrize("option", [option for option in OPTIONS if option.startswith("student/")])

@@ -465,7 +465,7 @@ MakeModule = Callable[..., DistillationDataModule]
 def make_module(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> MakeModule:
     def make(*, num_documents: int = 100, ranks: int = 0, rank: int = 0, **fields: Any) -> DistillationDataModule:
         sizes = {"block_size": 16, "global_batch_size": 8, "micro_batch_size": 4, "val_share": 0.2}
-        options = {"max_val_blocks": 1000, "attend_across_documents": True, "num_workers": 0, "seed": 0, "task": "mlm"}
+        options = {"max_val_blocks": 1000, "attend_across_documents": True, "num_workers": 0, "seed": 0, "lm": "mlm"}
         module = DistillationDataModule(
             corpus=Texts(num_documents),
             **{"tokenizer": tokenizer, "masking": MASKING, "cache_dir": str(tmp_path)} | sizes | options | fields,
@@ -494,7 +494,7 @@ def test_both_splits_together_hold_the_corpus(make_module: MakeModule) -> None:
 def test_a_causal_module_shifts_and_a_masked_one_masks(
     make_module: MakeModule, causal_tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    causal = next(iter(ready(make_module(task="clm", tokenizer=causal_tokenizer)).train_dataloader()))
+    causal = next(iter(ready(make_module(lm="clm", tokenizer=causal_tokenizer)).train_dataloader()))
     assert torch.equal(causal["labels"][:, :-1], causal["input_ids"][:, 1:])
     masked = next(iter(ready(make_module()).train_dataloader()))
     assert (masked["labels"] != IGNORE_INDEX).sum(dim=1).tolist() == [2] * 4
@@ -623,8 +623,8 @@ def test_a_causal_block_has_a_token_to_predict(
     make_module: MakeModule, causal_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     with pytest.raises(UserError, match=r"data\.block_size=1, but it must be at least 2"):
-        make_module(task="clm", tokenizer=causal_tokenizer, block_size=1)
-    module = ready(make_module(task="clm", tokenizer=causal_tokenizer, block_size=2))
+        make_module(lm="clm", tokenizer=causal_tokenizer, block_size=1)
+    module = ready(make_module(lm="clm", tokenizer=causal_tokenizer, block_size=2))
     assert all(int(part["num_labels"]) for part in module.train_dataloader())
 
 

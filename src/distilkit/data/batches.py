@@ -18,7 +18,7 @@ from distilkit.data.cache import TokenCache, open_cache, prepare
 from distilkit.data.corpus import Corpus
 from distilkit.data.masking import VALIDATION_EPOCH, Masker, Masking, mix
 from distilkit.errors import UserError
-from distilkit.language_model import Batch, Task
+from distilkit.language_model import LM, Batch
 from distilkit.losses import IGNORE_INDEX
 
 log = logging.getLogger(__name__)
@@ -108,12 +108,7 @@ class MicroBatches:
         return {"position": self.position, "per_step": self.per_step, "num_blocks": self.sampler.num_blocks}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on after the optimizer step where the state was taken.
-
-        Raises:
-            UserError: the batch sizes, the number of processes or the corpus are not those of the checkpoint, or it
-                was taken between the micro-batches of one optimizer step.
-        """
+        """Go on after the optimizer step where the state was taken."""
         now = self.state_dict()
         if any(state[name] != now[name] for name in ("per_step", "num_blocks")):
             raise UserError(
@@ -193,7 +188,7 @@ class DistillationDataModule(LightningDataModule):
         *,
         corpus: Corpus,
         tokenizer: PreTrainedTokenizerBase,
-        task: Task,
+        lm: LM,
         masking: Masking,
         cache_dir: str,
         block_size: int,
@@ -218,7 +213,7 @@ class DistillationDataModule(LightningDataModule):
         ):
             if value < least:
                 raise UserError(f"data.{name}={value}, but it must be at least {least}")
-        self.corpus, self.tokenizer, self.task, self.masking = corpus, tokenizer, task, masking
+        self.corpus, self.tokenizer, self.lm, self.masking = corpus, tokenizer, lm, masking
         self.cache_dir, self.block_size = Path(cache_dir).expanduser(), block_size
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.val_share, self.max_val_blocks = val_share, max_val_blocks
@@ -259,7 +254,7 @@ class DistillationDataModule(LightningDataModule):
     def _blocks(self, split: str) -> Blocks:
         assert self.cache is not None
         masker = None
-        if self.task == "mlm":
+        if self.lm == "mlm":
             masker = Masker(
                 self.masking, tokenizer=self.tokenizer, token_counts=self.cache.token_counts, seed=self.seed
             )

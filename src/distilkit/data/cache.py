@@ -50,11 +50,7 @@ class TokenCache:
 
 
 def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id that closes a document: [SEP], </s> or <|endoftext|>.
-
-    Raises:
-        UserError: the tokenizer has neither a separator nor an end of text.
-    """
+    """Return the id that closes a document: [SEP], </s> or <|endoftext|>."""
     for token_id in (tokenizer.sep_token_id, tokenizer.eos_token_id):
         if token_id is not None:
             return int(token_id)
@@ -80,9 +76,6 @@ def prepare(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, cache_dir: st
     """Tokenize a corpus into the cache, unless it is there, and return its folder.
 
     Processes that prepare the same cache wait for the first one.
-
-    Raises:
-        UserError: the corpus is empty, the disk is full, or ``val_share`` is out of range.
     """
     if not 0 < val_share < 1:
         raise UserError(f"data.val_share={val_share}, but it must be above 0 and below 1, for example 0.01")
@@ -112,11 +105,7 @@ def prepare(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, cache_dir: st
 
 
 def open_cache(folder: Path, tokenizer: PreTrainedTokenizerBase) -> TokenCache:
-    """Map a finished cache into memory.
-
-    Raises:
-        UserError: the folder is no token cache, of another format or vocabulary, or one of its files was cut short.
-    """
+    """Map a finished cache into memory."""
     try:
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
         sizes = {name: int(meta["bytes"][name]) for name in ("train", "val", "counts")}

@@ -26,11 +26,7 @@ class HubDataset:
         rows_per_document: int = 1,
         document_start: str | None = None,
     ) -> None:
-        """Take the arguments of ``datasets.load_dataset``; nothing is fetched yet.
-
-        Raises:
-            UserError: ``rows_per_document`` is below 1.
-        """
+        """Take the arguments of ``datasets.load_dataset``; nothing is fetched yet."""
         if rows_per_document < 1:
             raise UserError(f"data.corpus.rows_per_document={rows_per_document}, but it must be at least 1")
         self.path, self.name, self.split, self.column, self.revision = path, name, split, column, revision
@@ -42,11 +38,7 @@ class HubDataset:
         return {"hub": vars(self)}
 
     def stream(self) -> Any:
-        """Open the data set in streaming mode.
-
-        Raises:
-            UserError: it cannot be reached, or has no such column.
-        """
+        """Open the data set in streaming mode."""
         import datasets
 
         try:
@@ -65,11 +57,7 @@ class HubDataset:
         return rows.select_columns([self.column])
 
     def documents(self) -> Iterator[str]:
-        """Yield the documents as they arrive.
-
-        Raises:
-            UserError: the column holds something else than text.
-        """
+        """Yield the documents as they arrive."""
         starts = re.compile(self.document_start) if self.document_start else None
         rows: list[str] = []
         for row in self.stream():
@@ -96,11 +84,7 @@ class MultilingualWikipedia:
     def __init__(
         self, *, languages: Sequence[str], date: str, exponent: float, seed: int, path: str = "wikimedia/wikipedia"
     ) -> None:
-        """Take language codes and the date of the dump.
-
-        Raises:
-            UserError: no language, or an exponent outside 0 to 1.
-        """
+        """Take language codes and the date of the dump."""
         if not languages:
             raise UserError("data.corpus.languages is empty; list at least one, as [en,de]")
         if not 0 <= exponent <= 1:
@@ -112,11 +96,7 @@ class MultilingualWikipedia:
         return {"wikipedia": vars(self)}
 
     def documents(self) -> Iterator[str]:
-        """Yield articles, the language of each drawn at random.
-
-        Raises:
-            UserError: the hub cannot be reached, or has no such dump.
-        """
+        """Yield articles, the language of each drawn at random."""
         import datasets
 
         streams, sizes = [], []

@@ -48,11 +48,7 @@ def to_uniform(bits: Random) -> NDArray[np.float64]:
 
 
 def continues_word(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.bool_]:
-    """Tell for each id whether it continues the word before it, for WordPiece, byte-level BPE and SentencePiece.
-
-    Raises:
-        UserError: the tokenizer marks neither the start nor the continuation of a word.
-    """
+    """Tell for each id whether it continues the word before it, for WordPiece, byte-level BPE and SentencePiece."""
     tokens = [token or "" for token in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
     backend = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     if backend["type"] == "WordPiece":
@@ -73,9 +69,6 @@ class Masking:
     ``mlm_probability`` of a sample's real tokens are chosen, an exact number in each sample. Of these,
     ``mask_share`` become the mask token, ``random_share`` a random word, the others stay. ``smoothing`` prefers rare
     tokens by count ** -smoothing (0: all alike; the original's 0.7). ``whole_word`` chooses words, not pieces.
-
-    Raises:
-        UserError: a share is out of range.
     """
 
     mlm_probability: float
@@ -101,11 +94,7 @@ class Masker:
     """Mask batches of one tokenizer; ``token_counts`` is how often each id occurs, (vocabulary,)."""
 
     def __init__(self, masking: Masking, *, tokenizer: PreTrainedTokenizerBase, token_counts: Ids, seed: int) -> None:
-        """Precompute what depends on the vocabulary only.
-
-        Raises:
-            UserError: the tokenizer has no mask token.
-        """
+        """Precompute what depends on the vocabulary only."""
         if tokenizer.mask_token_id is None:
             raise UserError(
                 "the tokenizer has no mask token, which masked-LM training needs; set tokenizer.tokenizer_type to the "

@@ -22,9 +22,6 @@ def load_tokenizer(
     """Load a fast tokenizer from the hub or a folder.
 
     ``tokenizer_type`` (bert, roberta, gpt2, ...) is for a folder that holds a vocabulary without a config.
-
-    Raises:
-        UserError: there is none, or it is not a fast tokenizer.
     """
     if name is None:
         raise UserError(
@@ -70,9 +67,6 @@ def train_tokenizer(
     """Train BERT's WordPiece or GPT-2's byte-level BPE on the first documents of a corpus, once.
 
     The result is kept in the cache under the fingerprint of corpus and settings. BPE follows RoBERTa's special tokens.
-
-    Raises:
-        UserError: the model is unknown or the corpus is empty.
     """
     if model not in ("wordpiece", "bpe"):
         raise UserError(f"tokenizer.model is {model!r}; it takes wordpiece or bpe")

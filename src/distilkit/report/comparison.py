@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-from distilkit.language_model import task_of
+from distilkit.language_model import lm_of
 from distilkit.report.page import markdown_table, print_table
 from distilkit.summary import write_json
 from distilkit.timing import latency, seconds_in_turn
@@ -62,7 +62,7 @@ def measure_latency(folders: Sequence[str], *, block_size: int, rounds: int = 15
     models = []
     for folder in folders:
         config = json.loads((Path(folder) / "config.json").read_text("utf-8"))
-        causal = task_of(config["model_type"], config["architectures"]) == "clm"
+        causal = lm_of(config["model_type"], config["architectures"]) == "clm"
         models.append((AutoModelForCausalLM if causal else AutoModelForMaskedLM).from_pretrained(folder).eval())
     ids = torch.randint(10, min(model.config.vocab_size for model in models), (1, block_size))
     passes = [[partial(model, input_ids=ids)] for model in models]
