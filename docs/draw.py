@@ -53,9 +53,9 @@ def layers(axis: Axes, x: float, y: float, width: float, height: float, colors: 
 
 def draw_pipeline(out: Path) -> None:
     """Draw the way from text to a student."""
-    figure = Figure(figsize=(16.75, 5.6), facecolor="white")
+    figure = Figure(figsize=(16.75, 5.2), facecolor="white")
     axis = figure.add_axes((0, 0, 1, 1))
-    axis.set(xlim=(0, 16.75), ylim=(0, 5.6))
+    axis.set(xlim=(0, 16.75), ylim=(0.15, 5.35))
     axis.axis("off")
 
     box(axis, 0.15, 2.3, 1.1, 1.0, "text")
@@ -115,7 +115,7 @@ def read_comparison(file: Path) -> list[Run]:
 
 def draw_demo(runs: list[Run], out: Path) -> None:
     """Draw cross-entropy, accuracy and parameters of the demo's runs as bars."""
-    figure = Figure(figsize=(16, 4.6), facecolor="white", layout="constrained")
+    figure = Figure(figsize=(16, 4.1), facecolor="white", layout="constrained")
     names = [run.name.replace(", ", "\n", 1) for run in runs]
     colors = [TEACHER if name.startswith("teacher") else STUDENT for name in names]
     for axis, title, values, form in zip(
