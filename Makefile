@@ -15,7 +15,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: $(INSTALLED)  ## train a small BERT on docstrings, distil it, and compare (about 8 minutes on 2 CPU cores)
+demo: $(INSTALLED)  ## train a small BERT on docstrings, distil it, and compare (6 to 8 minutes on 2 CPU cores)
 	$(BIN)/python -m distilkit.train experiment=demo
 
 test: $(INSTALLED)  ## run the tests but the slow ones
@@ -29,11 +29,11 @@ lint: $(INSTALLED)  ## check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(INSTALLED)  ## mend style
+format: $(INSTALLED)  ## fix style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED)  ## time and weigh a step of BERT-base beside a naive one
+bench: $(INSTALLED)  ## time and memory of a step of BERT-base, compared with a naive one (10 minutes)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks
 
 bench-quick: $(INSTALLED)  ## the same at a small size
@@ -42,12 +42,12 @@ bench-quick: $(INSTALLED)  ## the same at a small size
 bench-gpu: $(INSTALLED)  ## BERT, RoBERTa and GPT-2 on one GPU, at rising batch sizes until its memory is full
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks gpu
 
-bench-growth: $(INSTALLED)  ## how loss and preparation grow with tokens, vocabulary and text (35 minutes)
+bench-growth: $(INSTALLED)  ## cost of loss and preparation by tokens, vocabulary and text (35 minutes)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks growth
 
-verify-published: $(INSTALLED)  ## fine-tune the published DistilBERT on RTE, MRPC and SST-2, beside table 1; needs the hub
+verify-published: $(INSTALLED)  ## fine-tune the published DistilBERT and compare with table 1 of the paper; hub, hours
 	$(BIN)/python -m benchmarks.published
 
-clean:  ## remove everything that make made, the runs of the demo included
+clean:  ## remove everything that make created, including the demo's runs
 	rm -rf $(VENV) build dist outputs benchmarks/results src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find src conf tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

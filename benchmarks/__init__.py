@@ -1,1 +1,1 @@
-"""Measure distilkit beside a step written after the original's formulas, in turn and in one run; see ``make bench``."""
+"""Benchmarks of distilkit against a naive step after the original's formulas, timed in turn; see ``make bench``."""

@@ -1,4 +1,4 @@
-"""The step at rising batch sizes until memory runs out: what ``make bench-gpu`` shows."""
+"""The optimizer step at rising batch sizes until memory runs out, for ``make bench-gpu``."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -14,7 +14,7 @@ from benchmarks.step import Step, Variant, Workload, batch_of, build_steps, vari
 def rising_batch_sizes(
     call: Caller, *, works: Sequence[Workload], fast: Precision, batch_sizes: Sequence[int], rounds: int
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Measure every variant of every workload, each in a process of its own; yield its name and a record a batch size."""
+    """Measure each variant of each workload in its own process; yield its name and one record per batch size."""
     for work in works:
         for variant in variants(fast, work.family):
             name = f"{work.family} at {work.length}, {variant.name}"
@@ -27,7 +27,7 @@ def rising_batch_sizes(
 def measure_until_full(
     work: Workload, variant: Variant, batch_sizes: Sequence[int], rounds: int
 ) -> list[dict[str, Any]]:
-    """Time and weigh one variant at each batch size, up to the first that does not fit."""
+    """Measure time and memory of one variant at each batch size, up to the first that does not fit."""
     records: list[dict[str, Any]] = []
     step: Step | None = None
     for batch_size in batch_sizes:
@@ -35,7 +35,7 @@ def measure_until_full(
             step = step or next(iter(build_steps([variant], work).values()))
             batch = batch_of(work, batch_size)
             run = partial(step, batch)
-            run()  # compiles, and makes the optimizer's state
+            run()  # compiles, and allocates the optimizer's state
             step.optimizer.zero_grad()
             peak = peak_megabytes(run, device=work.device)
             timing = in_turn({"step": run}, rounds=rounds, device=work.device)["step"]
@@ -61,16 +61,17 @@ def measure_until_full(
 
 
 def is_full(error: Exception) -> bool:
-    """Whether memory ran out; the libraries below torch say so in errors of their own."""
-    said = str(error)
+    """Return whether memory ran out; CUDA's libraries raise errors of their own."""
+    message = str(error)
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or "out of memory" in said or "STATUS_ALLOC_FAILED" in said
+    return known or "out of memory" in message or "STATUS_ALLOC_FAILED" in message
 
 
 def best_of_each(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Take each variant's fastest batch size, beside the fastest of the naive bf16 step on the same models and rows.
+    """Take each variant's fastest batch size and compare it with the fastest naive bf16 step on the same rows.
 
-    ``times_naive`` compares tokens per second, ``memory_share`` the peaks at the largest batch size that both took.
+    ``times_naive`` is the ratio of tokens per second. ``memory_share`` is the ratio of the peaks at the largest batch
+    size that fits for both.
     """
     found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for record in records:

@@ -1,4 +1,4 @@
-"""Serve masked batches out of a memory map, beside transformers' collator with a DataLoader."""
+"""Masked batches from a memory map, compared with a DataLoader and transformers' collator."""
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -24,10 +24,10 @@ MAPPED, LISTS = "HF collator, memory map", "HF collator, lists of ids"
 
 
 class Rows(Dataset[Any]):
-    """Blocks as the collator takes them: one at a time."""
+    """A data set of single blocks, which the collator batches."""
 
     def __init__(self, tokens: NDArray[Any], *, length: int, as_lists: bool) -> None:
-        """Take whole blocks of a stream; ``as_lists`` keeps them as lists of ints, as a tokenizer gives them."""
+        """Cut a stream into whole blocks; ``as_lists`` stores them as lists of ints, the output of a tokenizer."""
         self.blocks = tokens[: len(tokens) // length * length].reshape(-1, length)
         self.lists = [{"input_ids": block.tolist()} for block in self.blocks] if as_lists else None
 
@@ -51,7 +51,7 @@ def our_batches(
     step_size: int,
     smoothing: float,
 ) -> Iterable[Any]:
-    """Return our loader of one epoch: micro-batches of ``batch_size`` blocks, made ``step_size`` at a time."""
+    """Return distilkit's loader of one epoch: micro-batches of ``batch_size``, masked ``step_size`` blocks at a time."""
     masking = Masking(
         mlm_probability=MASKED_SHARE, mask_share=0.8, random_share=0.1, smoothing=smoothing, whole_word=False
     )
@@ -67,7 +67,7 @@ def our_batches(
 def hf_batches(
     tokens: NDArray[Any], tokenizer: PreTrainedTokenizerBase, *, length: int, batch_size: int, as_lists: bool
 ) -> Iterable[Any]:
-    """Return a DataLoader in the usual way: random rows, batched and masked by the collator."""
+    """Return a DataLoader over random blocks, batched and masked by the collator."""
     collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=MASKED_SHARE)
     rows = Rows(tokens, length=length, as_lists=as_lists)
     return DataLoader(rows, batch_size=batch_size, shuffle=True, collate_fn=collator)
@@ -76,24 +76,24 @@ def hf_batches(
 def time_data_path(
     length: int, batch_size: int, num_batches: int, rounds: int, step_size: int = 256
 ) -> list[dict[str, Any]]:
-    """Time ``num_batches`` of each path in turn, in one process without workers, one record for each."""
+    """Time ``num_batches`` of each path in turn, in one process without workers; return one record per path."""
     tokenizer = synthetic.tokenizer()
     stream = synthetic.token_stream(4 * num_batches * batch_size * length, vocab_size=len(tokenizer))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "tokens.bin")
         stream.tofile(file)
         tokens = np.memmap(file, dtype=np.uint16, mode="r")
-        few = tokens[: num_batches * batch_size * length]  # lists of ids take 36 bytes a token
+        few = tokens[: num_batches * batch_size * length]  # lists of ids take 36 bytes per token
         ours = partial(our_batches, tokens, tokenizer, length=length, batch_size=batch_size, step_size=step_size)
         hf = partial(hf_batches, tokenizer=tokenizer, length=length, batch_size=batch_size)
         loaders: dict[str, tuple[Iterable[Any], int]] = {
             OURS: (ours(smoothing=0.0), 10 * num_batches),
-            SMOOTHED: (ours(smoothing=0.7), 10 * num_batches),  # as the original's recipes
+            SMOOTHED: (ours(smoothing=0.7), 10 * num_batches),  # the value of the original recipes
             MAPPED: (hf(tokens, as_lists=False), num_batches),
             LISTS: (hf(few, as_lists=True), num_batches),
         }
         iterators = {name: _endless(loader) for name, (loader, _) in loaders.items()}
-        for iterator in iterators.values():  # the permutation of all blocks, and the first batch
+        for iterator in iterators.values():  # permutes all blocks and makes the first batch
             next(iterator)
         runs: dict[str, Callable[[], object]] = {
             name: partial(_take, iterators[name], count) for name, (_, count) in loaders.items()

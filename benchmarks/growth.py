@@ -1,4 +1,4 @@
-"""How cost grows: the loss with tokens and vocabulary, the preparation with the size of the corpus."""
+"""Cost of the loss by tokens and vocabulary, and of the preparation by size of the corpus."""
 
 import tempfile
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from distilkit.data.text_files import TextFiles
 TOKENS = (1024, 2048, 4096, 8192, 16384)
 VOCABULARIES = (30522, 50265, 250002)  # BERT, RoBERTa, XLM-R
 MEGABYTES = (10, 30, 100, 300, 1000)
-_WARM_UP = 512  # tokens: enough that the loss is compiled
+_WARM_UP = 512  # tokens; enough to compile the loss
 
 
 def loss_growth(
@@ -32,10 +32,10 @@ def loss_growth(
     device: str = "cpu",
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Time and weigh the loss for each number of tokens and each vocabulary, each in a process of its own.
+    """Measure time and memory of the loss for each number of tokens and vocabulary, each in its own process.
 
-    The naive loss stands beside it for the first vocabulary, as far as its nine or so (tokens, vocabulary) tensors of
-    float32 stay below ``naive_limit_mb``.
+    The naive loss is measured for the first vocabulary only, while its estimated memory is below ``naive_limit_mb``: about
+    nine float32 tensors of (tokens, vocabulary).
     """
     records = []
     for vocabulary in vocabularies:
@@ -59,13 +59,13 @@ def loss_growth(
 
 
 def _measure_once(variant: LossVariant, count: int, vocabulary: int, width: int, device: str) -> tuple[float, float]:
-    """Return seconds (CPU: core-seconds) and peak MB of one forward and backward pass, after a short one to warm up.
+    """Return seconds (CPU: core-seconds) and peak MB of one forward and backward pass, after a short warm-up.
 
-    One run for both: there are many sizes, and what they show is how cost grows, not a ratio of a few per cent. On CUDA,
-    where a run takes milliseconds, it comes after two of the same size, which fetch memory and kernels.
+    One run gives both figures, because there are many sizes and no small ratios to resolve. On CUDA two runs of the same
+    size come first, to allocate memory and load kernels.
     """
     few = draw_heads(min(count, _WARM_UP), vocabulary=vocabulary, width=width, device=device)
-    build_loss(variant, few)()  # compiles, for any number of tokens
+    build_loss(variant, few)()  # compiles for any number of tokens
     del few
     heads = draw_heads(count, vocabulary=vocabulary, width=width, device=device)
     run = build_loss(variant, heads)
@@ -78,7 +78,7 @@ def _measure_once(variant: LossVariant, count: int, vocabulary: int, width: int,
 
 
 def preparation_growth(call: Caller, *, megabytes: Sequence[int], say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Tokenize synthetic text of each size into a cache, on all cores, each in a process of its own."""
+    """Tokenize synthetic text of each size into a cache on all cores, each size in its own process."""
     records = []
     for size in megabytes:
         say(f"the preparation of {size:,} MB")
@@ -87,7 +87,7 @@ def preparation_growth(call: Caller, *, megabytes: Sequence[int], say: Callable[
 
 
 def prepare_once(megabytes: int) -> dict[str, Any]:
-    """Tokenize one corpus; return wall seconds, core-seconds and the peak of the memory that it took."""
+    """Tokenize one corpus; return wall seconds, core-seconds, peak memory in MB and tokens."""
     tokenizer = synthetic.tokenizer()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "corpus.txt")
@@ -106,7 +106,7 @@ def prepare_once(megabytes: int) -> dict[str, Any]:
 
 
 def plot_loss_growth(records: Sequence[dict[str, Any]], out: Path, *, title: str, seconds: str) -> None:
-    """Draw time and memory against tokens, a line for each vocabulary."""
+    """Plot time and memory against tokens, one line per vocabulary."""
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     axes = figure.subplots(1, 2)
     lines = sorted({(record["maker"] == "naive", record["vocabulary"]) for record in records})
@@ -133,7 +133,7 @@ def plot_loss_growth(records: Sequence[dict[str, Any]], out: Path, *, title: str
 
 
 def plot_preparation_growth(records: Sequence[dict[str, Any]], out: Path, *, title: str) -> None:
-    """Draw time and memory of the preparation against the size of the corpus."""
+    """Plot time and memory of the preparation against the size of the corpus."""
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     axes = figure.subplots(1, 2)
     sizes = [record["megabytes"] for record in records]
@@ -142,7 +142,7 @@ def plot_preparation_growth(records: Sequence[dict[str, Any]], out: Path, *, tit
     axes[0].legend()
     axes[0].set(xlabel="corpus, MB of text", ylabel="seconds", title="time of the preparation")
     axes[1].plot(sizes, [record["peak_mb"] for record in records], marker="o")
-    axes[1].set(xlabel="corpus, MB of text", ylabel="MB", title="memory that the preparation takes")
+    axes[1].set(xlabel="corpus, MB of text", ylabel="MB", title="peak memory of the preparation")
     for axis in axes:
         _from_zero(axis)
     figure.suptitle(title)

@@ -1,4 +1,4 @@
-"""Time and weigh the loss alone, heads included: hidden states of both models in, gradients out."""
+"""Time and memory of the loss alone, heads included: from hidden states of both models to gradients."""
 
 import importlib
 import importlib.util
@@ -33,20 +33,20 @@ class LossVariant:
 
     @property
     def name(self) -> str:
-        """Say it in words."""
+        """Return the name used in tables."""
         return f"{self.maker} {self.precision}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Heads:
-    """What both models' logits are made of, and labels (tokens,)."""
+    """The inputs of both models' logits, and labels (tokens,)."""
 
     student: Head
     teacher: Head
     labels: Tensor
 
     def forget_gradients(self) -> None:
-        """Free what the last backward pass left."""
+        """Free the gradients of the last backward pass."""
         for tensor in self.student:
             if tensor is not None:
                 tensor.grad = None
@@ -72,12 +72,12 @@ def draw_heads(num_tokens: int, *, vocabulary: int, width: int, device: str = "c
 
 
 def flops_per_token(*, vocabulary: int, width: int) -> float:
-    """Count four products: logits of both models, and the gradients of hidden states and weight."""
+    """Count four matrix products: the logits of both models, and the gradients of hidden states and weight."""
     return 4 * 2.0 * width * vocabulary
 
 
 def naive_head_loss(heads: Heads) -> Tensor:
-    """Compute full logits, masked_select copies, and means."""
+    """Compute the loss from full logits, with ``masked_select`` copies."""
     student = F.linear(*heads.student)
     with torch.no_grad():
         teacher = F.linear(*heads.teacher)
@@ -87,7 +87,7 @@ def naive_head_loss(heads: Heads) -> Tensor:
 
 
 def full_logits_loss(heads: Heads) -> Tensor:
-    """Compute the same on full logits without copies, for the compiler to fuse."""
+    """Compute the same loss from full logits without copies, for ``torch.compile`` to fuse."""
     student = F.linear(*heads.student)
     with torch.no_grad():
         teacher = F.linear(*heads.teacher)
@@ -102,7 +102,7 @@ def full_logits_loss(heads: Heads) -> Tensor:
 
 
 def our_head_loss(heads: Heads) -> Tensor:
-    """Call the fused loss with one weight for each row."""
+    """Compute the same loss with ``fused_losses``, with one weight per row."""
     labelled = heads.labels != IGNORE_INDEX
     return fused_losses(
         heads.student,
@@ -115,7 +115,7 @@ def our_head_loss(heads: Heads) -> Tensor:
 
 
 def liger_head_loss(heads: Heads) -> Tensor:
-    """Call Liger's chunked distillation: its nearest loss, without the factor of temperature squared."""
+    """Compute Liger's closest loss, chunked distillation; it has no factor of temperature squared."""
     loss = importlib.import_module("liger_kernel.chunked_loss").LigerFusedLinearJSDLoss(
         weight_hard_loss=ALPHA_HARD, weight_soft_loss=ALPHA_SOFT, beta=0.0, temperature=TEMPERATURE
     )
@@ -127,7 +127,7 @@ def liger_head_loss(heads: Heads) -> Tensor:
 
 
 def absent() -> dict[Maker, str]:
-    """Name the variants that cannot run here, and why."""
+    """Return the variants that cannot run on this machine, and why."""
     reasons: dict[Maker, str] = {}
     if importlib.util.find_spec("liger_kernel") is None:
         reasons["Liger, chunked"] = "liger_kernel is not installed (pip install --no-deps liger-kernel)"
@@ -137,7 +137,7 @@ def absent() -> dict[Maker, str]:
 
 
 def loss_variants(fast: Precision) -> list[LossVariant]:
-    """List what is compared: naive in both precisions, the others in the one that is faster here."""
+    """List the variants: naive in both precisions, the others in the faster one."""
     others: list[Maker] = ["full logits, compiled", "Liger, chunked", "ours"]
     return [
         LossVariant("naive", "fp32"),
@@ -147,7 +147,7 @@ def loss_variants(fast: Precision) -> list[LossVariant]:
 
 
 def build_loss(variant: LossVariant, heads: Heads) -> Callable[[], None]:
-    """Return a run of forward and backward pass."""
+    """Return a function that runs a forward and a backward pass."""
     device = heads.labels.device.type
     makers: dict[Maker, Callable[[Heads], Tensor]] = {
         "naive": naive_head_loss,
@@ -158,7 +158,7 @@ def build_loss(variant: LossVariant, heads: Heads) -> Callable[[], None]:
     compute = makers[variant.maker]
     if variant.maker == "full logits, compiled":
         compute = torch.compile(compute)
-    if variant.maker == "Liger, chunked" and variant.precision == "bf16":  # autocast does not reach into its chunks
+    if variant.maker == "Liger, chunked" and variant.precision == "bf16":  # autocast does not apply inside its chunks
         heads = Heads(student=_cast(heads.student), teacher=_cast(heads.teacher), labels=heads.labels)
 
     def run() -> None:
@@ -171,7 +171,7 @@ def build_loss(variant: LossVariant, heads: Heads) -> Callable[[], None]:
 
 
 def _cast(head: Head) -> Head:
-    """Cast to bfloat16, with gradients of their own."""
+    """Cast to bfloat16 leaves."""
     cast = (None if part is None else part.detach().bfloat16().requires_grad_(part.requires_grad) for part in head)
     return Head(*cast)  # type: ignore[arg-type]
 
@@ -179,7 +179,7 @@ def _cast(head: Head) -> Head:
 def time_losses(
     num_tokens: int, vocabulary: int, width: int, fast: Precision, rounds: int, device: str = "cpu"
 ) -> list[dict[str, Any]]:
-    """Time the variants in turn, after a warm-up, one record for each; emulated bf16 runs once on 1/64 of the tokens."""
+    """Time the variants in turn after a warm-up, one record each; emulated bf16 runs once on 1/64 of the tokens."""
     heads = draw_heads(num_tokens, vocabulary=vocabulary, width=width, device=device)
     few = draw_heads(max(1, num_tokens // 64), vocabulary=vocabulary, width=width, device=device)
     runs: dict[LossVariant, tuple[Callable[[], None], int]] = {}
@@ -218,15 +218,15 @@ def time_losses(
 def weigh_loss(
     variant: LossVariant, num_tokens: int, vocabulary: int, width: int, device: str = "cpu"
 ) -> dict[str, Any]:
-    """Measure the peak memory of a variant in MB, beyond hidden states and weights; its gradients count.
+    """Measure the peak memory of a variant in MB, without hidden states and weights, with gradients.
 
-    On a CPU naive is weighed without its matrix products, as in ``step.weigh_step``.
+    On a CPU the naive variants skip their matrix products, as in ``step.weigh_step``.
     """
     heads = draw_heads(num_tokens, vocabulary=vocabulary, width=width, device=device)
     run = build_loss(variant, heads)
     products = device == "cuda" or variant.maker != "naive"
     with nullcontext() if products else NoProducts():
-        if variant.maker != "naive":  # compile, and let the gradients go
+        if variant.maker != "naive":  # compile, then free the gradients
             run()
             heads.forget_gradients()
         peak = peak_megabytes(run, device=device)

@@ -1,4 +1,4 @@
-"""The machine that is measured: its name, its versions, and how fast it multiplies matrices."""
+"""The machine under test: processor, versions, and speed of matrix products."""
 
 import os
 import platform
@@ -18,7 +18,7 @@ DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfl
 
 
 def describe(device: str) -> dict[str, Any]:
-    """Name the processor, the versions and the time."""
+    """Describe the processor, the versions and the date."""
     return {
         "processor": torch.cuda.get_device_name()
         if device == "cuda"
@@ -33,7 +33,7 @@ def describe(device: str) -> dict[str, Any]:
 
 
 def matmul_peaks(device: str, *, side: int | None = None, repeats: int = 7) -> dict[Precision, float]:
-    """Measure the fastest product of two square matrices in each precision, in GFLOP/s; on a CPU of one core."""
+    """Measure the fastest product of two square matrices per precision, in GFLOP/s (CPU: of one core)."""
     side = side or (8192 if device == "cuda" else 1024)
     peaks: dict[Precision, float] = {}
     for precision, dtype in DTYPES.items():
@@ -41,7 +41,7 @@ def matmul_peaks(device: str, *, side: int | None = None, repeats: int = 7) -> d
         product = partial(F.linear, left, right)  # the layout of a linear layer
         product()
         peaks[precision] = 2e-9 * side**3 / min(_seconds(product, device) for _ in range(repeats))
-    if device == "cuda":  # the processes that measure want all of the memory
+    if device == "cuda":  # the measuring processes need all of the memory
         del left, right, product
         torch.cuda.empty_cache()
     return peaks
@@ -60,5 +60,5 @@ def _seconds(product: "partial[torch.Tensor]", device: str) -> float:
 
 
 def faster_precision(peaks: dict[Precision, float]) -> Precision:
-    """Choose the precision to train in: a CPU without bf16 units emulates it, many times slower than fp32."""
+    """Return the faster precision: a CPU without bf16 units emulates bf16, many times slower than fp32."""
     return "bf16" if peaks["bf16"] > peaks["fp32"] else "fp32"

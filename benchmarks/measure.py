@@ -1,4 +1,4 @@
-"""Time runs in turn, weigh a run's memory, and do both in processes of their own."""
+"""Time runs in turn, measure peak memory, and run both in separate processes."""
 
 import ctypes
 import multiprocessing
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class Caller(Protocol):
-    """What calls a function somewhere: ``apart`` or ``here``."""
+    """Call a function in another process (``apart``) or in this one (``here``)."""
 
     def __call__(self, function: Callable[..., T], *arguments: Any, raised: bool, threads: int = 1) -> T:
         """Return the function's result."""
@@ -34,7 +34,7 @@ class Caller(Protocol):
 
 @dataclass(frozen=True)
 class Timing:
-    """Medians over the rounds, in seconds: of process time (all threads) and of the clock."""
+    """Medians over the rounds in seconds: process time of all threads, and wall time."""
 
     core_seconds: float
     wall_seconds: float
@@ -44,7 +44,7 @@ class Timing:
 def in_turn(
     runs: Mapping[str, Run], *, rounds: int, device: str = "cpu", once: frozenset[str] = frozenset()
 ) -> dict[str, Timing]:
-    """Time runs as A B C A B C, so that a machine that slows down slows all of them; ``once`` run in round one only."""
+    """Time runs as A B C A B C, so that a slow moment hits all of them; those in ``once`` run in the first round only."""
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for round_ in range(rounds):
         for name, run in runs.items():
@@ -68,9 +68,9 @@ def _time(run: Run, device: str) -> tuple[float, float]:
 
 
 def peak_megabytes(run: Run, *, device: str = "cpu") -> float:
-    """Return by how much a run raised the memory of this process (CUDA: of the allocator) at its peak, in MB.
+    """Return the peak memory of a run in MB: of this process, on CUDA of the allocator.
 
-    What earlier runs have freed is given back first, so that it does not hide what this one takes.
+    Memory that earlier runs have freed is returned to the system first, so that it does not hide the peak.
     """
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -79,7 +79,7 @@ def peak_megabytes(run: Run, *, device: str = "cpu") -> float:
         return (torch.cuda.max_memory_allocated() - before) / 1e6
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
-    with suppress(OSError):  # Linux: the high-water mark starts again from what is resident now
+    with suppress(OSError):  # Linux: reset the high-water mark to the resident memory
         Path("/proc/self/clear_refs").write_text("5", "ascii")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     run()
@@ -87,16 +87,16 @@ def peak_megabytes(run: Run, *, device: str = "cpu") -> float:
 
 
 def time_and_weigh(run: Run, *, device: str = "cpu") -> tuple[Timing, float]:
-    """Return the time and the peak memory, in MB, of one and the same run."""
+    """Return the time and the peak memory in MB of a single run."""
     timings: list[Timing] = []
     peak = peak_megabytes(lambda: timings.append(in_turn({"run": run}, rounds=1, device=device)["run"]), device=device)
     return timings[0], peak
 
 
 class NoProducts(TorchDispatchMode):
-    """Fill the result of each matrix product with zeros instead of computing it: the memory without the time.
+    """Replace the result of each matrix product with zeros: the same memory without the time.
 
-    For the memory of a bf16 step on a processor that only emulates bf16, where one such step takes half an hour.
+    Used to measure the memory of a bf16 step on a processor that emulates bf16, where one step takes half an hour.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -104,15 +104,15 @@ class NoProducts(TorchDispatchMode):
         aten = torch.ops.aten
         if func in (aten.mm.default, aten.addmm.default, aten.bmm.default):
             left, right = args[-2:]
-            return left.new_zeros((*left.shape[:-1], right.shape[-1])).fill_(0)  # written, so that pages are taken
+            return left.new_zeros((*left.shape[:-1], right.shape[-1])).fill_(0)  # writing makes its pages resident
         return func(*args, **(kwargs or {}))
 
 
 def apart(function: Callable[..., T], *arguments: Any, raised: bool, threads: int = 1) -> T:
-    """Call a function in a process of its own, with glibc's malloc thresholds raised or as they are.
+    """Call a function in its own process, with glibc's malloc thresholds raised or at their defaults.
 
     Raises:
-        MemoryError: the process was killed, which the system does when memory runs out.
+        MemoryError: the system killed the process because memory ran out.
     """
     context = multiprocessing.get_context("forkserver")  # fresh memory without importing torch each time
     context.set_forkserver_preload(["benchmarks.step", "benchmarks.loss"])
@@ -124,7 +124,7 @@ def apart(function: Callable[..., T], *arguments: Any, raised: bool, threads: in
 
 
 def here(function: Callable[..., T], *arguments: Any, raised: bool, threads: int = 1) -> T:
-    """Call a function in this process: for tests, where figures do not matter."""
+    """Call a function in this process, for tests."""
     return function(*arguments)
 
 

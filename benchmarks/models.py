@@ -1,4 +1,4 @@
-"""What is measured on: teacher and student from configs with random weights, random batches, and their FLOPs."""
+"""Teachers and students with random weights, and random batches."""
 
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -13,22 +13,22 @@ from distilkit.losses import IGNORE_INDEX
 Family = Literal["bert", "roberta", "gpt2"]
 
 MASKED_SHARE = 0.15
-_FIRST_WORD = 5  # ids below are special in the families used here; RoBERTa does not count padding as a position
+_FIRST_WORD = 5  # lower ids are special; RoBERTa's position ids skip padding
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """The shape of a teacher and its student; both are ``width`` wide."""
+    """The shape of a teacher and its student, which share ``width``."""
 
     name: str
     width: int
     heads: int
     teacher_layers: int
     student_layers: int
-    vocabulary: int | None  # None: the family's own
+    vocabulary: int | None  # None: the size of the family's vocabulary
 
     def vocabulary_of(self, family: Family) -> int:
-        """Return how many words the models of a family have."""
+        """Return the vocabulary size of a family."""
         return self.vocabulary or {"bert": 30522, "roberta": 50265, "gpt2": 50257}[family]
 
 
@@ -43,7 +43,7 @@ SIZES = {
 
 
 def lm_of_family(family: Family) -> LM:
-    """Return which LM objective the models of a family are trained on."""
+    """Return the kind of language model of a family."""
     return "clm" if family == "gpt2" else "mlm"
 
 
@@ -52,7 +52,7 @@ def build_models(
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
     """Build (student, teacher): the student in train mode, the teacher frozen in eval mode.
 
-    A BERT teacher has a DistilBERT student, as in training; the other families keep their class.
+    The student of a BERT is a DistilBERT, as in training; the other families keep their class.
     """
     torch.manual_seed(seed)
     shape = {"vocab_size": size.vocabulary_of(family), "initializer_range": initializer_range}
@@ -91,7 +91,7 @@ def _model(model_type: str, size: Size, layers: int, dropout: float, shape: dict
 
 
 def build_batch(lm: LM, *, vocabulary: int, batch_size: int, length: int, device: str = "cpu", seed: int = 0) -> Batch:
-    """Draw a batch of full blocks, as the data path would serve it; an exact share of each block is labelled."""
+    """Draw a random batch of full blocks as the data module returns it; a fixed share of each block is labelled."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(_FIRST_WORD, vocabulary, (batch_size, length), generator=generator)
     labels = torch.full_like(ids, IGNORE_INDEX)

@@ -1,7 +1,7 @@
-"""The step to compare with: the original scripts' formulas on current torch, in the plainest way.
+"""The baseline of the benchmarks: the original scripts' formulas on current torch.
 
-Both models run whole, with an attention mask of ones and logits on all tokens; tokens are chosen by ``masked_select``
-copies; each term is a mean (arXiv 1910.01108, section 3). It uses nothing of distilkit's losses, and so is an oracle too.
+Both models compute all logits, with an attention mask of ones. Tokens are selected by ``masked_select`` copies, and each
+term is a mean (arXiv 1910.01108, section 3). Nothing of distilkit's losses is used, so that it also serves as an oracle.
 """
 
 import torch

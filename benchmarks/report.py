@@ -1,8 +1,7 @@
-"""Show results: tables on the terminal, one JSON file, one bar chart."""
+"""Tables and charts of the results."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +10,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 
-from benchmarks.targets import Target
 from distilkit.report.page import print_table
 
 Record = Mapping[str, Any]
 
 
 def wide_console() -> Console:
-    """Return a console that cuts no table when it writes to a file or a narrow window."""
+    """Return a console of at least 120 columns, so that tables are not cut."""
     return Console(width=max(120, Console().width))
 
 
 def print_results(console: Console, results: Mapping[str, Any]) -> None:
-    """Print all figures of a run, then the targets."""
+    """Print all figures of a run, then the ratios."""
     machine, peaks = results["machine"], results["peaks"]
     peak_text = ", ".join(f"{name} {peak:,.0f} GFLOP/s" for name, peak in peaks.items())
     console.print(
@@ -70,52 +68,34 @@ def print_results(console: Console, results: Mapping[str, Any]) -> None:
         console=console,
     )
     print_table(
-        "the data path: masked batches out of tokens on disk",
+        "the data path: masked batches from tokens on disk",
         ["variant", "Mtokens/core-s"],
         [[record["variant"], f"{1e-6 * record['tokens_per_core_second']:.2f}"] for record in results["data"]],
         console=console,
     )
-    print_targets(console, [Target(**{key: row[key] for key in Target.__match_args__}) for row in results["targets"]])
+    print_table(
+        "ratios of ours to naive; above 1 is faster, below 1 is less memory",
+        ["ratio", ""],
+        [[what, f"{ratio:.2f}"] for what, ratio in results["ratios"].items()],
+        console=console,
+    )
 
 
 def memory_cell(record: Record) -> str:
-    """Format a peak; a star marks one that was weighed without its matrix products."""
+    """Format a peak; a star marks one that was measured without matrix products."""
     if record.get("peak_mb") is None:
         return "-"
     return f"{record['peak_mb']:,.0f}{'' if record['products'] else '*'}"
 
 
-def print_targets(console: Console, rows: Sequence[Target]) -> None:
-    """Print each figure, its aim, and whether it was reached."""
-    print_table(
-        "targets",
-        ["figure", "measured", "aim", ""],
-        [
-            [
-                row.what,
-                "-" if row.figure is None else f"{row.figure:.2f}",
-                "" if row.aim is None else f"{'at most' if row.most else 'at least'} {row.aim:.2f}",
-                row.verdict,
-            ]
-            for row in rows
-        ],
-        console=console,
-    )
-
-
-def target_record(target: Target) -> dict[str, Any]:
-    """Turn a target into JSON."""
-    return {**asdict(target), "verdict": target.verdict}
-
-
 def caption(results: Mapping[str, Any]) -> str:
-    """Name the machine under which a chart's figures hold."""
+    """Return the machine, the version of torch and the date."""
     machine = results["machine"]
     return f"{machine['processor']}, torch {machine['torch']}, {machine['date']}"
 
 
 def plot_results(results: Mapping[str, Any], out: Path) -> None:
-    """Draw speed and memory of the step, then of the loss, then the speed of the data path, as bars."""
+    """Plot bars: speed and memory of the step and of the loss, and speed of the data path."""
     steps = [record for record in results["steps"] if record["malloc"] == "raised"]
     defaults = {record["variant"]: record for record in results["steps"] if record["malloc"] == "default"}
     rows = (len(steps) + 1, len(results["losses"]) + 1, len(results["data"]) + 1)
@@ -127,16 +107,16 @@ def plot_results(results: Mapping[str, Any], out: Path) -> None:
     loss = f"loss alone, {results['loss_tokens']:,} tokens, {results['vocabulary']:,} words"
     _bars(axes[0, 0], steps, rate, f"{step}\ntokens per core-second, higher is better", before=defaults)
     tokens = steps[0]["memory_tokens"] if steps else 0
-    heavy = f"optimizer step, {tokens:,} tokens, malloc thresholds as they are\npeak memory in MB, lower is better"
+    heavy = f"optimizer step, {tokens:,} tokens, default malloc thresholds\npeak memory in MB, lower is better"
     _bars(axes[0, 1], list(defaults.values()), memory, heavy)
     _bars(axes[1, 0], results["losses"], rate, f"{loss}\ntokens per core-second, higher is better")
     _bars(axes[1, 1], results["losses"], memory, "loss alone\npeak memory in MB, lower is better")
     millions = [{**record, rate: 1e-6 * record[rate]} for record in results["data"]]
     _bars(axes[2, 0], millions, rate, "data path, masking included\nmillion tokens per core-second, higher is better")
-    footnotes = ["Speed of the step: bars with glibc's malloc thresholds raised, dots as they are."]
-    footnotes.append("Peak memory: beyond weights and optimizer state, each in a process of its own.")
+    footnotes = ["Speed of the step: bars with glibc's malloc thresholds raised, dots with the defaults."]
+    footnotes.append("Peak memory: without weights and optimizer state, each variant in its own process.")
     if _starred(results):
-        footnotes.append("*: weighed without computing matrix products.")
+        footnotes.append("*: measured without computing matrix products.")
     axes[2, 1].axis("off")
     axes[2, 1].text(
         0.0,
@@ -146,12 +126,12 @@ def plot_results(results: Mapping[str, Any], out: Path) -> None:
         fontsize=9,
         transform=axes[2, 1].transAxes,
     )
-    figure.suptitle(f"distilkit beside a naive step\n{caption(results)}", fontsize=11)
+    figure.suptitle(f"distilkit and a naive step\n{caption(results)}", fontsize=11)
     figure.savefig(out, dpi=120)
 
 
 def gpu_tables(results: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Lay out the loss alone, each variant's best batch size, and all batch sizes: titles, headers and rows."""
+    """Build the tables of the loss, of the best batch sizes and of all batch sizes: titles, headers and rows."""
     losses = [
         [record["variant"], f"{record['tokens_per_second']:,.0f}", f"{record['peak_share']:.0%}", memory_cell(record)]
         for record in results["losses"]
@@ -176,7 +156,7 @@ def gpu_tables(results: Mapping[str, Any]) -> list[tuple[str, list[str], list[li
     return [
         (alone, ["variant", "tokens/s", "of peak", "peak MB"], losses),
         (
-            "optimizer steps at each variant's fastest batch size; memory compared at the largest that both took",
+            "optimizer steps at each variant's fastest batch size; memory at the largest that fits for both",
             [*header, "times naive bf16", "of its memory"],
             best,
         ),
@@ -185,7 +165,7 @@ def gpu_tables(results: Mapping[str, Any]) -> list[tuple[str, list[str], list[li
 
 
 def plot_batch_sizes(records: Sequence[Record], out: Path, *, title: str) -> None:
-    """Draw speed and memory against the batch size, a row of axes for each workload, a line for each variant."""
+    """Plot speed and memory against batch size, one row of axes per workload and one line per variant."""
     works = list(dict.fromkeys((record["family"], record["length"]) for record in records))
     figure = Figure(figsize=(13, 1.2 + 3.2 * len(works)), layout="constrained")
     axes = figure.subplots(max(1, len(works)), 2, squeeze=False)
@@ -210,7 +190,7 @@ def plot_batch_sizes(records: Sequence[Record], out: Path, *, title: str) -> Non
             axis.spines[["top", "right"]].set_visible(False)
         axes[row, 0].legend(fontsize=8)
     figure.suptitle(
-        f"optimizer steps at rising batch sizes; memory beyond weights and optimizer state\n{title}", fontsize=11
+        f"optimizer steps at rising batch sizes; memory without weights and optimizer state\n{title}", fontsize=11
     )
     figure.savefig(out, dpi=120)
 

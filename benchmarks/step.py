@@ -1,4 +1,4 @@
-"""Time and weigh whole optimizer steps: forward passes, loss, backward pass, clipping and AdamW."""
+"""Time and memory of whole optimizer steps: forward passes, loss, backward pass, clipping and AdamW."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from distilkit.throughput import forward_cost, step_flops
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to take a step: whose loss, in which precision, and on which rows the soft targets are taken."""
+    """One variant of the step: its loss, its precision, and the rows of the soft targets."""
 
     maker: Literal["naive", "ours"]
     precision: Precision
@@ -28,13 +28,13 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """Say it in words."""
+        """Return the name used in tables."""
         return f"{self.maker} {self.precision}, {self.rows} rows"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What every variant of a comparison works on."""
+    """The models and batches that all variants of a comparison share."""
 
     family: Family
     size: str
@@ -44,7 +44,7 @@ class Workload:
 
 
 def variants(fast: Precision, family: Family = "bert") -> list[Variant]:
-    """List what is compared; ours runs in the precision that is faster on this machine."""
+    """List the variants; ours runs in the precision that is faster on this machine."""
     masked = [Variant("naive", "bf16", "masked"), Variant("ours", fast, "masked")] if family != "gpt2" else []
     both = [Variant("naive", "fp32", "all"), Variant("naive", "bf16", "all"), Variant("ours", fast, "all")]
     if fast == "fp32" and masked:
@@ -53,12 +53,12 @@ def variants(fast: Precision, family: Family = "bert") -> list[Variant]:
 
 
 class Step:
-    """A variant ready to run: models, objective and optimizer."""
+    """A variant with its models, objective and optimizer."""
 
     def __init__(
         self, variant: Variant, student: PreTrainedModel, teacher: PreTrainedModel, *, lm: LM, device: str
     ) -> None:
-        """Take models that other variants of the same maker may share."""
+        """Set up a step; variants of the same maker may share the models."""
         self.variant, self.student, self.teacher, self.lm, self.device = variant, student, teacher, lm, device
         self.objective = objective(lm, rows=variant.rows)
         self.optimizer = torch.optim.AdamW(
@@ -71,7 +71,7 @@ class Step:
         )
 
     def loss(self, batch: Batch) -> Tensor:
-        """Return the loss that is back-propagated."""
+        """Return the loss of a batch."""
         half = self.variant.precision == "bf16"
         with torch.autocast(self.device, torch.bfloat16) if half else nullcontext():
             if self.variant.maker == "naive":
@@ -79,7 +79,7 @@ class Step:
             return our_loss(self.student, self.teacher, batch, objective=self.objective, lm=self.lm)
 
     def flops(self, batch: Batch) -> float:
-        """Count what a step on a batch must compute, whatever this variant computes in truth."""
+        """Count the FLOPs that a step requires, which a variant may exceed."""
         costs = forward_cost(self.student), forward_cost(self.teacher)
         return step_flops(self.objective, *costs, batch, lm=self.lm)
 
@@ -108,7 +108,7 @@ def objective(lm: LM, *, rows: Literal["all", "masked"]) -> Objective:
 def our_loss(
     student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, *, objective: Objective, lm: LM
 ) -> Tensor:
-    """Return distilkit's loss of a batch that is a whole optimizer step."""
+    """Return distilkit's loss of a batch that makes a whole optimizer step."""
     counts = objective.denominators(num_tokens=batch["num_tokens"], num_labels=batch["num_labels"], lm=lm)
     return objective.loss(student, teacher, batch, lm=lm, denominators=counts)[0]
 
@@ -116,7 +116,7 @@ def our_loss(
 def build_steps(chosen: list[Variant], work: Workload, *, initializer_range: float = 0.02) -> dict[Variant, Step]:
     """Build the variants; those of one maker share a student and a teacher.
 
-    All of ours are in one precision, so that their teacher is cast as training casts it.
+    All variants of ours have one precision, to which their teacher is cast, as in training.
     """
     lm = lm_of_family(work.family)
     steps: dict[Variant, Step] = {}
@@ -134,7 +134,7 @@ def build_steps(chosen: list[Variant], work: Workload, *, initializer_range: flo
 
 
 def batch_of(work: Workload, batch_size: int) -> Batch:
-    """Draw the batch that all variants of a comparison see."""
+    """Draw the batch that all variants of a comparison share."""
     vocabulary = SIZES[work.size].vocabulary_of(work.family)
     return build_batch(
         lm_of_family(work.family),
@@ -146,10 +146,10 @@ def batch_of(work: Workload, batch_size: int) -> Batch:
 
 
 def time_steps(work: Workload, fast: Precision, batch_size: int, rounds: int) -> list[dict[str, Any]]:
-    """Time the variants in turn, one record for each.
+    """Time the variants in turn; return one record per variant.
 
-    Ours compiles in a warm-up on all rows; beyond that the median leaves a slow first round out. A processor without bf16 units
-    emulates bf16, up to a hundred times slower than fp32: there the variants in bf16 run once, on an eighth of a block.
+    Ours compiles in a warm-up on all rows; the median excludes a slow first round. A processor without bf16 units emulates
+    bf16, up to a hundred times slower than fp32. On such a processor bf16 variants run once, on an eighth of a block.
     """
     steps = build_steps(variants(fast, work.family), work)
     whole, part = batch_of(work, batch_size), batch_of(replace(work, length=max(8, work.length // 8)), 1)
@@ -190,17 +190,17 @@ def _emulated(variant: Variant, work: Workload, fast: Precision) -> bool:
 
 
 def weigh_step(work: Workload, variant: Variant, batch_size: int) -> dict[str, Any]:
-    """Measure the peak memory of a variant's step in MB, beyond weights and optimizer state.
+    """Measure the peak memory of a variant's step in MB, without weights and optimizer state.
 
-    On a CPU the naive step is weighed without its matrix products (``NoProducts``), which take no memory but their
-    results; ours, whose core is compiled, computes them.
+    On a CPU the naive step skips its matrix products (``NoProducts``), whose only memory is their results. Ours computes
+    them, because its core is compiled.
     """
     (step,) = build_steps([variant], work).values()
     products = work.device == "cuda" or variant.maker == "ours"
     with nullcontext() if products else NoProducts():
-        step(batch_of(work, 1))  # the optimizer's state
+        step(batch_of(work, 1))  # allocates the optimizer's state
         if variant.maker == "ours":
-            step.loss(batch_of(work, batch_size))  # compiles, which takes memory of its own
+            step.loss(batch_of(work, batch_size))  # compiles, which needs extra memory
         step.optimizer.zero_grad()
         peak = peak_megabytes(partial(step, batch_of(work, batch_size)), device=work.device)
     return {"variant": variant.name, "blocks": batch_size, "peak_mb": peak, "products": products}

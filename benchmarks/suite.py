@@ -1,4 +1,4 @@
-"""Run the measurements in their order, and write what they found."""
+"""The suites of measurements, and the files that they write."""
 
 import os
 import time
@@ -17,23 +17,22 @@ from benchmarks.loss import absent, loss_variants, time_losses, weigh_loss
 from benchmarks.machine import Precision, describe, faster_precision, matmul_peaks
 from benchmarks.measure import Caller, apart
 from benchmarks.models import SIZES, Family
+from benchmarks.ratios import ratios
 from benchmarks.report import (
     caption,
     gpu_tables,
     plot_batch_sizes,
     plot_results,
     print_results,
-    target_record,
     wide_console,
 )
 from benchmarks.step import Workload, time_steps, variants, weigh_step
-from benchmarks.targets import targets
 from distilkit.report.page import markdown_table, print_table
 from distilkit.summary import write_json
 
-Malloc = Literal["default", "raised"]  # glibc's thresholds for giving memory back
+Malloc = Literal["default", "raised"]  # glibc's thresholds for returning memory to the system
 
-DROPOUT = 0.1  # as in the models that are distilled
+DROPOUT = 0.1  # the value of BERT, RoBERTa and GPT-2
 GPU_BATCH_SIZES = tuple(2**power for power in range(3, 13))
 GPU_LENGTHS = (128, 512)
 GPU_FAMILIES: tuple[Family, ...] = ("bert", "roberta", "gpt2")
@@ -41,7 +40,7 @@ GPU_FAMILIES: tuple[Family, ...] = ("bert", "roberta", "gpt2")
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How much is measured: blocks of a step, tokens of the loss, batches of the data path, and rounds of each."""
+    """The size of a suite: blocks of a step, tokens of the loss, batches of the data path, and rounds of each."""
 
     size: str
     length: int
@@ -65,7 +64,7 @@ STANDARD = Plan(
     loss_rounds=1,
     data_batches=50,
     data_rounds=7,
-    weighed=("default",),  # raised, naive takes more still
+    weighed=("default",),  # with raised thresholds naive needs even more memory
 )
 QUICK = Plan(
     size="small",
@@ -82,7 +81,7 @@ QUICK = Plan(
 
 
 def run_suite(call: Caller, plan: Plan, *, out: Path) -> dict[str, Any]:
-    """Measure steps, loss and data path on the CPU, print and plot them, and return the record that is written."""
+    """Measure steps, loss and data path on the CPU; print, plot, write and return the results."""
     console, start = wide_console(), time.perf_counter()
     say = _progress_printer(console)
     peaks = matmul_peaks("cpu")
@@ -125,7 +124,7 @@ def run_suite(call: Caller, plan: Plan, *, out: Path) -> dict[str, Any]:
         "notes": _notes(peaks, fast),
         "seconds": time.perf_counter() - start,
     }
-    results["targets"] = [target_record(target) for target in targets(results)]
+    results["ratios"] = ratios(results)
     print_results(console, results)
     write_json(out / f"bench-{plan.size}.json", results)
     plot_results(results, out / f"bench-{plan.size}.png")
@@ -134,13 +133,13 @@ def run_suite(call: Caller, plan: Plan, *, out: Path) -> dict[str, Any]:
 
 
 def _progress_printer(console: Console) -> Callable[[str], None]:
-    """Return a function that prints what is measured now, after how many seconds."""
+    """Return a function that prints a step of the suite with the seconds since the start."""
     start = time.perf_counter()
     return lambda what: console.print(f"[{time.perf_counter() - start:4.0f} s] {what}", highlight=False, markup=False)
 
 
 def _weighed(call: Caller, function: Any, *arguments: Any, raised: bool) -> dict[str, Any]:
-    """Return the peak of a run, or None where memory ran out."""
+    """Return the peak of a run, or None if memory ran out."""
     try:
         weighed = call(function, *arguments, raised=raised, threads=os.cpu_count() or 1)
     except (RuntimeError, MemoryError) as error:
@@ -154,9 +153,9 @@ def _notes(peaks: dict[Precision, float], fast: Precision) -> list[str]:
     notes = [f"{maker}: not measured, {reason}" for maker, reason in absent().items()]
     if fast == "fp32":
         notes.append(
-            f"this processor has no bf16 units: its bf16 product reaches {peaks['bf16'] / peaks['fp32']:.0%} of fp32. So "
-            "naive bf16 is slower than naive fp32, was timed once on few tokens, and its memory was weighed without "
-            "computing matrix products; ours ran in fp32. Compare with the faster naive step"
+            f"this processor has no bf16 units: a bf16 product runs at {peaks['bf16'] / peaks['fp32']:.0%} of the speed of fp32. "
+            "Naive bf16 was timed once on few tokens, and its memory was measured without computing matrix products. "
+            "Ours ran in fp32; compare its speed with naive fp32"
         )
     return notes
 
@@ -170,7 +169,7 @@ def run_growth(
     megabytes: Sequence[int] = growth.MEGABYTES,
     width: int = 768,
 ) -> dict[str, Any]:
-    """Measure how the loss grows with tokens and words, and the preparation with text; an empty sequence leaves one out."""
+    """Measure the loss by tokens and vocabulary, and the preparation by size of text; an empty sequence skips one."""
     console = wide_console()
     say = _progress_printer(console)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -187,7 +186,7 @@ def run_growth(
         device=device,
         say=say,
     )
-    write_json(out / "growth.json", results)  # half of the time is spent by now
+    write_json(out / "growth.json", results)  # half of the time has passed
     results["preparation"] = growth.preparation_growth(call, megabytes=megabytes, say=say)
     name = caption(results)
     if results["loss"]:
@@ -202,7 +201,7 @@ def run_growth(
         records = results[part]
         if records:
             rows = [[f"{v:,.4g}" if isinstance(v, float) else f"{v}" for v in record.values()] for record in records]
-            print_table(f"how the cost of the {part} grows; {name}", list(records[0]), rows, console=console)
+            print_table(f"cost of the {part}; {name}", list(records[0]), rows, console=console)
     return results
 
 
@@ -226,7 +225,8 @@ def run_gpu(
 ) -> dict[str, Any]:
     """Measure the loss alone, then each family and length at rising batch sizes until memory runs out.
 
-    Everything is printed, drawn and written; the JSON file after each variant, so that what broke off is not lost.
+    Results are printed, plotted and written. The JSON file is written after each variant, so that an interrupted run
+    keeps its results.
     """
     console = wide_console()
     say = _progress_printer(console)
@@ -242,7 +242,7 @@ def run_gpu(
     except (RuntimeError, MemoryError) as error:
         if not is_full(error):
             raise
-        say("the naive loss does not fit into the memory; left out")
+        say("the loss alone: skipped, because the naive loss does not fit in memory")
     works = [
         Workload(family=family, size=size, length=length, dropout=DROPOUT, device=device)
         for family in families
@@ -253,7 +253,7 @@ def run_gpu(
     write_json(out / "bench-gpu.json", results)
     for name, found in rising_batch_sizes(call, works=works, fast=fast, batch_sizes=batch_sizes, rounds=rounds):
         results["steps"] += found
-        most = f"up to {found[-1]['blocks']} blocks" if found else "nothing, for want of memory"
+        most = f"up to {found[-1]['blocks']} blocks" if found else "nothing, because memory ran out"
         say(f"{name}: {most}")
         write_json(out / "bench-gpu.json", results)
     for record in (*losses, *results["steps"]):

@@ -1,4 +1,4 @@
-"""Synthetic text and a tokenizer for it, made in memory: words drawn as in natural text, few often and many seldom."""
+"""Synthetic text and a tokenizer for it; word frequencies follow Zipf's law."""
 
 import itertools
 from pathlib import Path
@@ -16,7 +16,7 @@ _WORDS_OF_DOCUMENT = 300
 
 
 def words(num_words: int = _NUM_WORDS, *, seed: int = 0) -> list[str]:
-    """Spell words of 2 to 11 letters at random, the frequent ones first and short."""
+    """Generate random words of 2 to 11 letters, the frequent and short ones first."""
     rng = np.random.default_rng(seed)
     lengths = np.minimum(2 + rng.poisson(np.linspace(2, 7, num_words)), 11)
     letters = np.array(list(LETTERS))
@@ -24,7 +24,7 @@ def words(num_words: int = _NUM_WORDS, *, seed: int = 0) -> list[str]:
 
 
 def tokenizer(vocab_size: int = 30522) -> PreTrainedTokenizerFast:
-    """Build a WordPiece tokenizer of BERT's kind: frequent words whole, the others in pieces of one to three letters."""
+    """Build a WordPiece tokenizer: frequent words whole, others in pieces of one to three letters."""
     pieces = ["".join(piece) for size in (1, 2, 3) for piece in itertools.product(LETTERS, repeat=size)]
     known = dict.fromkeys([*SPECIAL, *LETTERS, *(f"##{piece}" for piece in pieces), ".", *words()])
     ids = {token: index for index, token in enumerate(itertools.islice(known, vocab_size))}
@@ -43,7 +43,7 @@ def tokenizer(vocab_size: int = 30522) -> PreTrainedTokenizerFast:
 
 
 def write_text(file: Path, *, megabytes: float, seed: int = 0) -> None:
-    """Write documents of some 300 words, a blank line between them, until the file has its size."""
+    """Write documents of 300 words, separated by blank lines, until the file has the given size."""
     rng = np.random.default_rng(seed)
     vocabulary = np.array(words(), dtype=object)
     written = 0
@@ -57,11 +57,11 @@ def write_text(file: Path, *, megabytes: float, seed: int = 0) -> None:
 
 
 def token_stream(num_tokens: int, *, vocab_size: int, seed: int = 0) -> NDArray[np.uint16]:
-    """Draw token ids without special ones, as a token cache would hold them."""
+    """Draw token ids without special ones, as stored in a token cache."""
     rng = np.random.default_rng(seed)
     return (len(SPECIAL) + _zipf(rng, num_tokens, vocab_size - len(SPECIAL))).astype(np.uint16)
 
 
 def _zipf(rng: np.random.Generator, count: int, num_ranks: int) -> NDArray[np.int64]:
-    """Draw ranks from 0 with a probability that falls as 1 / rank."""
+    """Draw ranks from 0 with a probability proportional to 1 / rank."""
     return np.minimum(num_ranks ** rng.random(count), num_ranks).astype(np.int64) - 1

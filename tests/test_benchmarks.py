@@ -1,4 +1,4 @@
-"""The benchmarks at toy size: no figure is asserted but those that do not depend on the machine."""
+"""The benchmarks at toy size; only figures that do not depend on the machine are asserted."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from benchmarks.machine import Precision
 from benchmarks.measure import NoProducts, here, in_turn, peak_megabytes
 from benchmarks.models import Family
 from benchmarks.naive import naive_loss
-from benchmarks.targets import targets
+from benchmarks.ratios import ratios
 
 WORK = step.Workload(family="bert", size="toy", length=16, dropout=0.0)
 PLAN = suite.Plan(
@@ -128,7 +128,12 @@ def test_the_suite_measures_every_variant_and_draws_them(
     assert len(results["data"]) == 4
     for record in (*results["steps"], *results["losses"], *results["data"]):
         assert record["core_seconds"] > 0 and record["tokens_per_core_second"] > 0
-    assert all(row["figure"] is not None for row in results["targets"] if "memory" not in row["what"])
+    speeds = {
+        *(f"step, {rows} rows: times the speed of naive {fast}" for rows in ("all", "masked")),
+        f"loss alone: times the speed of naive {fast}",
+        "data path: times the speed of transformers' collator",
+    }
+    assert speeds <= set(results["ratios"])
     assert results["machine"]["processor"] and results["machine"]["torch"] == torch.__version__
     assert results["machine"]["date"][:2] == "20"
     assert (tmp_path / "bench-toy.png").stat().st_size > 20_000
@@ -136,34 +141,46 @@ def test_the_suite_measures_every_variant_and_draws_them(
         assert any("not measured" in note for note in results["notes"])
 
 
-def test_targets_compare_in_the_right_direction() -> None:
-    def record(variant: str, rate: float, peak: float) -> dict[str, Any]:
-        return {"variant": variant, "tokens_per_core_second": rate, "peak_mb": peak}
+def bench_record(variant: str, rate: float, peak: float | None) -> dict[str, Any]:
+    return {"variant": variant, "tokens_per_core_second": rate, "peak_mb": peak}
 
+
+def test_ratios_are_ours_over_naive() -> None:
     steps = [
-        record("naive fp32, all rows", 100, 900),
-        record("naive bf16, all rows", 200, 1000),
-        record("naive bf16, masked rows", 200, 1000),
-        record("ours bf16, all rows", 300, 300),
-        record("ours bf16, masked rows", 500, 300),
+        bench_record("naive fp32, all rows", 100, 900),
+        bench_record("naive bf16, all rows", 200, 1000),
+        bench_record("naive bf16, masked rows", 200, 1000),
+        bench_record("ours bf16, all rows", 300, 300),
+        bench_record("ours bf16, masked rows", 500, None),  # out of memory
     ]
     steps = [{**row, "malloc": malloc} for row in steps for malloc in ("default", "raised")]
-    losses = [record("naive fp32", 10, 60), record("naive bf16", 20, 60), record("ours bf16", 80, 20)]
-    data = [record("ours", 25e6, 0)]
-    found = targets({"fast_precision": "bf16", "steps": steps, "losses": losses, "data": data})
-    assert [(round(row.figure or 0, 2), row.verdict) for row in found] == [
-        (1.5, "missed"),
-        (3.0, "missed"),
-        (1.5, ""),
-        (2.5, "reached"),
-        (2.5, ""),
-        (0.3, "reached"),
-        (4.0, "reached"),
-        (4.0, ""),
-        (0, "not measured"),
-        (0.33, "missed"),
-        (25.0, "reached"),
+    losses = [bench_record("naive fp32", 10, 60), bench_record("naive bf16", 20, 60), bench_record("ours bf16", 80, 20)]
+    data = [bench_record("ours", 25e6, 0), bench_record("HF collator, memory map", 1e6, 0)]
+    found = ratios({"fast_precision": "bf16", "steps": steps, "losses": losses, "data": data})
+    assert {what: round(ratio, 2) for what, ratio in found.items()} == {
+        "step, all rows: times the speed of naive bf16": 1.5,
+        "step, all rows: times the speed of naive fp32": 3.0,
+        "step, all rows: share of the memory of naive bf16": 0.3,
+        "step, masked rows: times the speed of naive bf16": 2.5,
+        "loss alone: times the speed of naive bf16": 4.0,
+        "loss alone: times the speed of naive fp32": 8.0,
+        "loss alone: share of the memory of naive bf16": 0.33,
+        "data path: times the speed of transformers' collator": 25.0,
+    }
+
+
+def test_speed_is_compared_with_raised_thresholds_and_memory_with_the_default_ones() -> None:
+    steps = [
+        {**bench_record("naive fp32, all rows", 200, 1000), "malloc": "raised"},
+        {**bench_record("ours fp32, all rows", 300, 900), "malloc": "raised"},
+        {**bench_record("naive bf16, all rows", 2, 1000), "malloc": "default"},
+        {**bench_record("naive fp32, all rows", 100, 1200), "malloc": "default"},
+        {**bench_record("ours fp32, all rows", 300, 500), "malloc": "default"},
     ]
+    assert ratios({"fast_precision": "fp32", "steps": steps, "losses": [], "data": []}) == {
+        "step, all rows: times the speed of naive fp32": 1.5,
+        "step, all rows: share of the memory of naive bf16": 0.5,
+    }
 
 
 def test_batch_sizes_rise_until_memory_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
