@@ -17,7 +17,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _cause(error: Exception) -> Exception | None:
+def user_cause(error: Exception) -> Exception | None:
     """Return the user error behind ``error``, or None when the fault may be ours and the traceback is wanted."""
     if isinstance(error, UserError):
         return error
@@ -71,7 +71,7 @@ def report_errors(entry: Callable[P, R]) -> Callable[P, R]:
         try:
             return entry(*args, **kwargs)
         except Exception as error:
-            cause = _cause(error)
+            cause = user_cause(error)
             if cause is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
             print(f"error: {cause}", file=sys.stderr)

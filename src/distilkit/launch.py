@@ -1,7 +1,7 @@
 """Start the other ranks of a job on the job's own composed config.
 
-Lightning repeats ``sys.argv`` for each rank. In a multirun that is the whole sweep, so each rank would train a job of
-its own choosing; and the rank variables it sets would turn the sweep's next job into a waiting child.
+Lightning repeats ``sys.argv`` for each rank. In a multirun these are the arguments of the whole sweep, so that each rank
+would choose a job itself. The rank variables that Lightning sets would make the sweep's next job a waiting child.
 """
 
 import os
@@ -20,23 +20,16 @@ _RANK_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MAST
 
 @contextmanager
 def ranks_on_config(config_file: Path) -> Iterator[None]:
-    """Let child ranks run ``config_file``, and leave no trace of the process group behind.
+    """Let child ranks run ``config_file``, and remove the process group and its variables at the end.
 
-    Variables that were set before, by torchrun or SLURM, are kept.
+    Variables that were set before, by torchrun or SLURM, are kept. Without a Hydra command line, as in a notebook,
+    child ranks repeat the caller's own script.
     """
     before = {name: os.environ.get(name) for name in _RANK_VARIABLES}
-    arguments = sys.argv[1:]
-    sys.argv[1:] = [f"--config-path={config_file.parent.resolve()}", f"--config-name={config_file.stem}"]
-    hydra_config: Any = HydraConfig.instance().cfg
-    run_dir = hydra_config.hydra.run.dir
-    with flag_override(hydra_config.hydra, "readonly", False):
-        hydra_config.hydra.run.dir = str(config_file.parent.resolve())  # Lightning hands it to the children
     try:
-        yield
+        with _command_line(config_file):
+            yield
     finally:
-        sys.argv[1:] = arguments
-        with flag_override(hydra_config.hydra, "readonly", False):
-            hydra_config.hydra.run.dir = run_dir
         launched_here = before["LOCAL_RANK"] is None
         if launched_here:
             if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -44,3 +37,24 @@ def ranks_on_config(config_file: Path) -> Iterator[None]:
             for name, value in before.items():
                 if value is None:
                     os.environ.pop(name, None)
+
+
+@contextmanager
+def _command_line(config_file: Path) -> Iterator[None]:
+    """Point the arguments and Hydra's run folder at a config, if Hydra has started this job."""
+    if not HydraConfig.initialized():
+        yield
+        return
+    folder = str(config_file.parent.resolve())
+    arguments = sys.argv[1:]
+    hydra: Any = HydraConfig.get()
+    run_dir = hydra.run.dir
+    sys.argv[1:] = [f"--config-path={folder}", f"--config-name={config_file.stem}"]
+    with flag_override(hydra, "readonly", False):
+        hydra.run.dir = folder  # Lightning passes it to the children
+    try:
+        yield
+    finally:
+        sys.argv[1:] = arguments
+        with flag_override(hydra, "readonly", False):
+            hydra.run.dir = run_dir
