@@ -1,5 +1,58 @@
-"""Task-agnostic knowledge distillation of pretrained language models (DistilBERT, arXiv 1910.01108)."""
+"""Task-agnostic knowledge distillation of pretrained language models (DistilBERT, arXiv 1910.01108).
 
+    import distilkit
+
+    result = distilkit.distill("roberta-base", paths="books/*.txt", out="runs/books", max_steps=1000)
+    result.path, result.metrics
+
+torch and the other libraries are imported when a name of this module is first used.
+"""
+
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
+from distilkit.errors import UserError
+
+if TYPE_CHECKING:
+    from distilkit.api import Distilled, distill
+    from distilkit.data import DistillationDataModule
+    from distilkit.module import DistillationModule
+    from distilkit.objective import Objective
+    from distilkit.student import cut_student
+    from distilkit.teacher import load_teacher
+
+__all__ = [
+    "DistillationDataModule",
+    "DistillationModule",
+    "Distilled",
+    "Objective",
+    "UserError",
+    "__version__",
+    "cut_student",
+    "distill",
+    "load_teacher",
+]
 __version__ = version("distilkit")
+
+_MODULES = {
+    "Distilled": "distilkit.api",
+    "DistillationDataModule": "distilkit.data",
+    "DistillationModule": "distilkit.module",
+    "Objective": "distilkit.objective",
+    "cut_student": "distilkit.student",
+    "distill": "distilkit.api",
+    "load_teacher": "distilkit.teacher",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used (PEP 562)."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names before they are imported."""
+    return sorted({*globals(), *__all__})

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import inspect
+import logging
 import os
 import platform
 import sys
@@ -25,7 +26,7 @@ R = TypeVar("R")
 # ----------------------------------------------------------------------- errors and keys
 
 
-def _cause(error: Exception) -> Exception | None:
+def user_cause(error: Exception) -> Exception | None:
     """Return the user error behind ``error``, or None if the fault may be ours and the traceback is needed."""
     if isinstance(error, UserError):
         return error
@@ -46,7 +47,7 @@ def report_errors(entry: Callable[P, R]) -> Callable[P, R]:
         try:
             return entry(*args, **kwargs)
         except Exception as error:
-            cause = _cause(error)
+            cause = user_cause(error)
             if cause is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
             print(f"error: {cause}", file=sys.stderr)
@@ -96,14 +97,24 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
 _LARGEST_INT = 2**31 - 1  # mallopt takes an int
 
 
-def prepare_process() -> None:
-    """Hide expected warnings and loading bars, and keep large buffers between steps."""
-    from transformers.utils.logging import disable_progress_bar
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hide expected warnings, Lightning's tips and the loading bars of transformers."""
+    from transformers.utils import logging as transformers_logging
 
-    keep_large_buffers()
-    disable_progress_bar()
-    for message in _EXPECTED_WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
+    lightning = logging.getLogger("pytorch_lightning.utilities.rank_zero")
+    level, bars = lightning.level, transformers_logging.is_progress_bar_enabled()
+    with warnings.catch_warnings():
+        for message in _EXPECTED_WARNINGS:
+            warnings.filterwarnings("ignore", message=message)
+        lightning.setLevel(logging.WARNING)
+        transformers_logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            lightning.setLevel(level)
+            if bars:
+                transformers_logging.enable_progress_bar()
 
 
 def keep_large_buffers() -> bool:
@@ -134,30 +145,44 @@ _RANK_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MAST
 
 @contextmanager
 def ranks_on_config(config_file: Path) -> Iterator[None]:
-    """Let child ranks run ``config_file``, and remove all traces of the process group afterwards.
+    """Let child ranks run ``config_file``, and remove the process group and its variables at the end.
 
-    Lightning repeats ``sys.argv`` for each rank. In a multirun that is the whole sweep, so each rank would choose a job of
-    its own. The rank variables that Lightning sets would make the next job of the sweep a waiting child.
-    Variables that torchrun or SLURM set before are kept.
+    Lightning repeats ``sys.argv`` for each rank. In a multirun these are the arguments of the whole sweep, so that each rank
+    would choose a job itself. The rank variables that Lightning sets would make the sweep's next job a waiting child.
+    Variables that torchrun or SLURM set before are kept. Without a Hydra command line, as in a notebook, child ranks
+    repeat the caller's own script.
     """
     before = {name: os.environ.get(name) for name in _RANK_VARIABLES}
-    arguments = sys.argv[1:]
-    sys.argv[1:] = [f"--config-path={config_file.parent.resolve()}", f"--config-name={config_file.stem}"]
-    hydra_config: Any = HydraConfig.instance().cfg
-    run_dir = hydra_config.hydra.run.dir
-    with flag_override(hydra_config.hydra, "readonly", False):
-        hydra_config.hydra.run.dir = str(config_file.parent.resolve())  # Lightning hands it to the children
     try:
-        yield
+        with _command_line(config_file):
+            yield
     finally:
-        sys.argv[1:] = arguments
-        with flag_override(hydra_config.hydra, "readonly", False):
-            hydra_config.hydra.run.dir = run_dir
         if before["LOCAL_RANK"] is None:  # the ranks were started here
             _leave_process_group()
             for name, value in before.items():
                 if value is None:
                     os.environ.pop(name, None)
+
+
+@contextmanager
+def _command_line(config_file: Path) -> Iterator[None]:
+    """Point the arguments and Hydra's run folder at a config, if Hydra has started this job."""
+    if not HydraConfig.initialized():
+        yield
+        return
+    folder = str(config_file.parent.resolve())
+    arguments = sys.argv[1:]
+    hydra: Any = HydraConfig.get()
+    run_dir = hydra.run.dir
+    sys.argv[1:] = [f"--config-path={folder}", f"--config-name={config_file.stem}"]
+    with flag_override(hydra, "readonly", False):
+        hydra.run.dir = folder  # Lightning passes it to the children
+    try:
+        yield
+    finally:
+        sys.argv[1:] = arguments
+        with flag_override(hydra, "readonly", False):
+            hydra.run.dir = run_dir
 
 
 def _leave_process_group() -> None:

@@ -1,5 +1,6 @@
 """The LightningModule of distillation: teacher and student in, one weighted sum of terms out."""
 
+import functools
 import hashlib
 import json
 import logging
@@ -11,17 +12,18 @@ from pytorch_lightning import LightningModule
 from pytorch_lightning.plugins.precision import MixedPrecision, Precision
 from pytorch_lightning.strategies import FSDPStrategy
 from pytorch_lightning.utilities import GradClipAlgorithmType
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecision as FSDPMixedPrecision
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distilkit import losses
 from distilkit.errors import UserError
 from distilkit.export import student_files
 from distilkit.language_model import LM, Batch, cast_parameters, lm_head, token_states
 from distilkit.objective import Objective, labelled_rows, real_rows
+from distilkit.schedule import build_schedule
 from distilkit.teacher import Teacher
 
 log = logging.getLogger(__name__)
@@ -31,12 +33,12 @@ class DistillationModule(LightningModule):
     """Train a student on the terms of an objective, beside a frozen teacher.
 
     The loss is each term's sum over tokens, divided once by the tokens of the whole optimizer step, over all
-    micro-batches and ranks. ``optimizer`` builds one from parameter groups; ``scheduler`` is a name known to
-    ``transformers.get_scheduler``, warmed up over ``warmup_share`` of the optimizer steps. ``record`` goes into
-    checkpoints: what a reader of the student wants to know about the run.
+    micro-batches and ranks. ``optimizer`` builds one from parameter groups; ``scheduler`` and ``scheduler_kwargs`` are
+    a name and arguments of ``transformers.get_scheduler``, warmed up over ``warmup_share`` of the optimizer steps.
+    ``record`` goes into checkpoints: what a reader of the student wants to know about the run.
 
     Raises:
-        UserError: the objective does not fit the models, or ``warmup_share`` is out of range.
+        UserError: the objective does not fit the models, the schedule is unknown, or ``warmup_share`` is out of range.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class DistillationModule(LightningModule):
         warmup_share: float,
         seed: int,
         record: Mapping[str, Any],
+        scheduler_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         """Wrap the models; the teacher is moved with the module but never saved with it."""
         super().__init__()
@@ -67,7 +70,11 @@ class DistillationModule(LightningModule):
         self.keeps_teacher_dtype = teacher is not None and teacher.dtype == "float32"
         self.files = student_files(student, tokenizer)  # now, so that what cannot be saved is not trained either
         self.lm, self.objective = lm, objective
-        self.optimizer, self.scheduler, self.warmup_share = optimizer, scheduler, warmup_share
+        self.optimizer = optimizer
+        self.schedule = functools.partial(
+            build_schedule, name=scheduler, warmup_share=warmup_share, kwargs=scheduler_kwargs or {}
+        )
+        self.schedule(optimizer([{"params": [nn.Parameter(torch.zeros(1))]}]), num_steps=100)  # refuse a wrong one now
         self.seed = seed
         self.record = dict(record)
         self.tokens_seen = 0
@@ -86,7 +93,13 @@ class DistillationModule(LightningModule):
             for parameter in set(student.parameters()) - set(student.base_model.parameters()):
                 parameter.requires_grad_(False)
         self.save_hyperparameters(
-            {**vars(objective), "scheduler": scheduler, "warmup_share": warmup_share, "seed": seed}
+            {
+                **vars(objective),
+                "scheduler": scheduler,
+                "warmup_share": warmup_share,
+                "scheduler_kwargs": dict(scheduler_kwargs or {}),
+                "seed": seed,
+            }
         )
         self.train()  # models come from the hub in eval mode, and ``Trainer.fit`` leaves modes alone
 
@@ -98,13 +111,13 @@ class DistillationModule(LightningModule):
         return self
 
     def setup(self, stage: str) -> None:
-        """Make sure that all ranks train the same thing, and cast the teacher once, where autocast would at each step.
+        """Check that all ranks have one config, and cast the teacher once instead of at each step.
 
-        FSDP gets a precision of its own.
+        FSDP gets its own precision.
 
         Raises:
-            UserError: another rank was started with another config, the precision is too low for the objective, or FSDP
-                cannot keep the teacher in float32.
+            UserError: the ranks have different configs, the precision is too low for the objective, or FSDP cannot keep
+                the teacher in float32.
         """
         mine = hashlib.sha256(json.dumps(self.record, sort_keys=True, default=str).encode()).hexdigest()
         if self.trainer.world_size > 1 and self.trainer.strategy.broadcast(mine) != mine:
@@ -122,14 +135,14 @@ class DistillationModule(LightningModule):
             if self.teacher is not None and not self.keeps_teacher_dtype:
                 cast_parameters(self.teacher, torch.bfloat16)
             return
-        # One flat parameter holds both models, and so one dtype does.
+        # FSDP puts both models into one flat parameter, which has one dtype.
         if self.keeps_teacher_dtype:
             raise UserError(
                 f"teacher.dtype=float32, but trainer=fsdp holds both models in one precision, here {self.trainer.precision}; "
                 "set teacher.dtype=auto, trainer.precision=32-true or trainer=ddp"
             )
         if self.trainer.strategy.mixed_precision is None:
-            # Lightning's own choice would cast the rotary frequencies as well, and add up gradients in bfloat16.
+            # Lightning's default would also cast the rotary frequencies, and sum gradients in bfloat16.
             self.trainer.strategy.mixed_precision = FSDPMixedPrecision(
                 param_dtype=torch.bfloat16, reduce_dtype=torch.float32
             )
@@ -219,12 +232,12 @@ class DistillationModule(LightningModule):
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def configure_optimizers(self) -> Any:
-        """Decay matrices only, and schedule over the real number of optimizer steps.
+        """Apply weight decay to matrices only, and schedule over the real number of optimizer steps.
 
         Raises:
             UserError: a fused optimizer cannot clip in this precision.
         """
-        # By name: under FSDP each parameter is a flat shard by now.
+        # By name, because under FSDP each parameter is a flat shard by now.
         trainable = [
             (name.replace("_fsdp_wrapped_module.", ""), parameter)
             for name, parameter in self.student.named_parameters()
@@ -235,22 +248,16 @@ class DistillationModule(LightningModule):
             {"params": [parameter for name, parameter in trainable if name not in self.matrices], "weight_decay": 0.0},
         ]
         optimizer = self.optimizer(groups)
-        # Lightning would find this out in the first step: such an optimizer unscales gradients inside its kernel.
+        # Such an optimizer unscales gradients inside its kernel; Lightning refuses that in the first step only.
         unscales = getattr(optimizer, "_step_supports_amp_scaling", False)
         if unscales and self.trainer.precision == "16-mixed" and self.trainer.gradient_clip_val:
             raise UserError(
-                f"optimizer.fused=true unscales gradients by itself, so that trainer.gradient_clip_val="
+                "optimizer.fused=true unscales gradients inside the optimizer, so that trainer.gradient_clip_val="
                 f"{self.trainer.gradient_clip_val} cannot clip them with trainer.precision=16-mixed; set "
                 "optimizer.fused=null, or trainer.precision=bf16-mixed"
             )
-        num_steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = get_scheduler(
-            self.scheduler,
-            optimizer,
-            num_warmup_steps=round(self.warmup_share * num_steps),
-            num_training_steps=num_steps,
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        schedule = self.schedule(optimizer, num_steps=int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # -------------------------------------------------------------- validation
 

@@ -13,7 +13,7 @@ from distilkit.data.cache import open_cache
 @hydra.main(version_base="1.3", config_path="pkg://distilkit.conf.train", config_name="prepare")
 @report_errors
 def main(cfg: DictConfig) -> None:
-    """Prepare the cache that ``distilkit.train`` with the same overrides will use, and say what is in it."""
+    """Prepare the cache that ``distilkit.train`` uses with the same overrides, and print its size."""
     check_keys(cfg)
     tokenizer = instantiate(cfg.tokenizer)
     data = instantiate(cfg.data, tokenizer=tokenizer, lm="clm" if tokenizer.mask_token_id is None else "mlm")

@@ -150,7 +150,7 @@ def describe(
 
 
 def finish(trainer: Trainer, module: DistillationModule, *, out: Path) -> None:
-    """Write student/, summary.json and loss_curves.png into a run's folder, and print where they are."""
+    """Write student/, summary.json and loss_curves.png into a run's folder."""
     checkpoint = read_checkpoint(out / "checkpoints" / "last.ckpt")
     saved = checkpoint["distilkit"]
     student = write_student(
@@ -182,10 +182,9 @@ def finish(trainer: Trainer, module: DistillationModule, *, out: Path) -> None:
     )
     if (out / "metrics.csv").is_file():
         plot_curves(out / "metrics.csv", out / "loss_curves.png", title=record["name"])
-    _print_result(out, before=module.before, after=module.after)
 
 
-def _print_result(out: Path, *, before: Mapping[str, float], after: Mapping[str, float]) -> None:
+def print_result(out: Path, *, before: Mapping[str, float], after: Mapping[str, float]) -> None:
     """Show the held-out metrics before and after training, and the path of the student."""
     table = Table(title="held-out documents", title_justify="left")
     for column in ("metric", "before", "after"):

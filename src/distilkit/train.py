@@ -1,6 +1,7 @@
 """Distil a student from a teacher: ``python -m distilkit.train teacher=roberta-base student=half_depth``."""
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import hydra
@@ -12,16 +13,110 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Trainer, seed_everything
 from pytorch_lightning.loggers import CSVLogger, WandbLogger
 from pytorch_lightning.strategies import FSDPStrategy
+from transformers import PreTrainedModel
 
 from distilkit.callbacks import ValidateEvery
-from distilkit.cli import check_keys, check_names, prepare_process, ranks_on_config, report_errors, set_matmul_precision
+from distilkit.cli import (
+    check_keys,
+    check_names,
+    keep_large_buffers,
+    quiet,
+    ranks_on_config,
+    report_errors,
+    set_matmul_precision,
+)
+from distilkit.data import DistillationDataModule
 from distilkit.errors import UserError
 from distilkit.export import read_checkpoint
 from distilkit.language_model import check_positions, checkpoint_activations, compile_backbone, lm_of, num_parameters
 from distilkit.module import DistillationModule
-from distilkit.summary import describe, finish
+from distilkit.summary import describe, finish, print_result
+from distilkit.teacher import Teacher
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A training that is ready to run: its config and folder, the checkpoint to resume from, and what is trained."""
+
+    cfg: DictConfig
+    out: Path
+    checkpoint: Path | None
+    module: DistillationModule
+    data: DistillationDataModule
+    trainer: Trainer
+
+
+def build(cfg: DictConfig) -> Job:
+    """Check the config and build models, data and trainer from it; write nothing into the run's folder.
+
+    Raises:
+        UserError: a setting is wrong, or the folder holds a finished run.
+    """
+    _check_config(cfg)
+    out = Path(cfg.output_dir).resolve()
+    if (out / "student").exists():
+        raise UserError(
+            f"{out} holds a finished run; choose another hydra.run.dir (from Python: out), or delete {out / 'student'}"
+        )
+    in_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    checkpoint = find_checkpoint(cfg.ckpt_path, out, in_sweep=in_sweep)
+    cfg.ckpt_path = str(checkpoint) if checkpoint else None
+    set_matmul_precision(cfg.matmul_precision)
+    seed_everything(cfg.seed, workers=True, verbose=False)
+
+    objective = instantiate(cfg.objective)
+    tokenizer = instantiate(cfg.tokenizer)
+    teacher = instantiate(cfg.teacher, needs_head=objective.reads_teacher_logits)
+    student = instantiate(cfg.student)(teacher=teacher, tokenizer=tokenizer)
+    _apply_options(cfg, teacher=teacher, student=student)
+    lm = lm_of(student.config.model_type, student.config.architectures)
+    data = instantiate(cfg.data, tokenizer=tokenizer, lm=lm)
+    module = DistillationModule(
+        student=student,
+        teacher=teacher,
+        tokenizer=tokenizer,
+        lm=lm,
+        objective=objective,
+        optimizer=instantiate(cfg.optimizer),
+        scheduler=cfg.scheduler.name,
+        warmup_share=cfg.scheduler.warmup_share,
+        scheduler_kwargs=dict(cfg.scheduler.kwargs or {}),
+        seed=cfg.seed,
+        record=describe(cfg, objective=objective, teacher=teacher, student=student, corpus=data.corpus),
+    )
+    return Job(
+        cfg=cfg,
+        out=out,
+        checkpoint=checkpoint,
+        module=module,
+        data=data,
+        trainer=_build_trainer(cfg),
+    )
+
+
+def run(job: Job) -> float:
+    """Fit, validate and export a job; return the student's held-out cross-entropy in nats per labelled token.
+
+    Raises:
+        UserError: the loss is not finite, or the checkpoint does not belong to this job.
+    """
+    trainer, module = job.trainer, job.module
+    _record_config(job)
+    if torch.cuda.is_initialized():  # by an earlier job in this process
+        torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
+    with ranks_on_config(job.out / "config.yaml"):
+        trainer.fit(module, datamodule=job.data, ckpt_path=job.checkpoint)
+        trainer.save_checkpoint(job.out / "checkpoints" / "last.ckpt", weights_only=False)
+        if not module.after:  # a finished run was resumed, or validation was taken out of the callbacks
+            _score(job)
+        if trainer.is_global_zero:
+            finish(trainer, module, out=job.out)
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):  # else its last records are written only at the end of this process
+            logger.experiment.finish()
+    return module.after["val/nll"]
 
 
 def find_checkpoint(ckpt_path: str | None, out: Path, *, in_sweep: bool = False) -> Path | None:
@@ -33,8 +128,8 @@ def find_checkpoint(ckpt_path: str | None, out: Path, *, in_sweep: bool = False)
     if ckpt_path is None:
         return None
     if ckpt_path == "last":
-        if in_sweep:  # its neighbours there are jobs of other settings
-            raise UserError("ckpt_path=last names no run of a sweep; give the file, below outputs/.../checkpoints")
+        if in_sweep:  # its neighbours are jobs with other settings
+            raise UserError("ckpt_path=last is not defined in a sweep; give the file, below outputs/.../checkpoints")
         found = sorted(out.parent.glob("*/checkpoints/last.ckpt"), key=lambda file: file.stat().st_mtime)
         if not found:
             raise UserError(f"ckpt_path=last, but no run below {out.parent} has a checkpoint; start without ckpt_path")
@@ -47,95 +142,89 @@ def find_checkpoint(ckpt_path: str | None, out: Path, *, in_sweep: bool = False)
     return file.resolve()
 
 
-def train(cfg: DictConfig) -> float:
-    """Build, fit, validate and export; return the student's held-out cross-entropy in nats per labelled token."""
+def _check_config(cfg: DictConfig) -> None:
+    """Refuse unknown keys, missing values, and the scheduler group of earlier versions."""
     check_keys(cfg)
-    check_names(cfg.scheduler, ("scheduler", "warmup_share"), path="scheduler")
-    out = Path(cfg.output_dir).resolve()
-    if (out / "student").exists():
-        raise UserError(f"{out} holds a finished run; choose another hydra.run.dir, or delete {out / 'student'}")
-    checkpoint = find_checkpoint(cfg.ckpt_path, out, in_sweep=HydraConfig.get().mode == RunMode.MULTIRUN)
-    cfg.ckpt_path = str(checkpoint) if checkpoint else None
-    set_matmul_precision(cfg.matmul_precision)
-    seed_everything(cfg.seed, workers=True, verbose=False)
+    if not isinstance(cfg.scheduler, DictConfig):
+        name = "constant_with_warmup" if cfg.scheduler == "constant" else cfg.scheduler
+        raise UserError(f"scheduler={cfg.scheduler}, but it is no group of options; set scheduler.name={name}")
+    check_names(cfg.scheduler, ("name", "warmup_share", "kwargs"), path="scheduler")
 
-    objective = instantiate(cfg.objective)
-    tokenizer = instantiate(cfg.tokenizer)
-    teacher = instantiate(cfg.teacher, needs_head=objective.reads_teacher_logits)
-    student = instantiate(cfg.student)(teacher=teacher, tokenizer=tokenizer)
-    lm = lm_of(student.config.model_type, student.config.architectures)
-    for model, whose in ((student, "the student"), *(((teacher.model, teacher.name),) if teacher else ())):
-        check_positions(model, cfg.data.block_size, key="data.block_size", name=whose)
+
+def _apply_options(cfg: DictConfig, *, teacher: Teacher | None, student: PreTrainedModel) -> None:
+    """Check that the blocks fit both models, then compile them and checkpoint activations as the config says."""
+    models = [(student, "the student"), *([(teacher.model, teacher.name)] if teacher else [])]
+    for model, name in models:
+        check_positions(model, cfg.data.block_size, key="data.block_size", name=name)
         if cfg.compile:
             compile_backbone(model)
     if cfg.activation_checkpointing:
         checkpoint_activations(student)
-    data = instantiate(cfg.data, tokenizer=tokenizer, lm=lm)
-    record = describe(cfg, objective=objective, teacher=teacher, student=student, corpus=data.corpus)
-    module = DistillationModule(
-        student=student,
-        teacher=teacher,
-        tokenizer=tokenizer,
-        lm=lm,
-        objective=objective,
-        optimizer=instantiate(cfg.optimizer),
-        **cfg.scheduler,
-        seed=cfg.seed,
-        record=record,
-    )
+
+
+def _build_trainer(cfg: DictConfig) -> Trainer:
+    """Build the trainer with its callbacks and loggers.
+
+    Raises:
+        UserError: training would never end, or FSDP would never score the student.
+    """
+    callbacks = [callback for callback in instantiate(cfg.callbacks).values() if callback is not None]
     trainer: Trainer = instantiate(
         cfg.trainer,
-        callbacks=[callback for callback in instantiate(cfg.callbacks).values() if callback is not None],
+        callbacks=callbacks,
         logger=[logger for logger in instantiate(cfg.logger).values() if logger is not None],
         num_sanity_val_steps=-1 if cfg.validate_first else 0,  # Lightning skips it on a resume
     )
     if trainer.max_epochs == trainer.max_steps == -1:
         raise UserError("trainer.max_epochs and trainer.max_steps are both -1, without end; set one of them above 0")
-    sharded = isinstance(trainer.strategy, FSDPStrategy)
-    if sharded and not any(isinstance(callback, ValidateEvery) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+    validates = any(isinstance(callback, ValidateEvery) for callback in callbacks)
+    if isinstance(trainer.strategy, FSDPStrategy) and not validates:
         raise UserError(
             "callbacks.validation=null, but with trainer=fsdp the student is scored in training or never; "
             "leave callbacks.validation as it is"
         )
-    if trainer.is_global_zero:
-        OmegaConf.save(cfg, out / "config.yaml", resolve=True)
-        sizes = f"{num_parameters(student):,} parameters" + (
-            f" of {num_parameters(teacher.model):,}" if teacher else ""
-        )
+    return trainer
+
+
+def _record_config(job: Job) -> None:
+    """Write the resolved config into the run's folder, pass it to the loggers, and log the sizes of both models."""
+    module, record = job.module, job.module.record
+    if job.trainer.is_global_zero:
+        job.out.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(job.cfg, job.out / "config.yaml", resolve=True)
+        sizes = f"{num_parameters(module.student):,} parameters"
+        if module.teacher is not None:
+            sizes += f" of {num_parameters(module.teacher):,}"
         kept = f", layers {record['layers']}" if record["layers"] else ""
-        log.info("student: %s%s; run in %s", sizes, kept, out)
-        if checkpoint:
-            log.info("going on from %s", checkpoint)
-    for logger in trainer.loggers:
+        log.info("student: %s%s; run in %s", sizes, kept, job.out)
+        if job.checkpoint:
+            log.info("resuming from %s", job.checkpoint)
+    for logger in job.trainer.loggers:
         if not isinstance(logger, CSVLogger):
             logger.log_hyperparams(record["config"])
 
-    if torch.cuda.is_initialized():  # by an earlier job of a sweep, which shares its process
-        torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
-    with ranks_on_config(out / "config.yaml"):
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
-        trainer.save_checkpoint(out / "checkpoints" / "last.ckpt", weights_only=False)
-        if not module.after:  # a finished run was resumed, or validation was taken out of the callbacks
-            if sharded:  # it cannot shard twice
-                raise UserError(
-                    f"{checkpoint or out} was trained to its end before, and trainer=fsdp cannot score it again; "
-                    f"export it with python -m distilkit.export ckpt={out / 'checkpoints' / 'last.ckpt'} out=my-student"
-                )
-            trainer.validate(module, datamodule=data, verbose=False)
-        if trainer.is_global_zero:
-            finish(trainer, module, out=out)
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):  # or its last records are written when this process is gone
-            logger.experiment.finish()
-    return module.after["val/nll"]
+
+def _score(job: Job) -> None:
+    """Score the student after a fit that did not."""
+    if isinstance(job.trainer.strategy, FSDPStrategy):  # it cannot shard the models a second time
+        raise UserError(
+            f"{job.checkpoint or job.out} was trained to its end before, and trainer=fsdp cannot score it again; "
+            f"export it with python -m distilkit.export ckpt={job.out / 'checkpoints' / 'last.ckpt'} out=my-student"
+        )
+    job.trainer.validate(job.module, datamodule=job.data, verbose=False)
 
 
 @hydra.main(version_base="1.3", config_path="pkg://distilkit.conf.train", config_name="train")
 @report_errors
 def main(cfg: DictConfig) -> float:
     """Run one job, and return the metric that sweepers minimise."""
-    prepare_process()
-    return train(cfg)
+    keep_large_buffers()
+    with quiet():
+        job = build(cfg)
+        nll = run(job)
+    if job.trainer.is_global_zero:
+        print_result(job.out, before=job.module.before, after=job.module.after)
+    return nll
 
 
 if __name__ == "__main__":

@@ -88,7 +88,8 @@ def test_the_settings_that_the_cases_spoil_are_good(settings: tuple[str, ...], t
         ("+objective.temprature=1", ["objective.temprature is unknown", "alpha_ce", "temperature, soft_targets"]),
         ("+student.layer=half", ["student.layer is unknown", "layers, init, bert_class"]),
         ("+optimizer.learning_rate=1", ["optimizer.learning_rate is unknown", "lr, betas"]),
-        ("+scheduler.warmup=0.1", ["scheduler.warmup is unknown; scheduler takes scheduler, warmup_share"]),
+        ("+scheduler.warmup=0.1", ["scheduler.warmup is unknown; scheduler takes name, warmup_share, kwargs"]),
+        ("+scheduler.kwargs.power=2", ["scheduler.kwargs.power is unknown to scheduler.name=linear", "no arguments"]),
         ("+data.batch_size=8", ["data.batch_size is unknown", "global_batch_size, micro_batch_size"]),
         ("+data.masking.probability=0.1", ["data.masking.probability is unknown", "mlm_probability"]),
         ("+data.corpus.path=x", ["data.corpus.path is unknown", "paths, column"]),
@@ -127,6 +128,16 @@ def test_an_unknown_key_is_refused_with_the_known_ones(
             ["training blocks of 32 tokens", "data.global_batch_size=5000", "give more text or set a smaller batch"],
         ),
         (["data.val_share=0"], ["data.val_share=0", "above 0 and below 1"]),
+        (
+            ["scheduler.name=sawtooth"],
+            ["scheduler.name=sawtooth is unknown", "it takes constant", "cosine, ", "linear"],
+        ),
+        (["scheduler=cosine"], ["scheduler=cosine, but it is no group", "set scheduler.name=cosine"]),
+        (["scheduler=constant"], ["scheduler=constant, but", "set scheduler.name=constant_with_warmup"]),
+        (
+            ["scheduler.name=warmup_stable_decay"],
+            ["warmup_stable_decay needs num_decay_steps", "add +scheduler.kwargs.num_decay_steps=..."],
+        ),
         (["scheduler.warmup_share=2"], ["scheduler.warmup_share=2", "between 0 and 1", "the paper's is 0.05"]),
         (["teacher.dtype=float16"], ["teacher.dtype is 'float16'", "auto or float32"]),
         (["trainer.max_epochs=-1", "trainer.max_steps=-1"], ["are both -1", "set one of them above 0"]),
@@ -381,7 +392,7 @@ def test_export_asks_for_what_is_missing_and_overwrites_nothing(finished: Path, 
 def test_a_finished_run_is_not_trained_over(finished: Path, settings: tuple[str, ...]) -> None:
     before = (finished / "summary.json").read_bytes(), (finished / "checkpoints" / "last.ckpt").read_bytes()
     again = call(distilkit.train.main, *settings, f"hydra.run.dir={finished}", cwd=finished.parent)
-    assert_refused(again, f"{finished} holds a finished run", "choose another hydra.run.dir")
+    assert_refused(again, f"{finished} holds a finished run", "choose another hydra.run.dir", "delete")
     assert before == ((finished / "summary.json").read_bytes(), (finished / "checkpoints" / "last.ckpt").read_bytes())
 
 

@@ -1,10 +1,12 @@
-"""Every config composes and fits its target; the experiments hold the papers' numbers; imports point down."""
+"""Every config composes and fits its target, the experiments hold the papers' numbers, and --help lists the options."""
 
 import functools
+import importlib
 import inspect
 import re
 import shlex
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +20,19 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.loggers import Logger
-from transformers import PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedTokenizerBase
 
 import distilkit
 import distilkit.train
 from distilkit.data.batches import DistillationDataModule
 from distilkit.data.text_files import TextFiles
-from distilkit.module import DistillationModule
 from distilkit.objective import Objective
 from distilkit.teacher import Teacher
 from jobs import QUIET, SMALL, call, only
 from tiny import build_teacher
 
 CONF = Path(distilkit.conf.train.__file__).parent
-OPTIONS = sorted(
-    file.relative_to(CONF).with_suffix("").as_posix()
-    for file in CONF.glob("*/**/*.yaml")
-    if file.relative_to(CONF).parts[0] != "evaluate"  # a root of its own, see test_evaluate_configs.py
-)
+OPTIONS = sorted(file.relative_to(CONF).with_suffix("").as_posix() for file in CONF.glob("*/**/*.yaml"))
 FILLED = {  # what a user of the option has to fill in
     "data/hf": ["data.corpus.path=someone/something"],
     "data/text": ["data.corpus.paths=nothing.txt"],
@@ -118,8 +115,7 @@ def changed(cfg: DictConfig, base: DictConfig) -> dict[str, Any]:
 def test_the_options_on_disk_are_found() -> None:
     assert {"objective/distilbert", "data/text", "experiment/demo/teacher", "sweep/ablation/no_ce"} <= set(OPTIONS)
     assert {option.split("/")[0] for option in OPTIONS} == {path.name for path in CONF.iterdir() if path.is_dir()} - {
-        "__pycache__",
-        "evaluate",
+        "__pycache__"
     }
 
 
@@ -177,144 +173,230 @@ def test_examples_are_found_in_comments() -> None:
     assert example("student/hf") == ["student.name=distilbert/distilbert-base-uncased"]
 
 
-@pytest.mark.parametrize("option", [option for option in OPTIONS if option.startswith("objective/")])
-def test_every_objective_option_builds(option: str) -> None:
-    objective = instantiate(with_option(option).objective)
+# -------------------------------------------------------------- what each option builds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What an option is built on: a folder, a text, a tokenizer and tiny teachers."""
+
+    folder: Path
+    text_file: Path
+    tokenizer: PreTrainedTokenizerBase
+    save_teacher: Callable[..., Path]
+
+
+@pytest.fixture
+def given(
+    tmp_path: Path, text_file: Path, tokenizer: PreTrainedTokenizerBase, save_teacher: Callable[..., Path]
+) -> Given:
+    return Given(folder=tmp_path, text_file=text_file, tokenizer=tokenizer, save_teacher=save_teacher)
+
+
+def build_objective(cfg: DictConfig, given: Given) -> Any:
+    objective = instantiate(cfg.objective)
     assert isinstance(objective, Objective)
-    assert objective.weights
+    return objective.weights
 
 
-@pytest.mark.parametrize("option", [option for option in OPTIONS if option.startswith("optimizer/")])
-def test_every_optimizer_option_builds_from_parameter_groups(option: str) -> None:
-    cfg = with_option(option)
+def build_optimizer(cfg: DictConfig, given: Given) -> Any:
     optimizer = instantiate(cfg.optimizer)([{"params": [torch.nn.Parameter(torch.zeros(2))]}])
     assert isinstance(optimizer, torch.optim.Optimizer)
-    assert optimizer.param_groups[0]["lr"] == cfg.optimizer.lr == 5e-4
+    return type(optimizer).__name__, optimizer.param_groups[0]["lr"]
 
 
-@pytest.mark.parametrize("option", [option for option in OPTIONS if option.startswith("scheduler/")])
-def test_every_scheduler_option_names_a_schedule_and_the_arguments_of_the_module(option: str) -> None:
-    cfg = with_option(option)
-    assert set(cfg.scheduler) <= set(inspect.signature(DistillationModule).parameters)
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], lr=1.0)
-    schedule = get_scheduler(cfg.scheduler.scheduler, optimizer, num_warmup_steps=5, num_training_steps=100)
-    rates = []
-    for _ in range(100):
-        rates.append(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
-    assert rates[:5] == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8])  # a warm-up from zero
-    expected_end = {"scheduler/constant": 1.0, "scheduler/linear": 1 / 95, "scheduler/cosine": 0.0}
-    assert rates[-1] == pytest.approx(expected_end.get(option, rates[-1]), abs=1e-3)
-
-
-@pytest.mark.parametrize("option", [option for option in OPTIONS if option.startswith("trainer/")])
-def test_every_trainer_option_builds_on_one_cpu(option: str) -> None:
-    cfg = with_option(option)
+def build_trainer(cfg: DictConfig, given: Given) -> Any:
     here = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "32-true"}
     trainer = instantiate(cfg.trainer, **here)
     assert isinstance(trainer, Trainer)
     assert trainer.gradient_clip_val == 5.0
     assert trainer.check_val_every_n_epoch is None  # callbacks.validation needs it
-    expected = {
-        "auto": ("auto", 1, "auto"),
-        "cpu": ("cpu", 1, "auto"),
-        "gpu": ("gpu", 1, "auto"),
-        "ddp": ("gpu", -1, "ddp"),
-        "fsdp": ("gpu", -1, "fsdp"),
-        "multi_node": ("gpu", -1, "ddp"),
-    }
-    name = option.removeprefix("trainer/")
-    assert (cfg.trainer.accelerator, cfg.trainer.devices, cfg.trainer.strategy) == expected[name]
+    return cfg.trainer.accelerator, cfg.trainer.devices, cfg.trainer.strategy
 
 
-@pytest.mark.parametrize("option", [option for option in OPTIONS if option.startswith("logger/")])
-def test_every_logger_option_builds(option: str, tmp_path: Path) -> None:
-    cfg = with_option(option)
-    cfg.output_dir = str(tmp_path)
-    loggers = instantiate(cfg.logger)
-    kinds = {"csv": ["CSVLogger"], "none": [], "tensorboard": ["CSVLogger", "TensorBoardLogger"]}
-    kinds["wandb"] = ["CSVLogger", "WandbLogger"]
-    assert [type(logger).__name__ for logger in loggers.values()] == kinds[option.removeprefix("logger/")]
-    assert all(isinstance(logger, Logger) for logger in loggers.values())
+def build_loggers(cfg: DictConfig, given: Given) -> Any:
+    loggers = instantiate(cfg.logger).values()
+    assert all(isinstance(logger, Logger) for logger in loggers)
+    return [type(logger).__name__ for logger in loggers]
 
 
-@pytest.mark.parametrize("option", [option for option in OPTIONS if option.startswith("callbacks/")])
-def test_every_callback_option_builds(option: str) -> None:
-    callbacks = instantiate(with_option(option).callbacks)
-    assert callbacks
-    assert all(isinstance(callback, Callback) for callback in callbacks.values())
+def build_callbacks(cfg: DictConfig, given: Given) -> Any:
+    callbacks = instantiate(cfg.callbacks).values()
+    assert all(isinstance(callback, Callback) for callback in callbacks)
+    return [type(callback).__name__ for callback in callbacks]
 
 
-@pytest.mark.parametrize("option", [option for option in OPTIONS if option.startswith("data/")])
-def test_every_data_option_builds_without_reading_its_corpus(
-    option: str, text_file: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
-    cfg = with_option(option)
-    cfg.cache_dir = str(tmp_path)
-    if option == "data/text":
-        cfg.data.corpus.paths = str(text_file)
-    corpus = {"corpus": TextFiles(paths=str(text_file))} if option == "data/base" else {}
-    data = instantiate(cfg.data, tokenizer=tokenizer, lm="mlm", **corpus)
+def build_data(cfg: DictConfig, given: Given) -> Any:
+    corpus = {}
+    if "corpus" not in cfg.data:  # data/base, which the other options complete
+        corpus = {"corpus": TextFiles(paths=str(given.text_file))}
+    elif "paths" in cfg.data.corpus:
+        cfg.data.corpus.paths = str(given.text_file)
+    data = instantiate(cfg.data, tokenizer=given.tokenizer, task="mlm", **corpus)
     assert isinstance(data, DistillationDataModule)
     assert data.corpus.fingerprint()
-    assert list(tmp_path.iterdir()) == []
+    assert list(given.folder.iterdir()) == []  # nothing is read or written yet
     assert "${" not in str(cfg.data.get("description", ""))
+    return type(data.corpus).__name__
 
 
-@pytest.mark.parametrize("option", [option for option in OPTIONS if option.startswith("tokenizer/")])
-def test_every_tokenizer_option_builds(
-    option: str, text_file: Path, save_teacher: Callable[..., Path], tmp_path: Path
-) -> None:
-    cfg = with_option(option)
-    cfg.cache_dir = str(tmp_path)
-    cfg.teacher.name = str(save_teacher("bert"))
-    cfg.data.corpus = {"_target_": "distilkit.data.text_files.TextFiles", "paths": str(text_file)}
-    if option != "tokenizer/pretrained":
+def build_tokenizer(cfg: DictConfig, given: Given) -> Any:
+    cfg.teacher.name = str(given.save_teacher("bert"))
+    cfg.data.corpus = {"_target_": "distilkit.data.text_files.TextFiles", "paths": str(given.text_file)}
+    if "vocab_size" in cfg.tokenizer:
         cfg.tokenizer.vocab_size = 300
     built = instantiate(cfg.tokenizer)
-    assert built.mask_token_id is not None
     assert 100 < len(built) <= 300
+    return built.mask_token
 
 
-@pytest.mark.parametrize("option", [option for option in OPTIONS if option.startswith("teacher/")])
-def test_every_teacher_option_names_a_hub_id_or_loads_what_it_is_given(
-    option: str, save_teacher: Callable[..., Path]
-) -> None:
-    cfg = with_option(option)
-    if option == "teacher/none":
-        assert instantiate(cfg.teacher, needs_head=False) is None
-    elif option == "teacher/hf":
-        cfg.teacher.name = str(save_teacher("bert"))
-        assert isinstance(instantiate(cfg.teacher, needs_head=True), Teacher)
-    else:
-        owner, name = cfg.teacher.name.split("/")
-        assert owner
-        assert name == option.removeprefix("teacher/")
-        assert cfg.teacher.lm is None
+def build_a_teacher(cfg: DictConfig, given: Given) -> Any:
+    if cfg.teacher.name is None:
+        return instantiate(cfg.teacher, needs_head=False)
+    if f"teacher.name={cfg.teacher.name}" not in FILLED["teacher/hf"]:
+        assert cfg.teacher.task is None
+        return cfg.teacher.name
+    cfg.teacher.name = str(given.save_teacher("bert"))
+    return type(instantiate(cfg.teacher, needs_head=True))
 
 
-@pytest.mark.parametrize("option", [option for option in OPTIONS if option.startswith("student/")])
-def test_every_student_option_builds_from_a_teacher(
-    option: str, tokenizer: PreTrainedTokenizerBase, save_teacher: Callable[..., Path]
-) -> None:
-    teacher = build_teacher("bert", num_layers=12)
-    cfg = with_option(option)
-    if option == "student/hf":
-        cfg.student.name = str(save_teacher("distilbert"))
-    if option == "student/new":
+def build_student(cfg: DictConfig, given: Given) -> Any:
+    if "name" in cfg.student:
+        cfg.student.name = str(given.save_teacher("distilbert"))
+    if "model_type" in cfg.student:
         cfg.student.config = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
-    student = instantiate(cfg.student)(teacher=teacher, tokenizer=tokenizer)
-    expected: dict[str, tuple[str, list[int] | None]] = {
-        "student/half_depth": ("DistilBertForMaskedLM", [0, 2, 4, 7, 9, 11]),
-        "student/third_depth": ("DistilBertForMaskedLM", [0, 4, 7, 11]),
-        "student/layers": ("DistilBertForMaskedLM", [0, 2, 5]),
-        "student/scratch": ("DistilBertForMaskedLM", None),
-        "student/hf": ("DistilBertForMaskedLM", None),
-        "student/new": ("BertForMaskedLM", None),
-    }
-    assert (type(student).__name__, student.config.distilkit_layers) == expected[option]
+    student = instantiate(cfg.student)(teacher=build_teacher("bert", num_layers=12), tokenizer=given.tokenizer)
     assert student.training
+    return type(student).__name__, student.config.distilkit_layers
+
+
+BUILDERS: dict[str, Callable[[DictConfig, Given], Any]] = {
+    "callbacks": build_callbacks,
+    "data": build_data,
+    "logger": build_loggers,
+    "objective": build_objective,
+    "optimizer": build_optimizer,
+    "student": build_student,
+    "teacher": build_a_teacher,
+    "tokenizer": build_tokenizer,
+    "trainer": build_trainer,
+}
+BUILT: dict[str, Any] = {
+    "callbacks/default": ["ModelCheckpoint", "ModelCheckpoint", "ValidateEvery", "Throughput", "ProgressBar"],
+    "data/base": "TextFiles",
+    "data/docstrings": "Docstrings",
+    "data/hf": "HubDataset",
+    "data/openwebtext": "HubDataset",
+    "data/text": "TextFiles",
+    "data/wikipedia_bookcorpus": "Concatenation",
+    "data/wikipedia_multilingual": "MultilingualWikipedia",
+    "data/wikitext103": "HubDataset",
+    "logger/csv": ["CSVLogger"],
+    "logger/none": [],
+    "logger/tensorboard": ["CSVLogger", "TensorBoardLogger"],
+    "logger/wandb": ["CSVLogger", "WandbLogger"],
+    "objective/clm": {"clm": 1.0},
+    "objective/distilbert": {"ce": 5.0, "mlm": 2.0, "cos": 1.0},
+    "objective/distilgpt2": {"ce": 5.0, "clm": 2.0, "cos": 1.0},
+    "objective/mlm": {"mlm": 1.0},
+    "optimizer/adamw": ("AdamW", 5e-4),
+    "student/half_depth": ("DistilBertForMaskedLM", [0, 2, 4, 7, 9, 11]),
+    "student/hf": ("DistilBertForMaskedLM", None),
+    "student/layers": ("DistilBertForMaskedLM", [0, 2, 5]),
+    "student/new": ("BertForMaskedLM", None),
+    "student/scratch": ("DistilBertForMaskedLM", None),
+    "student/third_depth": ("DistilBertForMaskedLM", [0, 4, 7, 11]),
+    "teacher/bert-base-cased": "google-bert/bert-base-cased",
+    "teacher/bert-base-multilingual-cased": "google-bert/bert-base-multilingual-cased",
+    "teacher/bert-base-uncased": "google-bert/bert-base-uncased",
+    "teacher/distilbert-base-uncased": "distilbert/distilbert-base-uncased",
+    "teacher/gpt2": "openai-community/gpt2",
+    "teacher/hf": Teacher,
+    "teacher/none": None,
+    "teacher/roberta-base": "FacebookAI/roberta-base",
+    "teacher/xlm-roberta-base": "FacebookAI/xlm-roberta-base",
+    "tokenizer/bpe": "<mask>",
+    "tokenizer/pretrained": "[MASK]",
+    "tokenizer/wordpiece": "[MASK]",
+    "trainer/auto": ("auto", 1, "auto"),
+    "trainer/cpu": ("cpu", 1, "auto"),
+    "trainer/ddp": ("gpu", -1, "ddp"),
+    "trainer/fsdp": ("gpu", -1, "fsdp"),
+    "trainer/gpu": ("gpu", 1, "auto"),
+    "trainer/multi_node": ("gpu", -1, "ddp"),
+}
+
+
+@pytest.mark.parametrize("option", [option for option in OPTIONS if not option.startswith(("experiment/", "sweep/"))])
+def test_every_option_builds(option: str, given: Given) -> None:
+    cfg = with_option(option)
+    cfg.output_dir = cfg.cache_dir = str(given.folder)
+    assert BUILDERS[option.partition("/")[0]](cfg, given) == BUILT[option]
+
+
+# --------------------------------------------------------------------------------- --help
+
+
+def help_of(command: str, tmp_path: Path) -> str:
+    """Return what ``python -m distilkit.<command> --help`` prints."""
+    done = call(importlib.import_module(f"distilkit.{command}").main, "--help", cwd=tmp_path)
+    assert done.code == 0, done.err
+    return done.out
+
+
+def groups_of(text: str) -> dict[str, set[str]]:
+    """Return the groups of a help text and their options, without the text in parentheses."""
+    section = re.search(r"== Groups.*?==\n(.*?)\n\n==", text, re.DOTALL)
+    groups: dict[str, set[str]] = {}
+    for line in section[1].splitlines() if section else []:
+        if line[0] != " ":
+            name = line.split()[0]
+            groups[name] = set()
+        items = re.sub(r"\(.*?\)", "", line.removeprefix(name)).split(",")
+        groups[name] |= {item.strip() for item in items if re.fullmatch(r"[\w-]+", item.strip())}
+    return groups
+
+
+def options_of(group: str) -> set[str]:
+    return {file.stem for file in (CONF / group).glob("*.yaml")} - {"base"}  # data/base is completed by the others
+
+
+def test_the_help_of_train_lists_each_group_and_option(tmp_path: Path) -> None:
+    text = help_of("train", tmp_path)
+    defaults = [next(iter(entry)) for entry in OmegaConf.load(CONF / "train.yaml").defaults if entry != "_self_"]
+    assert groups_of(text) == {str(group): options_of(group) for group in defaults}
+    assert "\n  temperature: 2.0\n" in text  # and the config
+
+
+def test_the_help_of_prepare_lists_what_decides_a_token_cache(tmp_path: Path) -> None:
+    groups = ("teacher", "tokenizer", "data", "experiment")
+    assert groups_of(help_of("prepare", tmp_path)) == {group: options_of(group) for group in groups}
+
+
+def test_the_help_of_export_lists_its_two_keys(tmp_path: Path) -> None:
+    text = help_of("export", tmp_path)
+    assert groups_of(text) == {}
+    assert re.findall(r"^(\w+)  +", text, re.MULTILINE) == ["ckpt", "out"]
+
+
+@pytest.mark.parametrize("command", ["train", "prepare", "export"])
+def test_the_help_ends_with_five_examples_that_compose(command: str, tmp_path: Path) -> None:
+    examples = help_of(command, tmp_path).strip().partition("== Examples ==\n")[2].splitlines()
+    assert len(examples) == 5
+    for line in examples:
+        python, m, module, *overrides = shlex.split(line)
+        assert (python, m, module) == ("python", "-m", f"distilkit.{command}")
+        with initialize_config_module(config_module="distilkit.conf.train", version_base="1.3"):
+            if overrides[0] == "-m":
+                (sweep,) = overrides[1:]
+                key, _, values = sweep.partition("=")
+                assert [OmegaConf.select(compose(command, [f"{key}={value}"]), key) for value in values.split(",")]
+            else:
+                cfg = compose(command, overrides)
+                assert "teacher" in cfg or {"ckpt", "out"} == set(cfg)
+
+
+# ------------------------------------------------------------------ prepare, export, folders
 
 
 def test_prepare_and_export_compose_and_prepare_shares_the_settings_of_train() -> None:
@@ -352,7 +434,7 @@ def test_an_experiment_holds_the_numbers_of_the_paper(name: str) -> None:
     assert cfg.optimizer._target_ == "torch.optim.AdamW"
     assert (cfg.optimizer.lr, cfg.optimizer.betas, cfg.optimizer.eps) == (5e-4, [0.9, 0.98], 1e-6)
     assert cfg.optimizer.weight_decay == 0
-    assert (cfg.scheduler.scheduler, cfg.scheduler.warmup_share) == ("linear", 0.05)
+    assert (cfg.scheduler.name, cfg.scheduler.warmup_share, cfg.scheduler.kwargs) == ("linear", 0.05, None)
     assert (cfg.trainer.gradient_clip_val, cfg.trainer.max_epochs, cfg.trainer.max_steps) == (5.0, 3, -1)
     assert (cfg.data.global_batch_size, cfg.data.block_size) == (4096, block_size)
     masking = cfg.data.masking

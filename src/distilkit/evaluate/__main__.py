@@ -21,7 +21,7 @@ from pytorch_lightning.loggers import WandbLogger
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from distilkit.cli import check_keys, check_names, prepare_process, report_errors, set_matmul_precision
+from distilkit.cli import check_keys, check_names, keep_large_buffers, quiet, report_errors, set_matmul_precision
 from distilkit.errors import UserError
 from distilkit.evaluate.finetune import (
     NUMBERS,
@@ -318,8 +318,9 @@ def show(results: Sequence[Result], folder: Path) -> None:
 @report_errors
 def main(cfg: DictConfig) -> float | None:
     """Run one job, and return what sweepers may maximise: the score on held-out rows."""
-    prepare_process()
-    return evaluate(cfg)
+    keep_large_buffers()
+    with quiet():
+        return evaluate(cfg)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,146 @@
+"""Distil from Python in one call, on the same configs as ``python -m distilkit.train``."""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.version import VersionBase
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from distilkit.cli import quiet, user_cause
+from distilkit.errors import UserError
+from distilkit.train import build, run
+
+Paths = str | Path | Sequence[str | Path]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distilled:
+    """A distilled student: its Hugging Face folder, the folder of its run, and its held-out metrics.
+
+    ``before`` and ``metrics`` are those before and after training: ``nll`` in nats per labelled token, ``accuracy``,
+    the terms of the loss, and with a teacher ``teacher_nll``, ``agreement`` and so on.
+    """
+
+    path: Path
+    run: Path
+    before: dict[str, float]
+    metrics: dict[str, float]
+
+
+def distill(
+    teacher: str | Path | None,
+    *,
+    out: str | Path,
+    text: Iterable[str] | None = None,
+    paths: Paths | None = None,
+    student: str = "half_depth",
+    max_steps: int | None = None,
+    progress: bool = True,
+    overrides: Sequence[str] = (),
+) -> Distilled:
+    """Distil a student from a teacher, and write it to ``out``/student.
+
+    ``teacher`` is a hub id or a folder; None trains a student without one. The corpus is ``text``, the documents
+    themselves, or ``paths``, files, folders and globs; without either it is the docstrings of installed packages.
+    ``student`` is an option of conf/train/student, and ``overrides`` are those of the command line. ``out`` gets
+    the files of a run: config.yaml, metrics.csv, checkpoints/, summary.json and student/. Example::
+
+        result = distilkit.distill(
+            "roberta-base", text=documents, out="runs/a", max_steps=500, overrides=["objective.temperature=4"]
+        )
+        model = AutoModelForMaskedLM.from_pretrained(result.path)
+
+    Raises:
+        UserError: a setting is wrong, ``out`` holds a finished run, or the loss is not finite.
+    """
+    if text is not None and paths is not None:
+        raise UserError("both text and paths are given; give one of them, or neither for the docstring corpus")
+    options = ["teacher=none" if teacher is None else "teacher=hf", f"student={student}"]
+    options += ["data=text"] if text is not None or paths is not None else []
+    options += [] if progress else ["callbacks.progress=null", "+trainer.enable_progress_bar=false"]
+    with _isolated(), quiet():
+        cfg = _compose([*options, *overrides])
+        cfg.output_dir = str(Path(out).expanduser().resolve())
+        if teacher is not None:
+            cfg.teacher.name = str(teacher)
+        if max_steps is not None:
+            cfg.trainer.max_steps = max_steps
+        if text is not None:
+            cfg.data.corpus.paths, count = _write_documents(text, Path(cfg.cache_dir).expanduser() / "texts")
+            cfg.data.description = f"{count:,} documents given to distilkit.distill"
+        elif paths is not None:
+            several = [paths] if isinstance(paths, str | Path) else paths
+            cfg.data.corpus.paths = [str(path) for path in several]
+        job = build(cfg)
+        run(job)
+    before, after = (
+        {name.removeprefix("val/"): value for name, value in scores.items()}
+        for scores in (job.module.before, job.module.after)
+    )
+    return Distilled(path=job.out / "student", run=job.out, before=before, metrics=after)
+
+
+def _compose(overrides: list[str]) -> DictConfig:
+    with initialize_config_module("distilkit.conf.train", version_base="1.3"):
+        cfg = compose("train", overrides)
+    if "sweep" in {override.lstrip("+").partition("=")[0] for override in overrides}:
+        raise UserError("sweep= needs python -m distilkit.train; from Python, call distill once for each run")
+    return cfg
+
+
+@contextlib.contextmanager
+def _isolated() -> Iterator[None]:
+    """Set the caller's own Hydra aside, and turn the errors of Hydra that a user can fix into ``UserError``."""
+    hydra, job, version = GlobalHydra.instance(), HydraConfig.instance(), VersionBase.instance()
+    before = hydra.hydra, job.cfg, version.version_base
+    precision = torch.get_float32_matmul_precision()
+    hydra.hydra = job.cfg = None
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(str(user_cause(error) or error)) from error
+    finally:
+        GlobalHydra.set_instance(hydra)
+        hydra.hydra, job.cfg, version.version_base = before
+        torch.set_float32_matmul_precision(precision)
+
+
+def _write_documents(text: Iterable[str], folder: Path) -> tuple[str, int]:
+    """Write documents to a .jsonl file named by its content, unless it is there; return its path and their number."""
+    if isinstance(text, str):
+        raise UserError("text is one string, but it takes documents, such as [text]; for files use paths=")
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(suffix=".tmp", dir=folder)
+    digest, count = hashlib.sha256(), 0
+    try:
+        with os.fdopen(handle, "w", encoding="ascii") as stream:
+            for count, document in enumerate(text, start=1):
+                if not isinstance(document, str):
+                    raise UserError(f"document {count} of text is a {type(document).__name__}; give strings")
+                if count == 1 and _is_file(document):
+                    raise UserError(f"text begins with {document!r}, which is a file; use paths= for files")
+                line = json.dumps({"text": document}) + "\n"
+                digest.update(line.encode("ascii"))
+                stream.write(line)
+        file = folder / f"{digest.hexdigest()[:32]}.jsonl"
+        if not file.exists():  # the token cache knows a file by its time, so that an old one is not replaced
+            Path(temporary).rename(file)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return str(file), count
+
+
+def _is_file(document: str) -> bool:
+    return len(document) < 256 and "\0" not in document and Path(document).is_file()
