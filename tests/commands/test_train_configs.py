@@ -232,7 +232,7 @@ def build_data(cfg: DictConfig, given: Given) -> Any:
         corpus = {"corpus": TextFiles(paths=str(given.text_file))}
     elif "paths" in cfg.data.corpus:
         cfg.data.corpus.paths = str(given.text_file)
-    data = instantiate(cfg.data, tokenizer=given.tokenizer, task="mlm", **corpus)
+    data = instantiate(cfg.data, tokenizer=given.tokenizer, lm="mlm", **corpus)
     assert isinstance(data, DistillationDataModule)
     assert data.corpus.fingerprint()
     assert list(given.folder.iterdir()) == []  # nothing is read or written yet
