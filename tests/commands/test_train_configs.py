@@ -254,7 +254,7 @@ def build_a_teacher(cfg: DictConfig, given: Given) -> Any:
     if cfg.teacher.name is None:
         return instantiate(cfg.teacher, needs_head=False)
     if f"teacher.name={cfg.teacher.name}" not in FILLED["teacher/hf"]:
-        assert cfg.teacher.task is None
+        assert cfg.teacher.lm is None
         return cfg.teacher.name
     cfg.teacher.name = str(given.save_teacher("bert"))
     return type(instantiate(cfg.teacher, needs_head=True))
