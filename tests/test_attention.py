@@ -144,7 +144,7 @@ def test_families_unknown_to_us_keep_their_own_attention(
     monkeypatch.setattr(distilkit.attention, "FAMILIES", ())
     if model.config.model_type == "modernbert":
         with pytest.raises(
-            UserError, match="attends within 4 tokens in a way that is not known here; set data.attend_a"
+            UserError, match="a sliding window of 4 tokens, which this mask does not support; set data.a"
         ):
             last_hidden_state(model, ids_of(2, 30), document_ids=DOCUMENTS)
         return

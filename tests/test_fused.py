@@ -1,5 +1,6 @@
 """The fused losses against the plain formulas, and what they promise about memory and host syncs."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import distilkit.objective
 from distilkit import fused
 from distilkit.fused import fused_losses
 from distilkit.losses import IGNORE_INDEX, Head, VocabularyLosses, reference_losses
@@ -70,12 +72,11 @@ ALL_TERMS = [("soft",), ("hard",), ("mse",), ("soft", "hard"), ("soft", "hard", 
 def test_losses_and_gradients_are_those_of_the_plain_formulas(
     terms: tuple[str, ...], vocabulary: tuple[int, int], bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(fused._BYTES_OF_LOGITS, "cpu", 0)  # chunks of the fewest rows
     monkeypatch.setitem(fused._VOCABULARY_MULTIPLE, "cpu", 16)
     student, teacher = build_heads(vocabulary=vocabulary, bias=bias)
     settings = student, teacher, build_labels(300)
     options: dict[str, Any] = {**row_weights(300, *terms), "temperature": 3.0}
-    got, gradients = losses_and_gradients(fused_losses, *settings, **options)
+    got, gradients = losses_and_gradients(fused_losses, *settings, **options, logit_bytes=0)  # chunks of 128 rows
     expected, expected_gradients = losses_and_gradients(reference_losses, *settings, **options)
     for name in VocabularyLosses._fields:
         # The plain formulas are in float32 at best.
@@ -128,11 +129,9 @@ def test_no_rows_give_zero_and_a_zero_gradient() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_errors_against_double_precision_are_those_of_the_plain_formulas(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(fused._BYTES_OF_LOGITS, "cpu", 0)
-    monkeypatch.setattr(fused, "_FEWEST_ROWS", 8)  # many chunks, whose weight gradients are added up in float32
+def test_errors_against_double_precision_are_those_of_the_plain_formulas(dtype: torch.dtype) -> None:
+    # Many chunks, whose weight gradients are summed in float32.
+    in_chunks = functools.partial(fused_losses, logit_bytes=0, min_rows=8)
     student, teacher = build_heads(rows=200, dtype=torch.float32)
     options = {name: weights.float() / 200 for name, weights in row_weights(200, "soft", "hard").items()}
     labels = build_labels(200)
@@ -140,10 +139,10 @@ def test_errors_against_double_precision_are_those_of_the_plain_formulas(
     exact = Head(*(None if t is None else t.detach().double().requires_grad_() for t in exact_student))  # type: ignore[arg-type]
     exact_teacher = Head(*(None if t is None else t.double() for t in exact_teacher))  # type: ignore[arg-type]
     _, truth = losses_and_gradients(
-        fused_losses, exact, exact_teacher, labels, temperature=2.0, **{k: w.double() for k, w in options.items()}
+        in_chunks, exact, exact_teacher, labels, temperature=2.0, **{k: w.double() for k, w in options.items()}
     )
     errors = []
-    for implementation in (fused_losses, reference_losses):
+    for implementation in (in_chunks, reference_losses):
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             losses = implementation(student, teacher, labels, temperature=2.0, **options)
         gradients = torch.autograd.grad(3.0 * losses.total, [tensor for tensor in student if tensor is not None])
@@ -183,15 +182,14 @@ def fresh_compiler() -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
-def test_the_compiled_core_is_the_eager_one(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setitem(fused._BYTES_OF_LOGITS, "cpu", 0)
+def test_the_compiled_core_is_the_eager_one(caplog: pytest.LogCaptureFixture) -> None:
     student, teacher = build_heads(dtype=torch.float32)
     arguments = student, teacher, build_labels(300)
-    options: dict[str, Any] = {k: w.float() for k, w in row_weights(300, "soft", "hard").items()} | {"temperature": 2.0}
+    options: dict[str, Any] = {k: w.float() for k, w in row_weights(300, "soft", "hard").items()}
+    options |= {"temperature": 2.0, "logit_bytes": 0}
     eager, eager_gradients = losses_and_gradients(fused_losses, *arguments, **options)
-    monkeypatch.setattr(fused, "_WORTH_COMPILING", 0)
     with caplog.at_level("INFO"):
-        compiled, gradients = losses_and_gradients(fused_losses, *arguments, **options)
+        compiled, gradients = losses_and_gradients(fused_losses, *arguments, **options, compile_from=0)
     assert [record.message for record in caplog.records] == ["compiling the loss for cpu"]
     torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradients, eager_gradients, rtol=1e-4, atol=1e-5)
@@ -215,11 +213,10 @@ def test_without_a_compiler_the_loss_runs_eager_and_says_so(
 
 
 @pytest.mark.parametrize("num_rows", [7, 300])
-def test_the_core_in_parts_is_the_core(num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "_FEWEST_ROWS", 3)
+def test_the_core_in_parts_is_the_core(num_rows: int) -> None:
     labels, weights = build_labels(num_rows), [draw(num_rows, seed=seed).abs() for seed in (1, 2)]
     results = []
-    for core in (fused._core, fused._core_in_parts):
+    for core in (fused._core, functools.partial(fused._core_in_parts, min_rows=3)):
         logits, targets = draw(num_rows, 47, seed=3), draw(num_rows, 47, seed=4)
         results.append((core(logits, targets, labels, *weights, None, temperature=2.0), logits))
     torch.testing.assert_close(results[1], results[0])
@@ -236,13 +233,11 @@ def test_a_core_that_does_not_compile_runs_eager_and_says_so_once(
         return fail if function is fused._core else function
 
     monkeypatch.setattr(torch, "compile", broken)
-    monkeypatch.setattr(fused, "_WORTH_COMPILING", 0)
-    monkeypatch.setitem(fused._BYTES_OF_LOGITS, "cpu", 0)
     student, teacher = build_heads()
     settings = student, teacher, build_labels(300)
     options = row_weights(300, "soft", "hard")
     with caplog.at_level("INFO"):
-        got, gradients = losses_and_gradients(fused_losses, *settings, **options)
+        got, gradients = losses_and_gradients(fused_losses, *settings, **options, logit_bytes=0, compile_from=0)
     expected, expected_gradients = losses_and_gradients(reference_losses, *settings, **options)
     torch.testing.assert_close(got.total.float(), expected.total.float(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-4)
@@ -277,7 +272,7 @@ FAMILIES = ["bert", "roberta", "distilbert", "electra", "modernbert", "gpt2", "x
 def test_a_step_makes_no_tensor_of_tokens_times_vocabulary_and_never_makes_the_host_wait(
     family: str, soft_targets: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(fused._BYTES_OF_LOGITS, "cpu", 0)
+    monkeypatch.setattr(distilkit.objective, "fused_losses", functools.partial(fused_losses, logit_bytes=0))
     lm: Any = "clm" if family == "gpt2" else "mlm"
     wide = {"vocab_size": 300}  # wider than anything else, so that logits of all tokens would be the largest tensor
     student = build_model(family, seed=1, num_layers=2, **wide).train()
@@ -294,7 +289,7 @@ def test_a_step_makes_no_tensor_of_tokens_times_vocabulary_and_never_makes_the_h
             loss.backward()
         if implementation == "fused":
             assert watch.waits == []
-            assert watch.largest_logits <= fused._FEWEST_ROWS * vocabulary  # whatever the number of rows
+            assert watch.largest_logits <= fused._MIN_ROWS * vocabulary  # whatever the number of rows
             assert watch.largest < tokens * vocabulary
         else:  # what the fused path avoids is there to be seen
             assert watch.largest_logits >= rows * vocabulary
@@ -305,8 +300,8 @@ def test_a_step_makes_no_tensor_of_tokens_times_vocabulary_and_never_makes_the_h
 def test_fifty_steps_follow_the_loss_curve_of_the_plain_formulas(
     family: str, soft_targets: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(fused._BYTES_OF_LOGITS, "cpu", 0)
-    monkeypatch.setattr(fused, "_FEWEST_ROWS", 16)  # a step of several chunks
+    in_chunks = functools.partial(fused_losses, logit_bytes=0, min_rows=16)  # a step of several chunks
+    monkeypatch.setattr(distilkit.objective, "fused_losses", in_chunks)
     lm: Any = "clm" if family == "gpt2" else "mlm"
     teacher = build_model(family, num_layers=2)
     curves = []

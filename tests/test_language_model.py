@@ -6,12 +6,11 @@ from distilkit.errors import UserError
 from distilkit.language_model import (
     check_positions,
     check_split,
-    head_transform,
     last_hidden_state,
+    lm_head,
     lm_of,
     max_positions,
     num_parameters,
-    output_embeddings,
 )
 from tiny import ARCHITECTURES, build_model
 
@@ -32,7 +31,7 @@ def test_backbone_and_head_are_the_whole_model(model: PreTrainedModel) -> None:
     hidden = last_hidden_state(model, ids)
     torch.testing.assert_close(hidden, output.hidden_states[-1], rtol=0, atol=1e-6)
     torch.testing.assert_close(
-        torch.nn.functional.linear(head_transform(model, hidden), *output_embeddings(model)),
+        torch.nn.functional.linear(*lm_head(model, hidden)),
         output.logits,
         rtol=1e-5,
         atol=1e-5,

@@ -513,7 +513,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, tokenizer: PreTr
         resume(build_module(tokenizer, teacher=build_teacher("bert", num_layers=2, seed=7, **NO_DROPOUT)), file)
     saved["distilkit"]["shapes"]["vocab_projector.bias"] = [3]
     torch.save(saved, file)
-    with pytest.raises(UserError, match=r"the checkpoint holds another student: vocab_projector.bias differs"):
+    with pytest.raises(UserError, match=r"the checkpoint has another student: vocab_projector.bias differs"):
         resume(build_module(tokenizer), file)
     del saved["distilkit"]
     torch.save(saved, file)

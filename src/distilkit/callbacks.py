@@ -12,45 +12,45 @@ from distilkit.module import DistillationModule
 
 
 class ValidateEvery(Callback):
-    """Validate at least every ``optimizer_steps`` and at the end; Lightning's own interval counts micro-batches.
+    """Validate at least every ``optimizer_steps`` and at the end, whereas Lightning's interval counts micro-batches.
 
-    The last step of an epoch may have fewer of them, so that a fixed interval would drift into the middle of a step,
-    where a checkpoint holds half of a gradient. The trainer needs ``check_val_every_n_epoch=None``.
+    The last step of an epoch may have fewer micro-batches. With a fixed interval, a validation would then fall inside a
+    step, and its checkpoint would lack a part of the gradient. The trainer needs ``check_val_every_n_epoch=None``.
     """
 
     def __init__(self, *, optimizer_steps: int) -> None:
-        """Take the interval in optimizer steps."""
+        """Check the interval."""
         if optimizer_steps < 1:
             raise UserError(f"callbacks.validation.optimizer_steps={optimizer_steps}, but it must be at least 1")
         self.optimizer_steps = self.interval = self.total = optimizer_steps
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Spread the validations evenly; the data module has set the accumulation by now."""
+        """Spread the validations evenly, after the data module has set the accumulation."""
         self.total = int(trainer.estimated_stepping_batches)
         self.interval = math.ceil(self.total / max(1, math.ceil(self.total / self.optimizer_steps)))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tell a resumed run whether its checkpoint came from a validation."""
-        self._ask(trainer, due=trainer.global_step > 0)
+        """Validate at once if a resumed run stopped where a validation is due."""
+        self._request(trainer, due=trainer.global_step > 0)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Ask for a validation when a whole step is done and it is time."""
-        self._ask(trainer, due=batch["is_last"])
+        """Request a validation after an optimizer step if one is due."""
+        self._request(trainer, due=batch["is_last"])
 
-    def _ask(self, trainer: Trainer, *, due: bool) -> None:
-        """Let Lightning, which validates at multiples of an interval of micro-batches, do it now or not yet."""
+    def _request(self, trainer: Trainer, *, due: bool) -> None:
+        """Set Lightning's interval of micro-batches so that it validates now or not yet."""
         now = due and (trainer.global_step % self.interval == 0 or trainer.global_step == self.total)
         trainer.val_check_batch = trainer.fit_loop.total_batch_idx + 1 if now else sys.maxsize
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's rich bar, counting to where ``max_steps`` will stop it."""
+    """Lightning's rich bar, with a total that respects ``max_steps``."""
 
     @property
     def total_train_batches(self) -> int | float:
-        """Count the micro-batches of this epoch that will be trained."""
+        """Return the number of micro-batches of this epoch that will be trained."""
         total = super().total_train_batches
         max_steps = self.trainer.max_steps
         if max_steps < 0:
@@ -60,7 +60,7 @@ class ProgressBar(RichProgressBar):
         return min(total, progress.completed + left)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Show losses and tokens/s; the run's folder is its version."""
+        """Show losses and tokens/s, without a version number, because the run's folder identifies it."""
         items = super().get_metrics(trainer, pl_module)
         items.pop("v_num", None)
         assert isinstance(pl_module, DistillationModule)

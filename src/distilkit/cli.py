@@ -1,4 +1,4 @@
-"""What all commands share: checked keys, errors of one line, child processes, warnings and memory."""
+"""The parts that all commands share: config checks, one-line errors, child ranks, warnings and memory."""
 
 import ctypes
 import functools
@@ -23,24 +23,19 @@ from distilkit.errors import UserError
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# ----------------------------------------------------------------------- errors and keys
-
 
 def user_cause(error: Exception) -> Exception | None:
-    """Return the user error behind ``error``, or None if the fault may be ours and the traceback is needed."""
-    if isinstance(error, UserError):
+    """Return the user error behind ``error``, or None if it may be a bug, which needs the traceback."""
+    if not isinstance(error, InstantiationException):
+        return error if isinstance(error, UserError) else None
+    cause = error.__cause__
+    if isinstance(cause, TypeError) and "argument" in str(cause):  # a key that the target does not take
         return error
-    if isinstance(error, InstantiationException):
-        cause = error.__cause__
-        if isinstance(cause, UserError):
-            return cause
-        if isinstance(cause, TypeError) and "argument" in str(cause):  # a key that the target does not take
-            return error
-    return None
+    return cause if isinstance(cause, UserError) else None
 
 
 def report_errors(entry: Callable[P, R]) -> Callable[P, R]:
-    """Print a user error as one message and exit with status 1; ``HYDRA_FULL_ERROR=1`` keeps the traceback."""
+    """Print a user error as one message and exit with status 1, unless ``HYDRA_FULL_ERROR=1`` asks for the traceback."""
 
     @functools.wraps(entry)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -64,12 +59,12 @@ def check_names(names: Iterable[Any], known: Iterable[str], *, path: str) -> Non
 
 
 def check_keys(node: DictConfig, *, path: str = "") -> None:
-    """Check that no value below ``node`` is missing, and that each target takes the keys it is given."""
+    """Check that all values below ``node`` are set, and that each target accepts its keys."""
     if "_target_" in node:
         try:
             target = get_object(node["_target_"])
         except ImportError as error:
-            raise UserError(f"{path}._target_: {error}") from error
+            raise UserError(f"{path}._target_={node['_target_']} cannot be imported: {error}") from error
         parameters = inspect.signature(target).parameters
         if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters.values()):
             check_names(set(node) - {"_target_", "_partial_", "_convert_", "_recursive_"}, parameters, path=path)
@@ -81,15 +76,13 @@ def check_keys(node: DictConfig, *, path: str = "") -> None:
             check_keys(node[name], path=full_name)
 
 
-# ------------------------------------------------------------------------------- process
-
 _EXPECTED_WARNINGS = (
     "Found .* module\\(s\\) in eval mode",  # the teacher
     "Experiment logs directory .* exists",  # the run's folder
     "Checkpoint directory .* exists",
-    "The dirpath has changed",  # a resumed run has a folder and a best checkpoint of its own
-    ".*LeafSpec",  # Lightning's own use of torch
-    ".*does not have many workers",  # batches are cut from a memory map
+    "The dirpath has changed",  # a resumed run has a new folder
+    ".*LeafSpec",  # Lightning's use of torch
+    ".*does not have many workers",  # batches come from a memory map
     ".*sync_dist=True",  # logged values are summed over ranks already
 )
 
@@ -118,10 +111,10 @@ def quiet() -> Iterator[None]:
 
 
 def keep_large_buffers() -> bool:
-    """Raise glibc's thresholds for returning memory; return False and change nothing on another C library.
+    """Raise glibc's thresholds for returning memory, or return False with another C library.
 
-    A vocabulary-wide tensor is larger than the default threshold, so each step would map and unmap hundreds of megabytes.
-    With a vocabulary of 30,522 on 2 cores, that took half of the time of a training step.
+    Vocabulary-wide tensors exceed the default thresholds, so that each step maps and unmaps hundreds of megabytes. With
+    30,522 words on 2 cores, this took half of the time of a training step.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -130,7 +123,7 @@ def keep_large_buffers() -> bool:
 
 
 def set_matmul_precision(name: str) -> None:
-    """Set how torch multiplies float32 matrices: ``highest``, ``high`` or ``medium``."""
+    """Set the precision of float32 matrix products in torch: ``highest``, ``high`` or ``medium``."""
     import torch
 
     if name not in ("highest", "high", "medium"):
@@ -138,30 +131,27 @@ def set_matmul_precision(name: str) -> None:
     torch.set_float32_matmul_precision(name)
 
 
-# ----------------------------------------------------------------------- child processes
-
 _RANK_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @contextmanager
 def ranks_on_config(config_file: Path) -> Iterator[None]:
-    """Let child ranks run ``config_file``, and remove the process group and its variables at the end.
+    """Let child ranks run ``config_file``, and afterwards remove all traces of the process group.
 
-    Lightning repeats ``sys.argv`` for each rank. In a multirun these are the arguments of the whole sweep, so that each rank
-    would choose a job itself. The rank variables that Lightning sets would make the sweep's next job a waiting child.
-    Variables that torchrun or SLURM set before are kept. Without a Hydra command line, as in a notebook, child ranks
-    repeat the caller's own script.
+    1. Lightning starts each rank with ``sys.argv``. In a multirun that is the whole sweep, so that each rank would choose
+       its own job. Without a Hydra command line, as in a notebook, child ranks repeat the caller's own script.
+    2. With the rank variables that Lightning sets, the next job of a sweep would wait as a child. Variables that torchrun
+       or SLURM have set stay.
     """
-    before = {name: os.environ.get(name) for name in _RANK_VARIABLES}
+    unset = [name for name in _RANK_VARIABLES if name not in os.environ]
     try:
         with _command_line(config_file):
             yield
     finally:
-        if before["LOCAL_RANK"] is None:  # the ranks were started here
+        if "LOCAL_RANK" in unset:  # the ranks were started here
             _leave_process_group()
-            for name, value in before.items():
-                if value is None:
-                    os.environ.pop(name, None)
+            for name in unset:
+                os.environ.pop(name, None)
 
 
 @contextmanager
@@ -170,8 +160,7 @@ def _command_line(config_file: Path) -> Iterator[None]:
     if not HydraConfig.initialized():
         yield
         return
-    folder = str(config_file.parent.resolve())
-    arguments = sys.argv[1:]
+    folder, arguments = str(config_file.parent.resolve()), sys.argv[1:]
     hydra: Any = HydraConfig.get()
     run_dir = hydra.run.dir
     sys.argv[1:] = [f"--config-path={folder}", f"--config-name={config_file.stem}"]

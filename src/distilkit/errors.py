@@ -1,4 +1,4 @@
-"""The one error of this library that a user can mend."""
+"""The error that reports a wrong input."""
 
 
 class UserError(ValueError):

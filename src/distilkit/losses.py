@@ -1,7 +1,7 @@
-"""The terms of the distillation objective by their plain formulas, one value for each token.
+"""The terms of the distillation objective as plain formulas, with one value for each token.
 
-Nothing here takes a mean: the caller divides once by the number of tokens of the whole optimizer step, over all
-micro-batches and ranks. A mean of means would weigh tokens unevenly, because batches mask different numbers.
+No function returns a mean. The caller divides once by the number of tokens of the whole optimizer step, over all
+micro-batches and ranks. A mean of means would weight tokens unevenly, because batches mask different numbers of tokens.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE_INDEX = -100  # the label of a token without a target, as everywhere in transformers
+IGNORE_INDEX = -100  # the label of a token without a target, as in transformers
 
 
 def soft_target_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
@@ -25,7 +25,7 @@ def soft_target_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperatur
 
 
 def hard_target_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross-entropy in nats (tokens,), 0 without a label: the masked-LM loss, or the causal one.
+    """Return the masked or causal language-model loss in nats (tokens,), 0 without a label.
 
     Logits are (tokens, vocabulary), labels (tokens,) with -100 where there is no target (BERT, arXiv 1810.04805,
     section 3.1).
@@ -36,7 +36,7 @@ def hard_target_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def hidden_cosine(student_hidden: Tensor, teacher_hidden: Tensor) -> Tensor:
     """Return 1 - cos(student, teacher) of last hidden states (tokens,).
 
-    Both are (tokens, width) of one width (DistilBERT, arXiv 1910.01108, section 3).
+    Both are (tokens, width), with the same width (DistilBERT, arXiv 1910.01108, section 3).
     """
     return 1.0 - F.cosine_similarity(student_hidden.float(), teacher_hidden.float(), dim=-1)
 
@@ -47,7 +47,7 @@ def logit_mse(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
 
 class Head(NamedTuple):
-    """What makes a model's logits: ``features`` (rows, width), ``weight`` (vocabulary, width), ``bias`` (vocabulary,)."""
+    """The parts of logits: ``features`` (rows, width), ``weight`` (vocabulary, width), ``bias`` (vocabulary,)."""
 
     features: Tensor
     weight: Tensor
@@ -55,7 +55,7 @@ class Head(NamedTuple):
 
 
 class VocabularyLosses(NamedTuple):
-    """Sums over weighted rows, scalars: ``total`` carries the gradient, its parts are for the log, 0 when left out."""
+    """Sums over weighted rows, scalars: ``total`` has a gradient; the terms are detached, and 0 when not computed."""
 
     total: Tensor
     soft: Tensor
@@ -73,13 +73,13 @@ def reference_losses(
     mse_weights: Tensor | None = None,
     temperature: float = 1.0,
 ) -> VocabularyLosses:
-    """Sum the terms on logits, each row times its weight, from the plain formulas on all logits at once.
+    """Sum KL times temperature squared, cross-entropy and squared logit difference, each row times its weight.
 
-    ``labels`` is (rows,), -100 where there is no target; each ``*_weights`` (rows,), None to leave the term out. Where
-    the two vocabularies are padded to different sizes, the words that only one has carry no mass.
+    ``labels`` is (rows,), with -100 where there is no target. Each ``*_weights`` is (rows,), or None to skip the term.
+    If the two vocabularies are padded to different sizes, words that only one has get no probability mass.
     """
     vocabulary = min(len(head.weight) for head in (student, teacher) if head is not None)
-    logits = F.linear(*student)[:, :vocabulary]
+    logits = F.linear(*student)[:, :vocabulary]  # (rows, vocabulary)
     soft = hard = mse = torch.zeros((), device=logits.device)
     if teacher is not None:
         targets = F.linear(*teacher)[:, :vocabulary].detach()
@@ -95,7 +95,7 @@ def reference_losses(
 def score(head: Head, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return the cross-entropy at ``targets`` (rows,), in nats, and the predictions, both (rows,).
 
-    Logits exist for 512 rows at a time: those of a causal batch would take gigabytes.
+    Logits are computed for 512 rows at a time: those of a causal batch would take gigabytes.
     """
     nlls, predictions = [], []
     for features, labels in zip(head.features.split(512), targets.split(512), strict=True):

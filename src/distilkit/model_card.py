@@ -24,11 +24,7 @@ A {{ architecture }} of {{ num_params }} parameters, {{ origin }} with distilkit
 ```python
 from transformers import pipeline
 
-{% if pipeline == "fill-mask" -%}
-pipeline("fill-mask", "path/to/this/folder")("The capital of France is {{ mask_token }}.")
-{%- else -%}
-pipeline("text-generation", "path/to/this/folder")("The capital of France is")
-{%- endif %}
+pipeline("{{ pipeline }}", "path/to/this/folder")("The capital of France is{{ blank }}")
 ```
 
 | | |
@@ -49,7 +45,7 @@ Results on the held-out documents (nats per token, shares of labelled tokens):
 
 
 def teacher_metadata(name: str) -> dict[str, Any]:
-    """Return ``license`` and ``language`` of a teacher's own card, as far as it has them."""
+    """Return ``license`` and ``language`` from a teacher's model card, if it has them."""
     try:
         file = Path(name) / "README.md"
         if Path(name).is_dir() and not file.is_file():
@@ -69,10 +65,7 @@ def student_card(
     lm: str,
     mask_token: str = "[MASK]",
 ) -> ModelCard:
-    """Build the card of a student from the record of its run.
-
-    ``results`` are its metrics on held-out documents. ``lm`` is ``mlm`` or ``clm``.
-    """
+    """Build the card of a student from the record of its run, and its ``results`` on held-out documents."""
     teacher = record["teacher"]
     is_local = teacher is not None and Path(teacher["name"]).exists()
     origin, method = "trained without a teacher", ""
@@ -80,24 +73,24 @@ def student_card(
         revision = "" if is_local else f"revision `{teacher['revision']}`, "
         origin = f"distilled from `{teacher['name']}` ({revision}{teacher['parameters']:,} parameters)"
         method = ", by the method of [DistilBERT](https://arxiv.org/abs/1910.01108)"
-    metrics = {name: results[f"val/{name}"] for name in ("nll", "perplexity", "accuracy") if f"val/{name}" in results}
+    scores = [
+        EvalResult(
+            task_type=_PIPELINES[lm],
+            dataset_type="held-out",
+            dataset_name=f"held-out documents: {record['data']}",
+            metric_type=name,
+            metric_value=round(results[f"val/{name}"], 4),
+        )
+        for name in ("nll", "perplexity", "accuracy")
+        if f"val/{name}" in results
+    ]
     metadata = ModelCardData(
         base_model=teacher["name"] if teacher and not is_local else None,
         library_name="transformers",
         pipeline_tag=_PIPELINES[lm],
         tags=_TAGS,
         model_name=record["name"],
-        eval_results=[
-            EvalResult(
-                task_type=_PIPELINES[lm],
-                dataset_type="held-out",
-                dataset_name=f"held-out documents: {record['data']}",
-                metric_type=name,
-                metric_value=round(value, 4),
-            )
-            for name, value in metrics.items()
-        ]
-        or None,
+        eval_results=scores or None,
         **record.get("metadata", {}),
     )
     layers = record["layers"]
@@ -111,7 +104,7 @@ def student_card(
         method=method,
         version=record["version"],
         pipeline=_PIPELINES[lm],
-        mask_token=mask_token,
+        blank=f" {mask_token}." if lm == "mlm" else "",
         facts=[
             ("layers kept", "none: random init" if layers is None else layers),
             ("objective", ", ".join(f"{name} {value}" for name, value in record["objective"].items())),
@@ -125,9 +118,9 @@ def student_card(
 
 
 def add_scores(folder: Path, table: str, scores: Sequence[EvalResult] = ()) -> bool:
-    """Write a table of task scores into the card of a student, in place of an older one, and into its metadata.
+    """Write task scores into the card of a student and its metadata, in place of older ones.
 
-    Returns whether there is a card that distilkit wrote; any other README.md is left alone.
+    Returns False, and writes nothing, unless distilkit wrote the card.
     """
     file = folder / "README.md"
     if not table or not file.is_file():
@@ -147,7 +140,7 @@ def add_scores(folder: Path, table: str, scores: Sequence[EvalResult] = ()) -> b
         with tempfile.TemporaryDirectory(dir=folder, prefix=".card") as temporary:
             card.save(Path(temporary) / file.name)
             (Path(temporary) / file.name).replace(file)
-    except OSError as error:  # a read-only folder: the scores are safe in their own file
-        log.warning("%s keeps its old table: %s", file, error)
+    except OSError as error:  # a read-only folder; the scores have their own file
+        log.warning("%s was not updated: %s", file, error)
         return False
     return True

@@ -1,9 +1,8 @@
-"""The LightningModule of distillation: teacher and student in, one weighted sum of terms out."""
+"""The LightningModule of distillation: it trains a student on the terms of an objective."""
 
 import functools
 import hashlib
 import json
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -26,16 +25,14 @@ from distilkit.objective import Objective, labelled_rows, real_rows
 from distilkit.schedule import build_schedule
 from distilkit.teacher import Teacher
 
-log = logging.getLogger(__name__)
-
 
 class DistillationModule(LightningModule):
-    """Train a student on the terms of an objective, beside a frozen teacher.
+    """Train a student on the terms of an objective, with a frozen teacher.
 
-    The loss is each term's sum over tokens, divided once by the tokens of the whole optimizer step, over all
-    micro-batches and ranks. ``optimizer`` builds one from parameter groups; ``scheduler`` and ``scheduler_kwargs`` are
-    a name and arguments of ``transformers.get_scheduler``, warmed up over ``warmup_share`` of the optimizer steps.
-    ``record`` goes into checkpoints: what a reader of the student wants to know about the run.
+    Each term is a sum over tokens, divided once by the tokens of the whole optimizer step, over all micro-batches and
+    ranks. ``optimizer`` builds an optimizer from parameter groups. ``scheduler`` and ``scheduler_kwargs`` are a name and
+    arguments of ``transformers.get_scheduler``, with a warmup over ``warmup_share`` of the optimizer steps. Checkpoints
+    contain ``record``, the facts about the run that the model card shows.
 
     Raises:
         UserError: the objective does not fit the models, the schedule is unknown, or ``warmup_share`` is out of range.
@@ -56,7 +53,7 @@ class DistillationModule(LightningModule):
         record: Mapping[str, Any],
         scheduler_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        """Wrap the models; the teacher is moved with the module but never saved with it."""
+        """Check the settings; the teacher moves with the module, but no checkpoint contains it."""
         super().__init__()
         if not 0 <= warmup_share <= 1:
             raise UserError(
@@ -68,7 +65,7 @@ class DistillationModule(LightningModule):
         self.teacher_sha256 = teacher.sha256 if teacher and objective.reads_teacher else None
         self.teacher_name = teacher.name if teacher else None
         self.keeps_teacher_dtype = teacher is not None and teacher.dtype == "float32"
-        self.files = student_files(student, tokenizer)  # now, so that what cannot be saved is not trained either
+        self.files = student_files(student, tokenizer)  # before training, so that an error in saving costs no run
         self.lm, self.objective = lm, objective
         self.optimizer = optimizer
         self.schedule = functools.partial(
@@ -82,29 +79,24 @@ class DistillationModule(LightningModule):
         self.denominators: dict[str, Tensor] = {}
         self.all_finite = torch.tensor(True)
         self.val_metrics: dict[str, MeanMetric] = {}
-        # Lightning would read what it shows from the device after each micro-batch; these it need not read.
-        self.shown: dict[str, float] = {}
-        self.before: dict[str, float] = {}  # held-out metrics of the student as it was cut
-        self.after: dict[str, float] = {}  # and of its present weights, once they are scored
-        self.strict_loading = False  # the teacher is in no checkpoint; the student is checked below
+        self.shown: dict[str, float] = {}  # on the host; Lightning reads its own values from the device at each batch
+        self.before: dict[str, float] = {}  # held-out metrics before the first step
+        self.after: dict[str, float] = {}  # and of the current weights, if they are scored
+        self.strict_loading = False  # no teacher in checkpoints; ``on_load_checkpoint`` checks the student
         self.shapes = {name: list(tensor.shape) for name, tensor in student.state_dict().items()}  # before any sharding
         self.matrices = {name for name, parameter in student.named_parameters() if parameter.ndim >= 2}
-        if not objective.reads_student_logits:  # a head without a gradient; DDP would wait for it
+        if not objective.reads_student_logits:  # DDP would wait for the gradient of the head
             for parameter in set(student.parameters()) - set(student.base_model.parameters()):
                 parameter.requires_grad_(False)
         self.save_hyperparameters(
-            {
-                **vars(objective),
-                "scheduler": scheduler,
-                "warmup_share": warmup_share,
-                "scheduler_kwargs": dict(scheduler_kwargs or {}),
-                "seed": seed,
-            }
+            vars(objective)
+            | {"scheduler": scheduler, "warmup_share": warmup_share, "seed": seed}
+            | {"scheduler_kwargs": dict(scheduler_kwargs or {})}
         )
-        self.train()  # models come from the hub in eval mode, and ``Trainer.fit`` leaves modes alone
+        self.train()  # models are loaded in eval mode, and ``Trainer.fit`` keeps it
 
     def train(self, mode: bool = True) -> "DistillationModule":
-        """Switch the student between dropout and none; the teacher stays in eval mode."""
+        """Set the mode of the student; the teacher stays in eval mode."""
         super().train(mode)
         if self.teacher is not None:
             self.teacher.eval()
@@ -147,42 +139,31 @@ class DistillationModule(LightningModule):
                 param_dtype=torch.bfloat16, reduce_dtype=torch.float32
             )
 
-    # ---------------------------------------------------------------- training
-
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Make dropout a function of (seed, epoch, micro-batch, rank), so that a resumed run repeats it."""
+        """Seed dropout by (seed, epoch, micro-batch, rank), so that a resumed run repeats it."""
         self.after = {}
-        counter = hash((self.seed, self.current_epoch, batch_idx, self.global_rank))
-        torch.manual_seed(counter % 2**63)
+        torch.manual_seed(hash((self.seed, self.current_epoch, batch_idx, self.global_rank)) % 2**63)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return this micro-batch's part of the step's loss, scaled against Lightning's own divisions."""
+        """Return this micro-batch's share of the loss of the optimizer step."""
+        # 1. The denominators cover the whole optimizer step, so its first micro-batch sums the counts over ranks.
         if batch["is_first"]:
-            counts = torch.stack([batch["num_tokens"], batch["num_labels"]]).to(self.device)
+            counts = torch.stack([batch["num_tokens"], batch["num_labels"]]).to(self.device)  # (2,)
             counts = self._sum_over_ranks(counts)
             self.denominators = self.objective.denominators(num_tokens=counts[0], num_labels=counts[1], lm=self.lm)
             self.step_terms = {}
-        loss, terms = self._loss(batch, self.denominators)
+        loss, terms = self.objective.loss(self.student, self.teacher, batch, lm=self.lm, denominators=self.denominators)
+        # 2. Terms and the check stay on the device until a step is logged, so that the host does not wait.
         self.all_finite = self.all_finite.to(loss.device) & loss.detach().isfinite()
         for name, term in {**terms, "": loss.detach()}.items():
             self.step_terms[name] = self.step_terms.get(name, 0.0) + term
         self.tokens_seen += batch["input_ids"].numel() * self.trainer.world_size
         log_every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by one of its connectors
         if batch["is_last"] and log_every and (self.trainer.global_step + 1) % log_every == 0:
-            self.check_finite()
+            self._check_finite()
             self._log_step()
-        # Lightning divides by the accumulation and DDP by the ranks; our denominators hold both already.
+        # 3. Lightning divides by the accumulation and DDP by the ranks, but the denominators contain both.
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
-
-    def _loss(
-        self,
-        batch: Batch,
-        denominators: Mapping[str, Tensor],
-        states: tuple[Tensor, Tensor | None] | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.objective.loss(
-            self.student, self.teacher, batch, lm=self.lm, denominators=denominators, states=states
-        )
 
     def _log_step(self) -> None:
         sums = {name: float(self._sum_over_ranks(term)) for name, term in self.step_terms.items()}
@@ -195,41 +176,34 @@ class DistillationModule(LightningModule):
         if self.trainer.world_size == 1:
             return tensor
         total = tensor.clone()
-        torch.distributed.all_reduce(total)  # Lightning's own waits at a barrier first, on the host
+        torch.distributed.all_reduce(total)  # Lightning's own waits at a barrier on the host
         return total
 
-    def check_finite(self) -> None:
-        """Stop when a loss was not finite since the start.
-
-        Called where the host waits for the device anyway: when logging and before saving.
-        """
-        # Where a run is over, the module is on the CPU, and its process group need not be.
+    def _check_finite(self) -> None:
+        """Stop all ranks if any loss was not finite; called only where the host waits for the device anyway."""
+        # After a run the module is on the CPU, but the process group may need the root device.
         broken = (~self.all_finite).float().to(self.trainer.strategy.root_device)
-        if float(self._sum_over_ranks(broken)):  # all ranks stop, none waits for another
+        if float(self._sum_over_ranks(broken)):
             values = ", ".join(f"{name or 'total'}={float(term):.4g}" for name, term in self.step_terms.items())
             raise UserError(
-                f"the loss is not finite at step {self.trainer.global_step} ({values}); the last checkpoint is from "
-                "before. Lower optimizer.lr, lower trainer.gradient_clip_val, or set trainer.precision=32-true"
+                f"the loss is not finite at step {self.trainer.global_step} ({values}), and no checkpoint contains that "
+                "step. Lower optimizer.lr, lower trainer.gradient_clip_val, or set trainer.precision=32-true"
             )
 
     def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip by the global norm, under FSDP too, where each rank holds only a part of it."""
+        """Clip by the global norm, also under FSDP, where each rank has a shard of the gradient."""
+        plugin = self.trainer.precision_plugin
         if isinstance(self.trainer.strategy, FSDPStrategy) and gradient_clip_val is not None:
             sharded: Any = self.trainer.strategy.model
             sharded.clip_grad_norm_(gradient_clip_val)
-            return
-        plugin = self.trainer.precision_plugin
-        if isinstance(plugin, MixedPrecision) and plugin.scaler is None and gradient_clip_val is not None:
-            # Lightning's own check refuses a fused optimizer here too, though bfloat16 has no gradients to unscale.
+        elif isinstance(plugin, MixedPrecision) and plugin.scaler is None and gradient_clip_val is not None:
+            # Lightning's check also refuses a fused optimizer with bfloat16, where no gradients are unscaled.
             algorithm = GradClipAlgorithmType(gradient_clip_algorithm or GradClipAlgorithmType.NORM)
             Precision.clip_gradients(plugin, optimizer, gradient_clip_val, algorithm)
-            return
-        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def configure_optimizers(self) -> Any:
         """Apply weight decay to matrices only, and schedule over the real number of optimizer steps.
@@ -259,44 +233,42 @@ class DistillationModule(LightningModule):
         schedule = self.schedule(optimizer, num_steps=int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    # -------------------------------------------------------------- validation
-
-    def on_validation_epoch_start(self) -> None:
-        """Start counting afresh."""
-        self.val_metrics = {}
-
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add up the objective's terms, and how well student and teacher predict the labelled tokens."""
-        labels, rows = batch["labels"].flatten(), labelled_rows(batch)
-        real = real_rows(batch)
+        """Update the means of the objective's terms, and of the scores of student and teacher on labelled tokens."""
+        labels, rows, real = batch["labels"].flatten(), labelled_rows(batch), real_rows(batch)
         num_tokens = torch.tensor(len(labels) if real is None else len(real), device=self.device)
         num_labels = torch.tensor(len(rows), device=self.device)
+        # Denominators of this batch make each term a mean, which ``_count`` weights by its tokens.
         counts = self.objective.denominators(num_tokens=num_tokens, num_labels=num_labels, lm=self.lm)
+        # Each model runs once; loss and scores share its states (batch * length, width).
         states = token_states(self.student, batch), token_states(self.teacher, batch) if self.teacher else None
-        for name, mean in self._loss(batch, counts, states)[1].items():
+        _, terms = self.objective.loss(
+            self.student, self.teacher, batch, lm=self.lm, denominators=counts, states=states
+        )
+        for name, mean in terms.items():
             self._count(f"loss_{name}", mean, counts[name])
 
-        targets, predictions = labels[rows], {}
+        targets, predictions = labels[rows], {}  # (rows,)
         for prefix, model, hidden in (("", self.student, states[0]), ("teacher_", self.teacher, states[1])):
             if model is None or hidden is None:
                 continue
-            nll, predictions[prefix] = losses.score(lm_head(model, hidden[rows]), targets)
+            nll, predictions[prefix] = losses.score(lm_head(model, hidden[rows]), targets)  # (rows,) each
             self._count(f"{prefix}nll", nll.mean(), num_labels)
             self._count(f"{prefix}accuracy", (predictions[prefix] == targets).float().mean(), num_labels)
         if "teacher_" in predictions:
             self._count("agreement", (predictions[""] == predictions["teacher_"]).float().mean(), num_labels)
 
     def _count(self, name: str, mean: Tensor, count: Tensor) -> None:
-        """Add a mean over ``count`` tokens to a metric; an empty batch adds nothing."""
+        """Update a metric by a mean over ``count`` tokens, if there are any."""
         if name not in self.val_metrics:
             self.val_metrics[name] = MeanMetric().to(self.device)
         if count:
-            self.all_finite = self.all_finite.to(mean.device) & mean.isfinite()  # the metric would drop a NaN
+            self.all_finite = self.all_finite.to(mean.device) & mean.isfinite()  # the metric ignores a NaN
             self.val_metrics[name].update(mean.float(), weight=count)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the means over all ranks, the weighted loss, and perplexities."""
-        self.check_finite()
+        """Log means over all ranks, the weighted loss and perplexities."""
+        self._check_finite()
         means = {name: metric.compute() for name, metric in self.val_metrics.items()}
         weighted = [alpha * means[f"loss_{name}"] for name, alpha in self.objective.weights.items()]
         values = {"loss": torch.stack(weighted).sum()}
@@ -306,7 +278,7 @@ class DistillationModule(LightningModule):
                 values[name.replace("nll", "perplexity")] = mean.exp()
         self.val_metrics = {}
         scores = {f"val/{name}": float(value) for name, value in values.items()}
-        if self.trainer.sanity_checking:  # the score before the first step, which Lightning does not log
+        if self.trainer.sanity_checking:  # before the first step, where ``self.log`` has no effect
             self.before = scores
             for logger in self.trainer.loggers:
                 logger.log_metrics(scores, step=0)
@@ -316,18 +288,16 @@ class DistillationModule(LightningModule):
         for name, value in scores.items():
             self.log(name, value)
 
-    # ------------------------------------------------------------- checkpoints
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the teacher out, and add what export and resume need."""
-        self.check_finite()
+        """Remove the teacher, and add the data that export and resume need."""
+        self._check_finite()
         state = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name.startswith("student.")}
-        broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
-        if broken:
-            raise UserError(
-                f"{broken[0]} is not finite at step {self.trainer.global_step}; no checkpoint was written. Lower "
-                "optimizer.lr, or set trainer.precision=32-true"
-            )
+        for name, tensor in state.items():
+            if not tensor.isfinite().all():
+                raise UserError(
+                    f"{name} is not finite at step {self.trainer.global_step}; no checkpoint was written. Lower "
+                    "optimizer.lr, or set trainer.precision=32-true"
+                )
         checkpoint["state_dict"] = state
         checkpoint["distilkit"] = {
             "teacher": {"name": self.teacher_name, "sha256": self.teacher_sha256},
@@ -339,11 +309,11 @@ class DistillationModule(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the run goes on as it began."""
+        """Check that a resumed run has the objective, teacher and student of its checkpoint."""
         saved = checkpoint.get("distilkit")
         if saved is None:
             raise UserError("the checkpoint was not written by distilkit; give ckpt_path of a run of distilkit.train")
-        cure = "resume with the same settings, or start afresh with student=hf student.name=<exported student>"
+        cure = "resume with the same settings, or start again with student=hf student.name=<exported student>"
         for name, value in vars(self.objective).items():
             if name != "implementation" and saved["objective"][name] != value:
                 raise UserError(
@@ -354,8 +324,7 @@ class DistillationModule(LightningModule):
                 f"the checkpoint was distilled from teacher {saved['teacher']['name']!r}, this run has "
                 f"{self.teacher_name!r} or other weights of it; {cure}"
             )
-        if saved["shapes"] != self.shapes:
-            theirs = saved["shapes"]
-            differing = sorted(name for name in theirs | self.shapes if theirs.get(name) != self.shapes.get(name))
-            raise UserError(f"the checkpoint holds another student: {differing[0]} differs; {cure}")
+        for name in sorted(saved["shapes"] | self.shapes):
+            if saved["shapes"].get(name) != self.shapes.get(name):
+                raise UserError(f"the checkpoint has another student: {name} differs; {cure}")
         self.tokens_seen = saved["tokens_seen"]

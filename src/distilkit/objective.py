@@ -1,4 +1,4 @@
-"""The weighted objective of distillation: which terms count, over which tokens, and what they need."""
+"""The weighted objective of distillation: its terms, their tokens, and what they read of the models."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -13,21 +13,19 @@ from distilkit.errors import UserError
 from distilkit.fused import fused_losses
 from distilkit.language_model import LM, Batch, lm_head, token_states
 
+_SOFT = ("ce", "cos", "mse")  # the terms that read the teacher
 _CHOICES = {"soft_targets": ("all", "masked"), "implementation": ("fused", "reference")}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """Weigh the terms of DistilBERT's loss (arXiv 1910.01108, section 3).
+    """Weight the terms of DistilBERT's loss (arXiv 1910.01108, section 3).
 
-    ``alpha_ce`` weighs the soft-target KL at ``temperature``, ``alpha_mlm`` and ``alpha_clm`` the hard-target
-    cross-entropy of a masked and of a causal model, ``alpha_cos`` the cosine between last hidden states, ``alpha_mse``
-    the squared difference of logits. ``soft_targets`` takes KL and MSE over ``all`` real tokens or over ``masked``
-    ones only; a causal model has no masked tokens and always takes all. A term of weight zero is not computed.
-    ``implementation`` is ``fused``, which never holds all logits, or ``reference``, the plain formulas.
-
-    Raises:
-        UserError: a weight is negative, all are zero, the temperature is not positive, or both LM losses are weighted.
+    ``alpha_ce`` weights the soft-target KL at ``temperature``, ``alpha_cos`` the cosine between last hidden states, and
+    ``alpha_mse`` the squared difference of logits. ``alpha_mlm`` and ``alpha_clm`` weight the hard-target cross-entropy
+    of a masked and a causal model. KL and MSE take ``all`` real tokens, or the ``masked`` ones only; a causal model
+    always takes all. A term of weight zero is not computed. ``implementation`` is ``fused``, which never stores all
+    logits, or ``reference``, the plain formulas.
     """
 
     alpha_ce: float
@@ -40,7 +38,7 @@ class Objective:
     implementation: Literal["fused", "reference"]
 
     def __post_init__(self) -> None:
-        """Check each value where it is used first."""
+        """Check each value, and that the values fit together."""
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name in _CHOICES:
@@ -53,7 +51,7 @@ class Objective:
         if self.temperature <= 0:
             raise UserError(f"objective.temperature={self.temperature}, but it must be above 0; the paper uses 2")
         if not self.weights:
-            raise UserError("all alphas of the objective are 0, so there is nothing to learn; set at least one above 0")
+            raise UserError("all alphas of the objective are 0, so the loss has no term; set at least one above 0")
         if self.alpha_mlm and self.alpha_clm:
             raise UserError(
                 f"objective.alpha_mlm={self.alpha_mlm} and objective.alpha_clm={self.alpha_clm} are both set, but a model "
@@ -62,7 +60,7 @@ class Objective:
 
     @property
     def weights(self) -> dict[str, float]:
-        """The terms that count and their weights, by name: ce, mlm, clm, cos, mse."""
+        """The terms with a positive weight, by name: ce, mlm, clm, cos, mse."""
         alphas = {name: getattr(self, f"alpha_{name}") for name in ("ce", "mlm", "clm", "cos", "mse")}
         return {name: alpha for name, alpha in alphas.items() if alpha > 0}
 
@@ -82,11 +80,11 @@ class Objective:
         return self.reads_teacher_logits or self.alpha_cos > 0
 
     def takes_all_rows(self, lm: LM) -> bool:
-        """Whether a term needs logits of all real tokens, not of the labelled ones alone."""
+        """Whether a term needs logits of all real tokens, and not only of the labelled ones."""
         return lm == "clm" or (self.reads_teacher_logits and self.soft_targets == "all")
 
     def check_models(self, *, student: PreTrainedModel, teacher: PreTrainedModel | None, lm: LM) -> None:
-        """Make sure that the terms fit the models, before the first step."""
+        """Check that the models have what the terms need."""
         wrong = "clm" if lm == "mlm" else "mlm"
         if wrong in self.weights:
             kind, preset = ("masked", "distilbert or mlm") if lm == "mlm" else ("causal", "distilgpt2 or clm")
@@ -95,10 +93,8 @@ class Objective:
                 f"({student.config.model_type}); set objective={preset}"
             )
         if self.reads_teacher and teacher is None:
-            needs = [
-                f"objective.alpha_{name}={self.weights[name]}" for name in ("ce", "cos", "mse") if name in self.weights
-            ]
-            raise UserError(f"{', '.join(needs)} need a teacher, but teacher=none; set objective=mlm or objective=clm")
+            needs = ", ".join(f"objective.alpha_{name}={self.weights[name]}" for name in _SOFT if name in self.weights)
+            raise UserError(f"{needs} need a teacher, but teacher=none; set objective=mlm or objective=clm")
         if self.alpha_cos and teacher is not None and teacher.config.hidden_size != student.config.hidden_size:
             raise UserError(
                 f"objective.alpha_cos={self.alpha_cos} compares hidden states, but the student is "
@@ -106,9 +102,9 @@ class Objective:
             )
 
     def denominators(self, *, num_tokens: Tensor, num_labels: Tensor, lm: LM) -> dict[str, Tensor]:
-        """Choose for each term the count it is divided by: real tokens, or labelled ones.
+        """Return for each term the count that divides it: real or labelled tokens.
 
-        The counts are those of the whole optimizer step, over all micro-batches and ranks.
+        Both counts cover the whole optimizer step, over all micro-batches and ranks.
         """
         tokens, labels = num_tokens.clamp(min=1), num_labels.clamp(min=1)
         soft = labels if self.soft_targets == "masked" and lm == "mlm" else tokens
@@ -125,32 +121,33 @@ class Objective:
         denominators: Mapping[str, Tensor],
         states: tuple[Tensor, Tensor | None] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the weighted loss of a batch, and the detached part of each term in its mean (nats; squared logits).
+        """Return the weighted loss of a batch, and each term's detached contribution to its mean (nats; squared logits).
 
-        The models see the batch once each, or not at all where their ``token_states`` are given. Logits are made for
-        labelled tokens only where no term asks for more.
+        Each model runs once on the batch, or not at all if its ``token_states`` are given. If no term needs more, logits
+        are computed for labelled tokens only.
         """
         if states is None:
             with torch.no_grad():
                 targets = token_states(teacher, batch) if teacher is not None and self.reads_teacher else None
             states = token_states(student, batch), targets
-        ours, theirs = states
+        ours, theirs = states  # (batch * length, width) each
         real = real_rows(batch)
-        rows = real if self.takes_all_rows(lm) else labelled_rows(batch)
-        labels = choose(batch["labels"].flatten(), rows)
+        rows = real if self.takes_all_rows(lm) else labelled_rows(batch)  # (rows,), or None: all tokens
+        labels = _take(batch["labels"].flatten(), rows)  # (rows,)
 
+        # Weights contain the denominators, so that the sums of all micro-batches and ranks add up to the mean.
         weights = {name: alpha / denominators[name] for name, alpha in self.weights.items()}
         weighted: dict[str, Tensor] = {}
         total = torch.zeros((), device=labels.device)
         if self.reads_student_logits:
             implementation = fused_losses if self.implementation == "fused" else losses.reference_losses
-            by_row = {name: weight.expand(len(labels)) for name, weight in weights.items()}
+            by_row = {name: weight.expand(len(labels)) for name, weight in weights.items()}  # (rows,) each
             target_head = None
             if teacher is not None and theirs is not None and self.reads_teacher_logits:
                 with torch.no_grad():
-                    target_head = lm_head(teacher, choose(theirs, rows))
+                    target_head = lm_head(teacher, _take(theirs, rows))
             total, soft, hard, mse = implementation(
-                lm_head(student, choose(ours, rows)),
+                lm_head(student, _take(ours, rows)),
                 target_head,
                 labels,
                 soft_weights=by_row.get("ce"),
@@ -159,16 +156,16 @@ class Objective:
                 temperature=self.temperature,
             )
             weighted = {"ce": soft, lm: hard, "mse": mse}
-        if self.alpha_cos and theirs is not None:
-            weighted["cos"] = losses.hidden_cosine(choose(ours, real), choose(theirs, real)).sum() * weights["cos"]
+        if self.alpha_cos and theirs is not None:  # over all real tokens, whatever the rows of the logits
+            weighted["cos"] = losses.hidden_cosine(_take(ours, real), _take(theirs, real)).sum() * weights["cos"]
             total = total + weighted["cos"]
         return total, {name: weighted[name].detach() / alpha for name, alpha in self.weights.items()}
 
 
 def real_rows(batch: Batch) -> Tensor | None:
-    """Return the flat indices (tokens,) of all but padding, None where there is none.
+    """Return the flat indices (tokens,) of all tokens except padding, or None without padding.
 
-    The data module finds them on the host; finding them here makes the host wait for the device.
+    The data module computes them on the host. Computing them here makes the host wait for the device.
     """
     if "attention_mask" not in batch:
         return None
@@ -176,12 +173,12 @@ def real_rows(batch: Batch) -> Tensor | None:
 
 
 def labelled_rows(batch: Batch) -> Tensor:
-    """Return the flat indices (rows,) of the tokens that have a label; see ``real_rows``."""
+    """Return the flat indices (rows,) of the labelled tokens; see ``real_rows``."""
     if "labelled" in batch:
         return batch["labelled"]
     return (batch["labels"].flatten() != losses.IGNORE_INDEX).nonzero().squeeze(1)
 
 
-def choose(tokens: Tensor, rows: Tensor | None) -> Tensor:
-    """Take rows of (tokens, ...) by their indices (rows,), or all of them for None."""
+def _take(tokens: Tensor, rows: Tensor | None) -> Tensor:
+    """Index (tokens, ...) by ``rows`` (rows,), or return all tokens for None."""
     return tokens if rows is None else tokens[rows]

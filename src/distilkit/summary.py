@@ -1,4 +1,4 @@
-"""The record of a finished run: summary.json and the loss curves."""
+"""The end of a run: its record, summary.json and the loss curves."""
 
 import csv
 import json
@@ -15,11 +15,11 @@ from matplotlib.ticker import MaxNLocator
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Callback, Trainer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from transformers import PreTrainedModel
 
 from distilkit.data.corpus import Corpus
-from distilkit.export import read_checkpoint, write_student
+from distilkit.export import export_checkpoint
 from distilkit.language_model import num_parameters
 from distilkit.model_card import teacher_metadata
 from distilkit.module import DistillationModule
@@ -72,8 +72,8 @@ _TERMS = {
 }
 
 
-def plot_curves(metrics_file: Path, out: Path, *, title: str) -> None:
-    """Draw the terms of the training loss, and the held-out cross-entropy and accuracy, over optimizer steps."""
+def _plot_curves(metrics_file: Path, out: Path, *, title: str) -> None:
+    """Plot the terms of the training loss, and held-out cross-entropy and accuracy, over optimizer steps."""
     curves = read_metrics(metrics_file)
     figure = Figure(figsize=(14, 4), layout="constrained")
     training, entropy, accuracy = figure.subplots(1, 3)
@@ -88,7 +88,7 @@ def plot_curves(metrics_file: Path, out: Path, *, title: str) -> None:
     entropy.set(title="held-out cross-entropy", ylabel="nats per labelled token")
     accuracy.set(title="held-out accuracy", ylabel="share of labelled tokens")
     accuracy.set_ylim(bottom=0)
-    training.margins(y=0.3)  # room for its legend
+    training.margins(y=0.3)  # space for the legend
     for axis in (training, entropy, accuracy):
         axis.set_xlabel("optimizer step")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -99,68 +99,51 @@ def plot_curves(metrics_file: Path, out: Path, *, title: str) -> None:
     figure.savefig(out, dpi=120)
 
 
-def _hub_datasets(fingerprint: Any) -> dict[str, list[str]]:
-    """Return the hub ids that a corpus reads, as the ``datasets`` of a model card."""
-
-    def paths(node: Any) -> list[str]:
-        if isinstance(node, list):
-            return [path for part in node for path in paths(part)]
-        if not isinstance(node, dict):
-            return []
-        own = [node[kind]["path"] for kind in ("hub", "wikipedia") if kind in node]
-        return own + paths(node.get("parts"))
-
-    found = list(dict.fromkeys(paths(fingerprint)))
-    return {"datasets": found} if found else {}
+def _hub_datasets(node: Any) -> list[str]:
+    """Return the hub ids in the fingerprint of a corpus, each once."""
+    if isinstance(node, dict):
+        found = [node[kind]["path"] for kind in ("hub", "wikipedia") if kind in node]
+        return list(dict.fromkeys(found + _hub_datasets(node.get("parts"))))
+    if isinstance(node, list):
+        return list(dict.fromkeys(path for part in node for path in _hub_datasets(part)))
+    return []
 
 
 def describe(
     cfg: DictConfig, *, objective: Objective, teacher: Teacher | None, student: PreTrainedModel, corpus: Corpus
 ) -> dict[str, Any]:
-    """Collect, as JSON, what a reader of the student needs to know about its training."""
-    # Each rank of torchrun or srun has a folder of its own, but they have one config all the same.
+    """Return what the model card and summary.json report about a training, as JSON."""
+    # Each rank of torchrun or srun has its own folder, but all ranks must have the same config.
     folder = json.dumps(cfg.output_dir)[:-1]
     config = json.dumps(OmegaConf.to_container(cfg, resolve=True)).replace(folder, '".')
-    origin = None
+    origin, metadata = None, {}
     if teacher is not None:
-        origin = {
-            "name": teacher.name,
-            "revision": teacher.revision,
-            "sha256": teacher.sha256,
-            "parameters": num_parameters(teacher.model),
-        }
+        origin = {name: getattr(teacher, name) for name in ("name", "revision", "sha256")}
+        origin["parameters"] = num_parameters(teacher.model)
+        metadata = teacher_metadata(teacher.name)
+    if datasets := _hub_datasets(corpus.fingerprint()):
+        metadata["datasets"] = datasets
+    terms: dict[str, Any] = {f"alpha_{name}": alpha for name, alpha in objective.weights.items()}
+    if objective.reads_teacher_logits:
+        terms |= {"temperature": objective.temperature, "soft_targets": objective.soft_targets}
     return {
         "name": cfg.name,
         "version": version("distilkit"),
         "teacher": origin,
-        "objective": {f"alpha_{name}": alpha for name, alpha in objective.weights.items()}
-        | (
-            {"temperature": objective.temperature, "soft_targets": objective.soft_targets}
-            if objective.reads_teacher_logits
-            else {}
-        ),
+        "objective": terms,
         "architecture": type(student).__name__,
         "layers": student.config.distilkit_layers,
         "data": cfg.data.description,
         "block_size": cfg.data.block_size,
         "global_batch_size": cfg.data.global_batch_size,
-        "metadata": (teacher_metadata(teacher.name) if teacher else {}) | _hub_datasets(corpus.fingerprint()),
+        "metadata": metadata,
         "config": json.loads(config),
     }
 
 
 def finish(trainer: Trainer, module: DistillationModule, *, out: Path) -> None:
     """Write student/, summary.json and loss_curves.png into a run's folder."""
-    checkpoint = read_checkpoint(out / "checkpoints" / "last.ckpt")
-    saved = checkpoint["distilkit"]
-    student = write_student(
-        out / "student",
-        state={name.removeprefix("student."): tensor for name, tensor in checkpoint["state_dict"].items()},
-        files=saved["files"],
-        record=saved["record"],
-        results=module.after,
-        tokens_seen=saved["tokens_seen"],
-    )
+    student = export_checkpoint(out / "checkpoints" / "last.ckpt", out / "student", results=module.after)
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by one of its connectors
     throughput = next((callback for callback in callbacks if isinstance(callback, Throughput)), None)
     record = {name: value for name, value in module.record.items() if name != "config"}
@@ -171,7 +154,7 @@ def finish(trainer: Trainer, module: DistillationModule, *, out: Path) -> None:
             "student_parameters": num_parameters(student),
             "teacher_parameters": record["teacher"]["parameters"] if record["teacher"] else None,
             "optimizer_steps": trainer.global_step,
-            "tokens_seen": saved["tokens_seen"],
+            "tokens_seen": module.tokens_seen,
             "tokens_per_second": round(throughput.tokens_per_second, 1) if throughput else None,
             "wall_seconds": round(throughput.seconds, 1) if throughput else None,
             "peak_memory_mb": peak_memory_mb(trainer.strategy.root_device),
@@ -181,14 +164,13 @@ def finish(trainer: Trainer, module: DistillationModule, *, out: Path) -> None:
         },
     )
     if (out / "metrics.csv").is_file():
-        plot_curves(out / "metrics.csv", out / "loss_curves.png", title=record["name"])
+        _plot_curves(out / "metrics.csv", out / "loss_curves.png", title=record["name"])
 
 
 def print_result(out: Path, *, before: Mapping[str, float], after: Mapping[str, float]) -> None:
     """Show the held-out metrics before and after training, and the path of the student."""
-    table = Table(title="held-out documents", title_justify="left")
-    for column in ("metric", "before", "after"):
-        table.add_column(column, justify="left" if column == "metric" else "right")
+    numbers = (Column(name, justify="right") for name in ("before", "after"))
+    table = Table("metric", *numbers, title="held-out documents", title_justify="left")
     for name, value in after.items():
         first = f"{before[name]:.4f}" if name in before else "-"
         table.add_row(name.removeprefix("val/"), first, f"{value:.4f}")

@@ -1,4 +1,4 @@
-"""Load a teacher: in float32, in eval mode, without gradient, and with the head it was trained with."""
+"""Load a teacher in float32 and eval mode, without gradients, and with its trained head."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,10 +11,10 @@ from distilkit.language_model import LM, check_split, load_language_model, weigh
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """A frozen language model and where it came from.
+    """A frozen language model and its origin.
 
-    ``sha256`` is the hash of its weights, by which a resumed run knows that it still has the same teacher. ``dtype`` is
-    what it runs in: ``auto`` for bfloat16 where the trainer's precision is that, ``float32`` to leave it as loaded.
+    A resumed run compares ``sha256``, the hash of the weights. With ``dtype="auto"`` the teacher runs in bfloat16 if the
+    trainer's precision is bfloat16; with ``float32`` it stays as loaded.
     """
 
     model: PreTrainedModel
@@ -37,10 +37,6 @@ def load_teacher(
     """Load the teacher, or return None for ``name=None`` (training without distillation).
 
     ``needs_head`` is false when no term of the objective reads the teacher's logits.
-
-    Raises:
-        UserError: as ``load_language_model``, or the architecture cannot be split into backbone and head, or there is no
-            such ``dtype``.
     """
     if name is None:
         return None

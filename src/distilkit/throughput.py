@@ -1,4 +1,4 @@
-"""Tokens per second, floating-point operations of a step, and their share of the device's peak (MFU)."""
+"""Tokens per second, floating-point operations (FLOPs) of a step, and model FLOPs utilization (MFU)."""
 
 import time
 from dataclasses import dataclass
@@ -15,44 +15,40 @@ from distilkit.language_model import LM, Batch
 from distilkit.module import DistillationModule
 from distilkit.objective import Objective, labelled_rows
 
-_SIDE, _REPEATS = {"cpu": 768, "cuda": 8192}, 3  # of the products that measure a device
+_SIDE, _REPEATS = {"cpu": 768, "cuda": 8192}, 3  # of the matrix products in ``peak_flops``
 
 
 @dataclass(frozen=True, kw_only=True)
-class ForwardCost:
+class _ForwardCost:
     """FLOPs of one token's forward pass; a multiply-add counts as two (Kaplan et al. 2020, section 2.1)."""
 
-    backbone: int  # its matrices
-    attention: int  # scores and values, for each key; windows and causal masks are not deducted
-    head: int  # the transform and the vocabulary
+    backbone: int  # matrix products
+    attention: int  # scores and values, for each key, without a discount for windows and causal masks
+    head: int  # transform and output embeddings
 
 
-def forward_cost(model: PreTrainedModel) -> ForwardCost:
-    """Count the matrices of a language model, before anything shards them."""
+def forward_cost(model: PreTrainedModel) -> _ForwardCost:
+    """Count the FLOPs of a language model from its matrices, before a strategy shards them."""
 
     def matrices(module: nn.Module) -> int:
-        found = {part for part in module.modules() if isinstance(part, nn.Linear | Conv1D)}
-        return sum(2 * part.weight.numel() for part in found)
+        return sum(2 * part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear | Conv1D))
 
     backbone, config = matrices(model.base_model), model.config
-    return ForwardCost(
-        backbone=backbone,
-        attention=4 * config.num_hidden_layers * config.hidden_size,
-        head=matrices(model) - backbone,
+    return _ForwardCost(
+        backbone=backbone, attention=4 * config.num_hidden_layers * config.hidden_size, head=matrices(model) - backbone
     )
 
 
 def step_flops(
-    objective: Objective, student: ForwardCost, teacher: ForwardCost | None, batch: Batch, *, lm: LM
+    objective: Objective, student: _ForwardCost, teacher: _ForwardCost | None, batch: Batch, *, lm: LM
 ) -> float:
-    """Return the FLOPs of a batch: one pass of the teacher, three of the student, whose backward counts as two.
+    """Return the FLOPs of a batch: one pass of the teacher, and three of the student, whose backward counts as two.
 
     Padding counts. Heads count for the rows that the objective reads. Recomputation, as in activation checkpointing,
     does not count (PaLM, arXiv 2204.02311, appendix B).
     """
     tokens, length = batch["input_ids"].numel(), batch["input_ids"].shape[1]
-    all_rows = objective.takes_all_rows(lm)
-    rows = tokens if all_rows else len(labelled_rows(batch))
+    rows = tokens if objective.takes_all_rows(lm) else len(labelled_rows(batch))
     models = [(student, 3, objective.reads_student_logits)]
     if teacher is not None and objective.reads_teacher:
         models.append((teacher, 1, objective.reads_teacher_logits))
@@ -65,7 +61,7 @@ def step_flops(
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure the FLOP/s of a large matrix product; vendors state sparse products, or another clock rate."""
+    """Measure the FLOP/s of a large matrix product, because data sheets assume sparse products or other clock rates."""
     side = _SIDE.get(device.type, 1024)
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     seconds = []
@@ -80,25 +76,25 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 class Throughput(Callback):
     """Log ``throughput/tokens_per_second`` over all ranks and ``throughput/mfu``, without validation.
 
-    The MFU is the share of the devices' measured peak that the models' own operations use.
+    The MFU is the models' FLOP/s divided by the devices' measured peak.
     """
 
     def __init__(self) -> None:
-        """Start at zero."""
+        """Set all counts to zero."""
         self.tokens = self.window_tokens = 0
         self.window_flops = self.peak = 0.0
         self.seconds = self.window_seconds = 0.0
         self.started: float | None = None  # None: the clock is stopped
-        self.costs: tuple[ForwardCost, ForwardCost | None] | None = None
+        self.costs: tuple[_ForwardCost, _ForwardCost | None] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Count the matrices, before a strategy shards them."""
+        """Count the FLOPs of the models, before a strategy shards them."""
         assert isinstance(pl_module, DistillationModule)
         teacher = pl_module.teacher
         self.costs = forward_cost(pl_module.student), None if teacher is None else forward_cost(teacher)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the device's peak, and start the clock."""
+        """Measure the peak of the device, and start the clock."""
         precision = str(trainer.precision)
         dtype = torch.bfloat16 if "bf16" in precision else torch.float16 if "16" in precision else torch.float32
         self.peak = peak_flops(pl_module.device, dtype) * trainer.world_size
@@ -109,12 +105,12 @@ class Throughput(Callback):
         self._stop()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock again if training continues."""
+        """Restart the clock if training continues."""
         if trainer.state.fn == TrainerFn.FITTING:
             self.started = time.perf_counter()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock once the device has finished."""
+        """Stop the clock after the device has finished."""
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
         self._stop()
@@ -122,21 +118,21 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count tokens, and log the rate since the last logged step."""
+        """Count tokens, and log the rates since the last logged step."""
         tokens = batch["input_ids"].numel() * trainer.world_size
         self.tokens += tokens
         self.window_tokens += tokens
         assert isinstance(pl_module, DistillationModule)
         assert self.costs is not None
-        flops = step_flops(pl_module.objective, *self.costs, batch, lm=pl_module.lm)
-        self.window_flops += flops * trainer.world_size
+        self.window_flops += step_flops(pl_module.objective, *self.costs, batch, lm=pl_module.lm) * trainer.world_size
         log_every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by one of its connectors
         if batch["is_last"] and log_every and trainer.global_step % log_every == 0:
             self._stop()
             self.started = time.perf_counter()
-            rate = self.window_tokens / max(self.window_seconds, 1e-9)
+            seconds = max(self.window_seconds, 1e-9)
+            rate = self.window_tokens / seconds
             pl_module.log("throughput/tokens_per_second", rate)
-            pl_module.log("throughput/mfu", self.window_flops / max(self.window_seconds, 1e-9) / self.peak)
+            pl_module.log("throughput/mfu", self.window_flops / seconds / self.peak)
             pl_module.shown["tokens/s"] = rate
             self.window_tokens, self.window_flops, self.window_seconds = 0, 0.0, 0.0
 
@@ -149,5 +145,5 @@ class Throughput(Callback):
 
     @property
     def tokens_per_second(self) -> float:
-        """Return the average over the whole training."""
+        """The average over the whole training."""
         return self.tokens / max(self.seconds, 1e-9)

@@ -1,4 +1,4 @@
-"""Time models on batches, in turn and in one process, so that their ratios hold on a busy machine."""
+"""Time models on batches in turn, in one process, so that their ratios are valid on a busy machine."""
 
 import itertools
 import time
@@ -17,10 +17,10 @@ Pass = Sequence[Callable[[], object]]  # a model's batches, each ready to run
 
 
 def seconds_in_turn(passes: Sequence[Pass], *, warm_up: int, rounds: int) -> list[NDArray[np.float64]]:
-    """Time every batch of every pass, (rounds, batches) seconds for each pass.
+    """Time every batch of every pass, and return seconds (rounds, batches) for each pass.
 
-    First each pass runs ``warm_up`` batches untimed. Then each batch is run by all passes before the next one is, in an
-    order that turns round each round, so that a slow moment of the machine hits all of them.
+    Each pass first runs ``warm_up`` batches untimed. Then all passes run one batch before the next batch, in an order
+    that is reversed each round. A slow moment of the machine thus affects all passes.
     """
     for batches in passes:
         for run in itertools.islice(itertools.cycle(batches), warm_up):
@@ -36,24 +36,24 @@ def seconds_in_turn(passes: Sequence[Pass], *, warm_up: int, rounds: int) -> lis
 
 
 def latency(seconds: NDArray[np.float64]) -> dict[str, float]:
-    """Return median, 10th and 90th percentile over batches in ms; each batch counts with its median over rounds."""
+    """Return median, 10th and 90th percentile over batches in ms, after the median over rounds of each batch."""
     low, median, high = np.percentile(np.median(seconds, axis=0) * 1000, [10, 50, 90])
     return {"latency_ms": float(median), "latency_ms_p10": float(low), "latency_ms_p90": float(high)}
 
 
 def throughput(seconds: NDArray[np.float64], *, num_sentences: int) -> dict[str, float]:
-    """Return sentences per second, the median over rounds."""
+    """Return sentences per second, as the median over rounds."""
     return {"sentences_per_second": float(np.median(num_sentences / seconds.sum(axis=1)))}
 
 
 def times_faster(scores: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
-    """Say for all that was timed how many times faster it is than ``other``: above 1 is faster, or more a second."""
+    """Return how many times faster each timed value is than in ``other``; above 1 is faster."""
     timed = [key for key in scores if "/" in key]
     return {key: other[key] / scores[key] if "latency" in key else scores[key] / other[key] for key in timed}
 
 
 def torch_pass(model: nn.Module, batches: Sequence[Batch], *, device: str) -> Pass:
-    """Make batches ready for PyTorch, their tensors on the device already; each waits for its result."""
+    """Move a model and its batches to the device; each run waits for its result."""
 
     def run(batch: Batch) -> None:
         model(**batch)
@@ -65,13 +65,13 @@ def torch_pass(model: nn.Module, batches: Sequence[Batch], *, device: str) -> Pa
 
 
 def onnx_pass(session: Any, batches: Sequence[Batch]) -> Pass:
-    """Make batches ready for ONNX Runtime."""
+    """Convert batches to the inputs of ONNX Runtime."""
     return [partial(session.run, None, {key: tensor.numpy() for key, tensor in batch.items()}) for batch in batches]
 
 
 @contextmanager
 def torch_threads(number: int | None) -> Iterator[int]:
-    """Let torch use so many threads for a while, and say how many it uses."""
+    """Set the number of torch's threads in a context, and yield the number in use."""
     before = torch.get_num_threads()
     torch.set_num_threads(number or before)
     try:

@@ -336,7 +336,7 @@ def test_a_checkpoint_of_another_objective_is_not_resumed(finished: Path, refuse
     refused(
         f"ckpt_path={finished}/checkpoints/last.ckpt",
         "objective.temperature=8",
-        facts=["objective.temperature=2.0, this run has 8", "start afresh with student=hf"],
+        facts=["objective.temperature=2.0, this run has 8", "start again with student=hf"],
     )
 
 
@@ -344,7 +344,7 @@ def test_a_checkpoint_of_another_student_is_not_resumed(finished: Path, refused:
     refused(
         f"ckpt_path={finished}/checkpoints/last.ckpt",
         "student=third_depth",
-        facts=["the checkpoint holds another student", "resume with the same settings"],
+        facts=["the checkpoint has another student", "resume with the same settings"],
     )
 
 
