@@ -28,8 +28,8 @@ from benchmarks.report import (
 )
 from benchmarks.step import Workload, time_steps, variants, weigh_step
 from benchmarks.targets import targets
+from distilkit.records import write_json
 from distilkit.report.page import markdown_table, print_table
-from distilkit.summary import write_json
 
 Malloc = Literal["default", "raised"]  # glibc's thresholds for giving memory back
 

@@ -2,24 +2,19 @@
 
 import logging
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
-
-from distilkit.records import Result
-from distilkit.report.tables import results_markdown
 
 log = logging.getLogger(__name__)
 
 _BEGIN, _END = "<!-- scores of distilkit.evaluate -->", "<!-- end of scores -->"
 
 
-def add_scores(folder: Path, results: Sequence[Result]) -> bool:
-    """Write the table of a model's scores into the card that distilkit made of it, in the place of an older table.
+def add_scores(folder: Path, table: str) -> bool:
+    """Write a markdown table of a model's scores into the card that distilkit made of it, in the place of an older table.
 
     Returns whether there is such a card; any other README.md is left alone.
     """
     card = folder / "README.md"
-    table = results_markdown(results)
     if not table or not card.is_file():
         return False
     text = card.read_text("utf-8")

@@ -39,9 +39,9 @@ from distilkit.evaluate.models import check_same_vocabulary, load_task_model, lo
 from distilkit.language_model import check_positions, num_parameters, num_parameters_without_embeddings
 from distilkit.malloc import keep_large_buffers
 from distilkit.model_card import add_scores
-from distilkit.records import FILE, Result, cost, model_name, read_file, read_results, write_results
+from distilkit.records import FILE, Result, cost, model_name, read_file, read_results, write_json, write_results
 from distilkit.report.page import print_table
-from distilkit.summary import write_json
+from distilkit.report.quality import results_markdown
 
 log = logging.getLogger(__name__)
 
@@ -302,7 +302,7 @@ def evaluate(cfg: DictConfig) -> float | None:
         write_results(folder, results)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # they were for resuming
         mine = [result for result in read_results([folder.parents[1]]) if result.sha256 == model_id]
-        add_scores(Path(cfg.model), mine)
+        add_scores(Path(cfg.model), results_markdown(mine))
     show(results, folder)
     return results[0].held_out
 
