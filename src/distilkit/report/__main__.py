@@ -32,20 +32,15 @@ def find_teacher(scores: Scores, trained: Sequence[Run]) -> list[str]:
     named = [str(each["name"]) for each in teachers if "name" in each]
     names = {"teacher", *named, *(runs.teacher_label({"name": name}) for name in named)}
     # A fine-tuned teacher lies in <row>/<task>/<seed>/model.
-    names |= {parts[-4] for parts in map(_parts, named) if len(parts) >= 4 and parts[-1] == "model"}
+    names |= {PurePath(name).parts[-4] for name in named if PurePath(name).match("*/*/*/model")}
     hashes = {each["sha256"] for each in teachers if each.get("sha256")}
-    return list(
-        dict.fromkeys(
-            each.row
-            for each in results
-            if each.teacher is None
-            and ({each.name, each.model} & names or {each.sha256, each.details.get("weights_sha256")} & hashes)
-        )
-    )
-
-
-def _parts(path: str) -> tuple[str, ...]:
-    return PurePath(path).parts
+    known = names | hashes
+    found = [
+        each.row
+        for each in results
+        if each.teacher is None and known & {each.name, each.model, each.sha256, each.details.get("weights_sha256")}
+    ]
+    return list(dict.fromkeys(found))
 
 
 def assign_roles(

@@ -53,8 +53,7 @@ class Scores:
     @cached_property
     def tasks(self) -> list[str]:
         """The tasks: those with a label in its order, then the others."""
-        known = list(LABELS)
-        return sorted(self.frame["task"].unique(), key=lambda task: known.index(task) if task in known else len(known))
+        return sorted(self.frame["task"].unique(), key=_rank)
 
     def only(self, *rows: str) -> "Scores":
         """Return the scores of some rows."""
@@ -86,7 +85,7 @@ class Scores:
 
     def parameters(self, row: str) -> int:
         """Return a row's number of parameters on its first task: heads differ from task to task."""
-        return int(next(iter(self.only(row).of(row).values())).parameters)
+        return int(self.line(row, min((task for each, task in self._lines if each == row), key=_rank)).parameters)
 
     def mean(self, row: str | None, tasks: Iterable[str]) -> float | None:
         """Return the mean of a row's medians over tasks, or None if a task is missing."""
@@ -101,10 +100,10 @@ class Scores:
         row. Second distillations and rows of settings do not narrow what is shared. GLUE's mean comes first, then the
         widest; a mean that only one row has comes last.
         """
-        own = self.frame[
-            (self.frame["metric"] == "") & self.frame["plain"].astype(bool) & self.frame["averaged"].astype(bool)
-        ]
-        tasks = {row: list(lines) for row, lines in own.groupby("row", sort=False)["task"]}
+        tasks: dict[str, list[str]] = {}
+        for (row, task), metrics in self._lines.items():
+            if metrics[""].plain and metrics[""].averaged:
+                tasks.setdefault(row, []).append(task)
         anchors = [row for row in (self.teacher, *more, self.baseline) if row in tasks] or list(tasks)[:1]
         first = tasks[anchors[0]] if anchors else []
         common = [task for task in first if all(task in tasks[row] for row in anchors)]
@@ -159,6 +158,10 @@ class Scores:
         return _percent(self.mean(row, tasks), self.mean(self.teacher, tasks))
 
 
+def _rank(task: str) -> int:
+    return [*LABELS, task].index(task)
+
+
 def task_label(task: str) -> str:
     """Return a task's name as papers write it."""
     return LABELS.get(task, task)
@@ -171,14 +174,15 @@ def _percent(part: float | None, whole: float | None) -> float | None:
 def name_alike(results: Sequence[Result]) -> list[Result]:
     """Give timings the name under which the same weights were scored."""
     names = {result.sha256: result.name for result in reversed(results) if result.kind != "speed"}
-    renamed = {each.name: names[each.sha256] for each in results if each.kind == "speed" and each.sha256 in names}
-
-    def named(timing: Result) -> Result:
-        against = {renamed.get(other, other): ratios for other, ratios in timing.details.get("against", {}).items()}
-        name = names.get(timing.sha256, timing.name)
-        return dataclasses.replace(timing, name=name, details=timing.details | {"against": against})
-
-    return [named(result) if result.kind == "speed" else result for result in results]
+    new = {each.name: names[each.sha256] for each in results if each.kind == "speed" and each.sha256 in names}
+    named = []
+    for each in results:
+        if each.kind == "speed":
+            against = {"against": {new.get(other, other): x for other, x in each.details.get("against", {}).items()}}
+            name = names.get(each.sha256, each.name)
+            each = dataclasses.replace(each, name=name, details=each.details | against)
+        named.append(each)
+    return named
 
 
 def _json(value: Any) -> str:
@@ -221,10 +225,13 @@ def _settings(every: pd.DataFrame) -> Iterator[tuple[str, str, list[Any]]]:
     Of several settings it is the one with the best median on held-out rows, never by the score itself; settings without
     held-out scores are rows of their own. Of two results with the same seed and settings the later counts.
     """
-    scored = every[every["score"].map(lambda score: score is not None).astype(bool)]
-    for (row, task), lines in scored.groupby(["row", "task"], sort=False):
+    cells: dict[tuple[str, str], list[Any]] = {}
+    for line in every.itertuples(index=False):
+        if line.score is not None:
+            cells.setdefault((line.row, line.task), []).append(line)
+    for (row, task), lines in cells.items():
         by_setting: dict[str, dict[int | None, Any]] = {}
-        for line in sorted(lines.itertuples(index=False), key=lambda line: str(line.cost.get("date", ""))):
+        for line in sorted(lines, key=lambda line: str(line.cost.get("date", ""))):
             by_setting.setdefault(line.setting, {})[line.seed] = line
         groups = {setting: list(seeds.values()) for setting, seeds in by_setting.items()}
         counting = _counting(groups)

@@ -103,8 +103,8 @@ def _measured(scores: Scores, row: str) -> dict[str, float]:
     found = {} if average is None else {"glue": 100 * average}
     for key, (_, metric) in _FIGURES.items():
         line = lines.get(key.partition("/")[0]) if key != "glue" else None
-        value = line and (scores.metric(row, line.task, metric) if metric else line.median)
-        if value is not None:
+        value = None if line is None else scores.metric(row, line.task, metric) if metric else line.median
+        if line is not None and value is not None:
             found[key] = 100 * value if line.share else value
     return found
 

@@ -73,16 +73,14 @@ def quality_table(scores: Scores) -> Table | None:
             records.append(record | {"highest": line.highest, "parameters": parameters, "settings": settings})
         about = {"model": row, "parameters": parameters}
         records += [about | {"task": label, "score": value} for label, value in means.items() if value is not None]
-    first = (
-        "Medians over seeds. Shares and correlations are in percent, higher is better; lower perplexities are better."
-    )
+    first = "Medians over seeds. Shares and correlations: percent, higher is better. Perplexities: lower is better."
     narrow = {label: tasks for label, tasks in scores.columns.items() if tasks != GLUE_TASKS}
     first += "".join(f" {label}: {', '.join(map(task_label, tasks))}." for label, tasks in narrow.items())
     header = ["model", "parameters", *scores.columns, *(task_header(scores, task) for task in scores.tasks)]
     notes = [first, *limit_notes(scores, scores.tasks), *notes]
-    return (
-        Table(name="quality", title="Quality", header=header, rows=rows, records=records, notes=notes) if rows else None
-    )
+    if not rows:
+        return None
+    return Table(name="quality", title="Quality", header=header, rows=rows, records=records, notes=notes)
 
 
 def metrics_table(scores: Scores) -> Table | None:

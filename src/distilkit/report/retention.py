@@ -46,33 +46,31 @@ def retention_table(scores: Scores) -> Table | None:
 def _compared(scores: Scores, row: str, baseline: str) -> tuple[str, float, float] | None:
     """Return what both rows keep, and over what: the first average that both have, or else the first task."""
     mine = scores.only(str(scores.teacher), row, baseline)
-    found = [
-        (
-            task_label(label) if len(tasks) == 1 else f"the {label}",
-            *(mine.mean_kept(each, tasks) for each in (row, baseline)),
-        )
-        for label, tasks in mine.averages(row).items()
-    ]
-    found += [(task_label(task), mine.kept(row, task), mine.kept(baseline, task)) for task in mine.tasks]
-    for over, kept, base in found:
+    for label, tasks in mine.averages(row).items():
+        kept, base = mine.mean_kept(row, tasks), mine.mean_kept(baseline, tasks)
         if kept is not None and base is not None:
-            return over.replace("the average", "average"), kept, base
+            return "the GLUE average" if label == "GLUE average" else task_label(label), kept, base
+    for task in mine.tasks:
+        kept, base = mine.kept(row, task), mine.kept(baseline, task)
+        if kept is not None and base is not None:
+            return task_label(task), kept, base
     return None
 
 
 def verdicts(scores: Scores) -> list[str]:
     """Describe for each student whether it keeps more of the teacher than the baseline does."""
-    lines = []
-    students = [row for row in scores.rows if row not in (scores.teacher, scores.baseline)]
-    for row in students if scores.teacher is not None and scores.baseline is not None else []:
-        found = _compared(scores, row, str(scores.baseline))
+    teacher, baseline, lines = scores.teacher, scores.baseline, []
+    if teacher is None or baseline is None:
+        return []
+    for row in scores.rows:
+        found = _compared(scores, row, baseline) if row not in (teacher, baseline) else None
         if found is None or math.isnan(found[1] + found[2]):
             continue
         over, kept, base = found
-        more = f"{row if kept > base else scores.baseline} keeps more, by {abs(kept - base):.1f} points"
+        more = f"{row if kept > base else baseline} keeps more, by {abs(kept - base):.1f} points"
         lines.append(
-            f"On {over} {row} keeps {kept:.1f} % of {scores.teacher}. {scores.baseline}, which was trained without a "
-            f"teacher, keeps {base:.1f} %: {more if kept != base else 'both keep the same'}."
+            f"On {over} {row} keeps {kept:.1f} % of {teacher}. {baseline}, which was trained without a teacher, keeps "
+            f"{base:.1f} %: {more if kept != base else 'both keep the same'}."
         )
     return lines
 
