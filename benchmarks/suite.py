@@ -27,8 +27,8 @@ from benchmarks.report import (
     wide_console,
 )
 from benchmarks.step import Workload, time_steps, variants, weigh_step
+from distilkit.records import write_json
 from distilkit.report.page import markdown_table, print_table
-from distilkit.summary import write_json
 
 Malloc = Literal["default", "raised"]  # glibc's thresholds for returning memory to the system
 

@@ -15,6 +15,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from distilkit.language_model import lm_of
+from distilkit.records import write_results
+from scores import ABLATED, every_kind, write_training
 from tiny import VOCABULARY, build_model, make_documents
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
@@ -73,3 +75,15 @@ def save_teacher(
         return saved[key]
 
     return save
+
+
+@pytest.fixture(scope="session")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with results of two jobs and a sweep of training runs."""
+    folder = tmp_path_factory.mktemp("outputs")
+    results = every_kind()
+    write_results(folder / "evaluate" / "0", results[:40])
+    write_results(folder / "evaluate" / "1", results[40:])
+    for index, label in enumerate(ABLATED):
+        write_training(folder / "ablation" / "now", label, [9.0, 6.0 + index / 5, 4.0 + index / 5])
+    return folder

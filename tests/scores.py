@@ -1,14 +1,19 @@
 """Results and runs as scoring and training write them, with figures that can be added up by hand."""
 
 import dataclasses
+import json
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from distilkit.records import Result
-from distilkit.report import published
-from distilkit.report.tables import Roles
+from omegaconf import OmegaConf
 
-GLUE = published.GLUE_TASKS
+from distilkit.records import Result
+from distilkit.report.frame import GLUE_TASKS, Scores, gather
+from distilkit.report.page import Table
+
+GLUE = GLUE_TASKS
 
 
 COST = {
@@ -31,9 +36,6 @@ BASELINE = dict(zip(GLUE, (0.30, 0.75, 0.81, 0.84, 0.85, 0.55, 0.88, 0.80, 0.56)
 
 
 PARAMETERS = {"bert": 110_000_000, "student": 66_000_000, "baseline": 66_000_000}
-
-
-ROLES = Roles(teacher="bert", baseline="baseline")
 
 
 def result(name: str, task: str, score: float | None, **fields: Any) -> Result:
@@ -136,3 +138,80 @@ def scored(**scores: list[float]) -> list[Any]:
         for task, values in scores.items()
         for seed, score in enumerate(values, 1)
     ]
+
+
+def gathered(results: Sequence[Result], *, teacher: str | None = "bert", baseline: str | None = "baseline") -> Scores:
+    """Gather results with the rows that are the teacher and the baseline."""
+    return dataclasses.replace(gather(results), teacher=teacher, baseline=baseline)
+
+
+def counting(results: Sequence[Result]) -> list[Any]:
+    """List the lines of the scores that count."""
+    return [line for line in gather(results).frame.itertuples(index=False) if line.metric == ""]
+
+
+def by_row(table: Table | None) -> dict[str, dict[str, str]]:
+    """Read a table's cells by row and column."""
+    assert table is not None
+    return {row[0]: dict(zip(table.header, row, strict=True)) for row in table.rows}
+
+
+def every_kind() -> list[Result]:
+    """Three models on GLUE, WikiText-103 and SQuAD with a second distillation, timed, and an ablation."""
+    squad = [
+        result("bert", "squad", 0.85, scores={"exact_match": 0.81, "f1": 0.89}),
+        result("student", "squad", 0.81, scores={"exact_match": 0.77, "f1": 0.85}),
+        result(
+            "student", "squad", 0.83, scores={"exact_match": 0.79, "f1": 0.87}, teacher={"name": "outputs/bert/squad"}
+        ),
+    ]
+    timed = [speed("bert", 33.0), speed("student", 20.0), speed("baseline", 20.2)]
+    return [*glue(), *squad, *timed, perplexity("bert", 16.3), perplexity("student", 21.1), *ablated()]
+
+
+def write_training(sweep: Path, label: str, nlls: list[float], **fields: Any) -> Path:
+    """Write what the report reads of a training run: summary.json, metrics.csv and the overrides that name it."""
+    folder = sweep / label
+    (folder / ".hydra").mkdir(parents=True)
+    OmegaConf.save(OmegaConf.create([f"+sweep/ablation={label}"]), folder / ".hydra" / "overrides.yaml")
+    teacher = {"name": "someone/bert", "revision": "main", "sha256": "0" * 64, "parameters": 110_000_000}
+    record = run(label, nlls[-1], teacher=teacher, tokens_seen=90_000, optimizer_steps=90, layers=[0, 2], **fields)
+    (folder / "summary.json").write_text(json.dumps(record), "utf-8")
+    steps = [90 * index // (len(nlls) - 1) for index in range(len(nlls))]
+    rows = [f"{'' if step == 0 else 0},{max(0, step - 1)},,{nll},3.5\n" for step, nll in zip(steps, nlls, strict=True)]
+    header = "epoch,step,train/loss,val/nll,val/teacher_nll\n"
+    (folder / "metrics.csv").write_text(header + "0,9,5.0,,\n" + "".join(rows), "utf-8")
+    return folder
+
+
+AFTER = {"val/loss": 3.0, "val/nll": 2.5, "val/accuracy": 0.4321, "val/agreement": 0.5}
+
+
+def write_run(
+    sweep: Path,
+    job: str,
+    overrides: list[str] | None,
+    *,
+    order: int = 0,
+    before: dict[str, float] | None = None,
+    after: dict[str, float] | None = None,
+    **fields: Any,
+) -> Path:
+    """Write what the comparison reads of a finished run, as if it had ended ``order`` seconds into 1970."""
+    folder = sweep / job
+    (folder / ".hydra").mkdir(parents=True)
+    if overrides is not None:
+        OmegaConf.save(OmegaConf.create(overrides), folder / ".hydra" / "overrides.yaml")
+    summary = {
+        "student_parameters": 1234567,
+        "tokens_seen": 4096,
+        "tokens_per_second": 987.6,
+        "block_size": 16,
+        "before": {"val/nll": 7.25} if before is None else before,
+        "after": after or AFTER,
+        **fields,
+    }
+    file = folder / "summary.json"
+    file.write_text(json.dumps(summary), "utf-8")
+    os.utime(file, (order, order))
+    return folder

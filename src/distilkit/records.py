@@ -1,21 +1,30 @@
-"""The record of a scored model: what was measured on which task, and what it cost."""
+"""The files that training runs and scores leave, and how to read them. Importing this imports no torch."""
 
+from __future__ import annotations
+
+import csv
 import json
 import os
 import platform
-from collections.abc import Iterable, Sequence
+import resource
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, Literal
+from importlib.metadata import version
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
+from omegaconf import OmegaConf
 
 from distilkit.errors import UserError
-from distilkit.summary import versions, write_json
+
+if TYPE_CHECKING:
+    import torch
 
 FILE = "results.json"
 FORMAT = 1
+_PACKAGES = ("distilkit", "torch", "pytorch-lightning", "transformers", "tokenizers", "datasets", "hydra-core", "numpy")
+_NEEDED = ("before", "after", "student_parameters", "tokens_seen")  # of a summary.json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +32,9 @@ class Result:
     """One model on one task with one seed.
 
     ``name`` is the model's row in tables. ``score`` is the task's one number, the mean of its metrics as in GLUE; it is
-    None where there is none (speed). Shares and correlations are between 0 and 1 (-1 and 1), perplexities and times in
-    their own units. ``held_out`` is the score on a part of the training set that was kept for choosing. ``teacher``
-    tells of a second distillation. ``details`` holds what is no single number.
+    None for speed, which has no score. Shares lie between 0 and 1, correlations between -1 and 1; perplexities and times
+    have their own units. ``held_out`` is the score on rows of the training set that were held out to choose settings.
+    ``teacher`` describes the teacher of a second distillation. ``details`` holds everything that is not one number.
     """
 
     name: str
@@ -48,7 +57,10 @@ class Result:
 
 
 def model_name(model: str) -> str:
-    """Name a model's row: a folder's name, its parent's where it is but student or model, or a hub id's last part."""
+    """Return the name of a model's row: its folder's name, or the last part of its hub id.
+
+    For folders named ``student`` or ``model`` it is the name of the parent folder.
+    """
     folder = Path(model).expanduser()
     if not folder.is_dir():
         return model.rstrip("/").rpartition("/")[2]
@@ -56,8 +68,23 @@ def model_name(model: str) -> str:
     return folder.parent.name if folder.name in ("student", "model") else folder.name
 
 
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that influence results."""
+    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+
+
+def peak_memory_mb(device: torch.device) -> dict[str, float]:
+    """Return the peak resident memory of this process and, on CUDA, of its tensors, in megabytes."""
+    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    if device.type == "cuda":
+        import torch
+
+        peak["device"] = torch.cuda.max_memory_allocated(device) / 2**20
+    return {name: round(value, 1) for name, value in peak.items()}
+
+
 def cpu_name() -> str:
-    """Name the CPU's model, as far as the system tells."""
+    """Return the name of the CPU's model, or of its architecture if the system has no model name."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text("utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -65,12 +92,16 @@ def cpu_name() -> str:
 
 
 def processor(device: str) -> str:
-    """Name the GPU, or the CPU and the number of its cores."""
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{cpu_name()}, {os.cpu_count()} cores"
+    """Return the name of the GPU, or of the CPU and the number of its cores."""
+    if not device.startswith("cuda"):
+        return f"{cpu_name()}, {os.cpu_count()} cores"
+    import torch
+
+    return torch.cuda.get_device_name(device)
 
 
 def cost(*, seconds: float, tokens: int, device: str) -> dict[str, Any]:
-    """Say what a measurement took, where and when; ``tokens`` were trained on or scored."""
+    """Return what a measurement took, where and when; ``tokens`` were trained on or scored."""
     return {
         "seconds": round(seconds, 1),
         "tokens": tokens,
@@ -81,8 +112,15 @@ def cost(*, seconds: float, tokens: int, device: str) -> dict[str, Any]:
     }
 
 
+def write_json(file: Path, content: Any) -> None:
+    """Write JSON to a temporary file and rename it, so that a reader never finds a partial file."""
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", "utf-8")
+    temporary.replace(file)
+
+
 def write_results(folder: Path, results: Sequence[Result]) -> None:
-    """Write the results of one job, all at once or not at all."""
+    """Write the results of one job; a reader finds all of them or none."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / FILE, {"format": FORMAT, "results": [asdict(result) for result in results]})
 
@@ -119,3 +157,79 @@ def read_results(folders: Iterable[Path]) -> list[Result]:
         for file in sorted(folder.rglob(FILE)):
             results.extend(read_file(file))
     return results
+
+
+def read_metrics(file: Path) -> dict[str, list[tuple[int, float]]]:
+    """Read Lightning's metrics.csv: for each metric, the optimizer steps done and its values."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    with file.open(newline="", encoding="utf-8") as stream:
+        for row in csv.DictReader(stream):
+            for name, value in row.items():
+                if name not in ("step", "epoch") and value:
+                    # Lightning numbers steps from 0; the score before the first one has no epoch.
+                    curves.setdefault(name, []).append((int(row["step"]) + bool(row["epoch"]), float(value)))
+    return curves
+
+
+def _overrides(folder: Path) -> list[str]:
+    file = folder / ".hydra" / "overrides.yaml"
+    return [str(item) for item in OmegaConf.load(file)] if file.is_file() else []
+
+
+def _short(override: str) -> str:
+    """Drop the plus of an added key, and the group of an added option: +experiment/demo=teacher is the stage teacher."""
+    key, _, value = override.partition("=")
+    return value if key.startswith("+") and "/" in key else override.lstrip("+")
+
+
+def run_label(folder: Path, common: set[str]) -> str:
+    """Label a run by the overrides that not all runs share, or else by its folder's name."""
+    return ", ".join(_short(item) for item in _overrides(folder) if item not in common) or folder.name
+
+
+def read_runs(sweep: Path, *, only: Collection[str] | None = None) -> list[dict[str, Any]]:
+    """Read the summaries of a sweep's finished runs, in the order they ended, each with ``label`` and ``folder``.
+
+    ``only`` limits which summaries are read. The labels still depend on the overrides of all runs.
+    """
+    files = sorted(sweep.glob("*/summary.json"), key=lambda file: file.stat().st_mtime)
+    sets = [set(_overrides(file.parent)) for file in files]
+    common = set.intersection(*sets) if len(sets) > 1 else set()
+    return [
+        {**json.loads(file.read_text("utf-8")), "label": run_label(file.parent, common), "folder": str(file.parent)}
+        for file in files
+        if only is None or str(file.parent) in only
+    ]
+
+
+def distinct(folders: Iterable[Path]) -> list[Path]:
+    """Remove folders that are given twice or lie in another one, so that nothing counts twice."""
+    resolved = list(dict.fromkeys(folder.resolve() for folder in folders))
+    return [folder for folder in resolved if not any(other in folder.parents for other in resolved)]
+
+
+def find_runs(folders: Iterable[Path]) -> list[dict[str, Any]]:
+    """Read the summaries of all training runs below some folders, each with its ``label`` and ``folder``.
+
+    Raises:
+        UserError: a summary is damaged, or distilkit.train did not write it.
+    """
+    runs = []
+    for folder in folders:
+        found = {str(file.parent) for file in folder.rglob("summary.json")}
+        for sweep in sorted({PurePath(run).parent for run in found}):
+            try:
+                some = read_runs(Path(sweep), only=found)
+            except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+                raise UserError(f"a summary.json below {sweep} is damaged ({error}); delete it") from error
+            if len(some) == 1 and ", " in some[0]["label"]:  # there is no other run to compare its overrides with
+                some[0]["label"] = f"{some[0].get('name', '')}/{Path(some[0]['folder']).name}"
+            runs += some
+    for run in runs:
+        missing = [name for name in _NEEDED if name not in run]
+        if missing:
+            raise UserError(
+                f"{run['folder']}/summary.json has no {', '.join(missing)} and was not written by distilkit.train; give "
+                "other folders in runs, or delete it"
+            )
+    return runs

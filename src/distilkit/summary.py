@@ -1,15 +1,11 @@
 """The end of a run: its record, summary.json and the loss curves."""
 
-import csv
 import json
-import platform
-import resource
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from omegaconf import DictConfig, OmegaConf
@@ -24,43 +20,9 @@ from distilkit.language_model import num_parameters
 from distilkit.model_card import teacher_metadata
 from distilkit.module import DistillationModule
 from distilkit.objective import Objective
+from distilkit.records import peak_memory_mb, read_metrics, versions, write_json
 from distilkit.teacher import Teacher
 from distilkit.throughput import Throughput
-
-_PACKAGES = ("distilkit", "torch", "pytorch-lightning", "transformers", "tokenizers", "datasets", "hydra-core", "numpy")
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that decide a result."""
-    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
-
-
-def peak_memory_mb(device: torch.device) -> dict[str, float]:
-    """Return the peak resident memory of this process and, on CUDA, of its tensors, in megabytes."""
-    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
-    if device.type == "cuda":
-        peak["device"] = torch.cuda.max_memory_allocated(device) / 2**20
-    return {name: round(value, 1) for name, value in peak.items()}
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Write JSON beside its place and rename it, so that a reader finds all of it or none."""
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", "utf-8")
-    temporary.replace(file)
-
-
-def read_metrics(file: Path) -> dict[str, list[tuple[int, float]]]:
-    """Read Lightning's metrics.csv: for each metric, the optimizer steps done and its values."""
-    curves: dict[str, list[tuple[int, float]]] = {}
-    with file.open(newline="", encoding="utf-8") as stream:
-        for row in csv.DictReader(stream):
-            for name, value in row.items():
-                if name not in ("step", "epoch") and value:
-                    # Lightning numbers steps from 0; the score before the first one has no epoch.
-                    curves.setdefault(name, []).append((int(row["step"]) + bool(row["epoch"]), float(value)))
-    return curves
-
 
 _TERMS = {
     "train/loss": "weighted sum",

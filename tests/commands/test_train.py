@@ -37,7 +37,7 @@ import distilkit.prepare
 import distilkit.train
 from distilkit.errors import UserError
 from distilkit.module import DistillationModule
-from distilkit.summary import read_metrics
+from distilkit.records import read_metrics
 from jobs import QUIET, SMALL, Outcome, call, only, spawn
 
 CHECKOUT = Path(__file__).parents[2]

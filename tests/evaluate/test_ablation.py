@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_module
 from distilkit.evaluate.ablation import Ablation, evaluation
 from distilkit.model_card import add_scores
 from distilkit.records import read_results
-from distilkit.report.tables import results_markdown
+from distilkit.report.quality import results_markdown
 from jobs import QUIET, SMALL, only, spawn, write_rows
 from scores import scored
 

@@ -1,12 +1,15 @@
-"""The published figures, and the comparison with them."""
+"""The published figures, their tables, and the comparison with them."""
 
 import dataclasses
+import statistics
+from typing import Any
 
 import pytest
 
 from benchmarks.published import TASKS, compare
+from distilkit.report import published
 from distilkit.report.published import MODELS
-from scores import scored
+from scores import GLUE, WIKITEXT, by_row, gathered, glue, perplexity, result, scored, speed
 
 
 def test_medians_stand_beside_table_1_and_a_miss_is_a_miss() -> None:
@@ -34,3 +37,79 @@ def test_of_two_scores_of_a_seed_the_later_counts() -> None:
     old = [dataclasses.replace(each, cost={"date": "2026-11-20"}) for each in scored(rte=[0.9] * 5)]
     new = [dataclasses.replace(each, cost={"date": "2026-11-21"}) for each in scored(rte=[0.3] * 5)]
     assert compare(new + old, published, tolerance=2.0)[0][1] == pytest.approx(30.0)
+
+
+@pytest.mark.parametrize("model", [model for model in published.MODELS if "glue" in model.figures])
+def test_published_averages_are_the_means_of_their_tasks(model: published.Published) -> None:
+    mean = statistics.fmean(model.figures[task] for task in GLUE)
+    assert model.figures["glue"] == pytest.approx(mean, abs=0.051)
+
+
+def test_only_the_scripts_mnli_gives_the_published_average_of_bert() -> None:
+    (bert,) = (model for model in published.MODELS if model.name == "BERT-base")
+    assert bert.figures["mnli"] == 84.7
+    assert round(statistics.fmean(bert.figures[task] for task in GLUE), 1) == 79.5
+    assert round(statistics.fmean({**bert.figures, "mnli": 86.7}[task] for task in GLUE), 1) != 79.5
+
+
+def test_published_students_name_a_published_teacher_with_the_same_figures() -> None:
+    names = {model.name: model for model in published.MODELS}
+    for student in (model for model in published.MODELS if model.teacher):
+        assert student.figures.keys() <= names[str(student.teacher)].figures.keys()
+
+
+def test_what_published_students_keep() -> None:
+    assert published.published_retention("rte") == ("DistilBERT", pytest.approx(100 * 59.9 / 69.3))
+    assert published.published_retention("glue") == ("DistilBERT", pytest.approx(100 * 77.0 / 79.5))
+    assert published.published_retention("wikitext103") == ("DistilGPT2", pytest.approx(100 * 16.3 / 21.1))
+    kept = 100 * (77.7 + 85.8) / (81.2 + 88.5)
+    assert published.published_retention("squad") == ("DistilBERT", pytest.approx(kept))
+    assert published.published_retention("cbt") is None
+
+
+def test_published_rows_stand_beside_ours_for_the_same_tasks_alone() -> None:
+    scores = gathered(
+        [
+            result("m", "squad", 0.8, scores={"exact_match": 0.75, "f1": 0.85}),
+            result("m", "squad", 0.9, scores={"exact_match": 0.85, "f1": 0.95}, teacher={"name": "bert-squad"}),
+            result("m", "xnli", 0.6, scores={"en/accuracy": 0.7, "de/accuracy": 0.5, "accuracy": 0.6}),
+            perplexity("gpt", 30.0),
+        ]
+    )
+    table = published.published_table(scores)
+    rows = by_row(table)
+    assert table is not None
+    assert table.header[2:] == ["SQuAD EM", "SQuAD F1", "XNLI en", "XNLI de", "WikiText-103 perplexity"]
+    assert [rows["m"][name] for name in table.header[1:]] == ["measured here", "75.0", "85.0", "70.0", "50.0", "-"]
+    assert rows["m + 2nd distillation"]["SQuAD F1"] == "95.0"
+    assert rows["gpt"]["WikiText-103 perplexity"] == "30.0"
+    assert rows["DistilBERT + 2nd distillation"]["SQuAD EM"] == "79.1"
+    assert rows["mBERT"]["XNLI de"] == "72.3"
+    assert rows["GPT-2"]["source"] == "published, the original scripts' README"
+    assert {"ELMo", "RoBERTa-base"}.isdisjoint(rows)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"text": {"hub": {**WIKITEXT, "name": "wikitext-2-raw-v1"}}},
+        {"text": {"hub": {**WIKITEXT, "split": "train"}}},
+        {"text": {"files": [["wikitext-103.txt", 1, 1]]}},
+        {"max_tokens": 1000},
+    ],
+)
+def test_only_the_perplexity_on_all_of_wikitexts_test_split_stands_beside_the_published_one(settings: Any) -> None:
+    table = published.published_table(gathered([perplexity("m", 30.0)]))
+    assert table is not None
+    assert "the published models were fine-tuned on it, ours were not" in table.notes[1]
+    assert published.published_table(gathered([perplexity("m", 30.0, settings=settings)])) is None
+
+
+def test_tasks_that_nobody_published_have_no_published_table() -> None:
+    assert published.published_table(gathered([result("m", "my_task", 0.8)])) is None
+
+
+def test_the_papers_timings_stand_beside_ours_alone() -> None:
+    assert published.published_speed(gathered(glue())) is None
+    rows = by_row(published.published_speed(gathered([speed("bert", 33.0)])))
+    assert rows["DistilBERT"]["times as fast as BERT-base"] == "1.63"

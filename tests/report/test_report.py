@@ -1,10 +1,10 @@
-"""The report: what it reads, whom it takes for the teacher, and files that a person can open anywhere."""
+"""The report: whom it takes for the teacher, and files that a person can open anywhere."""
 
 import csv
-import io
-import itertools
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,60 +13,30 @@ from typing import Any
 import matplotlib.image
 import pytest
 from hydra import compose, initialize_config_module
-from matplotlib.figure import Figure
-from matplotlib.transforms import Bbox
-from omegaconf import OmegaConf
 
+from distilkit import tracking
 from distilkit.errors import UserError
-from distilkit.records import Result, write_results
+from distilkit.records import Result, find_runs
 from distilkit.report import __main__ as report
-from distilkit.report import medians, plots, speed_tables, tables
-from distilkit.report import page as pages
-from distilkit.report.tables import Roles
+from distilkit.report import ablation, published, quality, retention, runs
+from distilkit.report.frame import gather
+from distilkit.report.speed import speed_table
 from jobs import call
-from scores import ABLATED, ROLES, ablated, glue, perplexity, result, run, speed
+from scores import every_kind, glue, result, run, speed, write_training
 
-HEADER = "epoch,step,train/loss,val/nll,val/teacher_nll\n"
 OPTIONS: dict[str, Any] = {"teacher": None, "baseline": None, "title": "our report", "wandb": None}
-
-
-def write_training(sweep: Path, label: str, nlls: list[float], **fields: Any) -> Path:
-    """Write what the report reads of a training run: summary.json, metrics.csv and the overrides that name it."""
-    folder = sweep / label
-    (folder / ".hydra").mkdir(parents=True)
-    OmegaConf.save(OmegaConf.create([f"+sweep/ablation={label}"]), folder / ".hydra" / "overrides.yaml")
-    teacher = {"name": "someone/bert", "revision": "main", "sha256": "0" * 64, "parameters": 110_000_000}
-    record = run(label, nlls[-1], teacher=teacher, tokens_seen=90_000, optimizer_steps=90, layers=[0, 2], **fields)
-    (folder / "summary.json").write_text(json.dumps(record), "utf-8")
-    steps = [90 * index // (len(nlls) - 1) for index in range(len(nlls))]
-    rows = [f"{'' if step == 0 else 0},{max(0, step - 1)},,{nll},3.5\n" for step, nll in zip(steps, nlls, strict=True)]
-    (folder / "metrics.csv").write_text(HEADER + "0,9,5.0,,\n" + "".join(rows), "utf-8")
-    return folder
-
-
-def every_kind() -> list[Result]:
-    """Three models on GLUE, WikiText-103 and SQuAD with a second distillation, timed, and an ablation."""
-    squad = [
-        result("bert", "squad", 0.85, scores={"exact_match": 0.81, "f1": 0.89}),
-        result("student", "squad", 0.81, scores={"exact_match": 0.77, "f1": 0.85}),
-        result(
-            "student", "squad", 0.83, scores={"exact_match": 0.79, "f1": 0.87}, teacher={"name": "outputs/bert/squad"}
-        ),
-    ]
-    timed = [speed("bert", 33.0), speed("student", 20.0), speed("baseline", 20.2)]
-    return [*glue(), *squad, *timed, perplexity("bert", 16.3), perplexity("student", 21.1), *ablated()]
-
-
-@pytest.fixture(scope="module")
-def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with results of two jobs and a sweep of training runs."""
-    folder = tmp_path_factory.mktemp("outputs")
-    results = every_kind()
-    write_results(folder / "evaluate" / "0", results[:40])
-    write_results(folder / "evaluate" / "1", results[40:])
-    for index, label in enumerate(ABLATED):
-        write_training(folder / "ablation" / "now", label, [9.0, 6.0 + index / 5, 4.0 + index / 5])
-    return folder
+TABLES = [
+    "ablation",
+    "cost",
+    "each_metric",
+    "published",
+    "published_speed",
+    "quality",
+    "retention",
+    "speed",
+    "training",
+]
+PLOTS = ["held_out_loss", "quality_latency", "quality_parameters", "retention"]
 
 
 @pytest.fixture(scope="module")
@@ -86,22 +56,6 @@ def write(results: list[Result], out: Path, *, runs: list[dict[str, Any]] | None
     return report.write_report(results, runs or [], out=out, **{**OPTIONS, **options}).read_text("utf-8")
 
 
-# ------------------------------------------------------------------------------ files
-
-TABLES = [
-    "ablation",
-    "cost",
-    "each_metric",
-    "published",
-    "published_speed",
-    "quality",
-    "retention",
-    "speed",
-    "training",
-]
-PLOTS = ["held_out_loss", "quality_latency", "quality_parameters", "retention"]
-
-
 def test_the_report_has_all_its_files(written: Path) -> None:
     assert sorted(path.name for path in written.iterdir()) == sorted(
         [f"{name}.csv" for name in TABLES] + [f"{name}.png" for name in PLOTS] + ["report.html", "report.md"]
@@ -111,7 +65,7 @@ def test_the_report_has_all_its_files(written: Path) -> None:
 def test_the_tables_of_the_report_hold_the_numbers(written: Path) -> None:
     text = (written / "report.md").read_text("utf-8")
     assert re.search(r"^\| student \| 66,000,000 \| 76\.6 \|", text, re.MULTILINE)
-    assert "student keeps 96.9 % of bert, baseline, which was trained without a teacher, 89.2 %" in text
+    assert "student keeps 96.9 % of bert. baseline, which was trained without a teacher, keeps 89.2 %" in text
     assert "| no_ce | 66.0 | -4.00 | 4.200 | +0.200 | -2.96 | yes |" in text
     for name in PLOTS:
         assert f"]({name}.png)" in text
@@ -176,7 +130,7 @@ def test_a_name_of_any_letters_does_no_harm(name: str, tmp_path: Path) -> None:
     results += [result(name, task, 0.7) for task in ("rte", "cola")]
     results += [speed("bert", 30.0), speed(name, 20.0)]
     folder = write_training(tmp_path / "sweep", "full", [9.0, 4.0])
-    runs = [{**read, "label": name} for read in report.find_runs([folder])]
+    runs = [{**read, "label": name} for read in find_runs([folder])]
     text = write(results, tmp_path / "out", runs=runs, teacher="bert", title=name)
     assert "<" not in text
     assert not re.search(r"(?<!\\)\]\(http", text)
@@ -209,54 +163,11 @@ def test_a_later_report_leaves_nothing_of_the_earlier_one_but_a_users_own_files(
 
 
 def test_training_runs_alone_make_a_report_too(outputs: Path, tmp_path: Path) -> None:
-    text = write([], tmp_path / "out", runs=report.find_runs([outputs]))
+    text = write([], tmp_path / "out", runs=find_runs([outputs]))
     assert "## Training runs" in text
     assert "## Ablation" in text
     assert "## Quality" not in text
     assert "teacher=" not in text
-
-
-# ---------------------------------------------------------------------------- reading
-
-
-def test_runs_are_found_below_folders_and_named_by_their_sweep(outputs: Path) -> None:
-    runs = report.find_runs([outputs])
-    assert sorted(run["label"] for run in runs) == sorted(ABLATED)
-    (one,) = report.find_runs([outputs / "ablation" / "now" / "no_ce"])
-    assert one["label"] == "no_ce"
-
-
-def test_a_run_by_itself_is_not_named_by_all_its_overrides(tmp_path: Path) -> None:
-    folder = write_training(tmp_path, "now", [9.0, 4.0])
-    (folder / ".hydra").mkdir(exist_ok=True)
-    (folder / ".hydra" / "overrides.yaml").write_text("- teacher=hf\n- trainer.max_steps=3\n", "utf-8")
-    (one,) = report.find_runs([folder])
-    assert one["label"] == f"{one['name']}/now"
-
-
-def test_folders_within_each_other_count_once(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(outputs)
-    given = [Path("evaluate"), outputs / "evaluate", outputs / "evaluate" / "0", outputs / "ablation"]
-    assert report.distinct(given) == [(outputs / name).resolve() for name in ("evaluate", "ablation")]
-
-
-def test_a_damaged_summary_is_an_error_that_names_it(tmp_path: Path) -> None:
-    folder = write_training(tmp_path, "full", [9.0, 4.0])
-    (folder / "summary.json").write_text("{", "utf-8")
-    with pytest.raises(UserError, match=r"a summary\.json below .* is damaged \(Expecting .*\); delete it"):
-        report.find_runs([tmp_path])
-    (folder / "summary.json").write_text('{"accuracy": 1}', "utf-8")
-    with pytest.raises(
-        UserError, match=r"full/summary\.json has no before, after, .* and is not one of distilkit\.train"
-    ):
-        report.find_runs([tmp_path])
-
-
-def test_a_damaged_summary_beside_what_was_given_stops_nothing(tmp_path: Path) -> None:
-    write_training(tmp_path, "full", [9.0, 4.0])
-    damaged = write_training(tmp_path, "no_ce", [9.0, 4.0])
-    (damaged / "summary.json").write_text("{", "utf-8")
-    assert [run["label"] for run in report.find_runs([tmp_path / "full"])] == ["full"]
 
 
 def test_the_folder_of_a_training_run_is_no_place_for_a_report(tmp_path: Path) -> None:
@@ -281,11 +192,9 @@ def test_why_nothing_is_kept_of_a_known_teacher_is_said(tmp_path: Path) -> None:
     assert "What is kept of bert is left out. No other row has a score on a task" in text
 
 
-# ------------------------------------------------------------------------ the teacher
-
-
-def roles(results: list[Result], runs: list[dict[str, Any]], **names: str) -> tuple[Roles, list[str]]:
-    return report.assign_roles(results, runs, **{"teacher": None, "baseline": None, **names})
+def roles(results: list[Result], runs: list[dict[str, Any]], **names: str) -> tuple[str | None, list[str]]:
+    given, notes = report.assign_roles(gather(results), runs, **{"teacher": None, "baseline": None, **names})
+    return given.teacher, notes
 
 
 @pytest.mark.parametrize(
@@ -302,30 +211,27 @@ def roles(results: list[Result], runs: list[dict[str, Any]], **names: str) -> tu
 def test_the_teacher_is_the_row_that_a_training_run_names(said: dict[str, str], row: str) -> None:
     loaded = {"weights_sha256": f"tensors of {row}"}
     results = [result("student", "rte", 0.5), result(row, "rte", 0.6, details=loaded)]
-    assert roles(results, [run("full", 4.0, teacher=said)]) == (Roles(teacher=row, baseline=None), [])
+    assert roles(results, [run("full", 4.0, teacher=said)]) == (row, [])
 
 
 def test_the_teacher_of_a_second_distillation_is_one_too_and_a_row_of_that_name() -> None:
     second = result("student", "rte", 0.5, teacher={"name": "bert"})
-    assert roles([second, result("bert", "rte", 0.6)], [])[0].teacher == "bert"
-    assert roles([result("student", "rte", 0.5), result("teacher", "rte", 0.6)], [])[0].teacher == "teacher"
+    assert roles([second, result("bert", "rte", 0.6)], [])[0] == "bert"
+    assert roles([result("student", "rte", 0.5), result("teacher", "rte", 0.6)], [])[0] == "teacher"
 
 
 def test_without_one_teacher_the_report_says_how_to_set_it(tmp_path: Path) -> None:
     results = [result("a", "rte", 0.5), result("b", "rte", 0.6)]
     assert roles(results, [])[1] == [
-        "What is kept of the teacher is left out, for no row is known as the teacher; set teacher=<one of a, b>."
+        "What is kept of the teacher is left out: no row is known as the teacher; set teacher=<one of a, b>."
     ]
     both = [run(name, 4.0, teacher={"name": name}) for name in "ab"]
     given, (line,) = roles(results, both)
-    assert given.teacher is None
+    assert given is None
     assert "2 rows may be the teacher (a, b)" in line
     text = write(results, tmp_path / "out")
     assert "set teacher=&lt;one of a, b&gt;." in text
     assert "## What is kept" not in text
-
-
-# ------------------------------------------------------------------------- the command
 
 
 def test_the_options_of_the_command_are_those_of_a_report() -> None:
@@ -368,7 +274,7 @@ def test_tables_and_plots_go_to_wandb_offline(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     logged: dict[str, Any] = {}
-    build: Callable[..., Any] = report.wandb_logger
+    build: Callable[..., Any] = tracking.wandb_logger
 
     def watched(**settings: Any) -> Any:
         logger = build(**settings)
@@ -378,7 +284,7 @@ def test_tables_and_plots_go_to_wandb_offline(tmp_path: Path, monkeypatch: pytes
         )
         return logger
 
-    monkeypatch.setattr(report, "wandb_logger", watched)
+    monkeypatch.setattr(tracking, "wandb_logger", watched)
     out = tmp_path / "out"
     write(every_kind(), out, teacher="bert", wandb="distilkit-tests")
     kinds = {name: type(value[0] if isinstance(value, list) else value).__name__ for name, value in logged.items()}
@@ -394,102 +300,19 @@ def test_tables_and_plots_go_to_wandb_offline(tmp_path: Path, monkeypatch: pytes
     assert list((out / "wandb").glob("offline-run-*"))
 
 
-# ------------------------------------------------------------------------------ plots
+def test_tables_without_anything_to_show_are_left_out() -> None:
+    none = gather([])
+    made = [quality.quality_table(none), retention.retention_table(none), quality.metrics_table(none)]
+    made += [published.published_table(none), speed_table(none)]
+    made += [ablation.ablation_table(none, []), runs.training_table([]), runs.cost_table(none)]
+    assert made == [None] * len(made)
 
 
-def overlap(one: Bbox, other: Bbox) -> bool:
-    shared = Bbox.intersection(one, other)
-    return shared is not None and shared.width > 0 and shared.height > 0
-
-
-@pytest.mark.parametrize("gap", [1.0, 0.05, 0.0])
-def test_names_beside_points_cover_neither_each_other_nor_a_point_nor_a_range(gap: float) -> None:
-    points = [
-        plots.Point(f"a model {index}", x := 66 + gap * index, 77 + gap * (index % 3), x - 4, x + 4)
-        for index in range(8)
-    ]
-    figure = Figure(figsize=(8, 5))
-    axis = figure.subplots()
-    plots.draw_points(axis, [*points, plots.Point("bert", 110.0, 80.0)], ROLES)
-    figure.draw_without_rendering()
-    boxes = plots.place_names(axis, points)
-    assert len(boxes) == 8
-    assert not any(overlap(one, other) for one, other in itertools.combinations(boxes, 2))
-    for box, point in itertools.product(boxes, points):
-        (left, y), (right, _) = (axis.transData.transform((x, point.y)) for x in (point.low, point.high))
-        assert not overlap(box, Bbox.from_extents(left, y - 1, right, y + 1))
-
-
-def test_a_panel_shows_each_device_and_backend() -> None:
-    scores = medians.choose(every_kind())
-    two = plots.quality_latency(scores, speed_tables.speeds(every_kind(), teacher="bert"), ROLES)
-    one = plots.quality_latency(
-        scores, [each for each in speed_tables.speeds(every_kind(), teacher="bert") if each["backend"] == "cpu"], ROLES
+def test_the_report_imports_neither_torch_nor_what_trains() -> None:
+    code = (
+        "import sys, distilkit.report.__main__\n"
+        "heavy = {'torch', 'transformers', 'pytorch_lightning', 'wandb'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
     )
-    assert one is not None
-    assert two is not None
-    widths = [matplotlib.image.imread(io.BytesIO(plot.png)).shape[1] for plot in (one, two)]
-    assert widths[1] == 2 * widths[0]
-    assert plots.quality_latency(scores, [], ROLES) is None
-
-
-def test_the_panel_of_int8_has_no_scores_of_float32() -> None:
-    scores, timings = medians.choose(every_kind()), speed_tables.speeds(every_kind(), teacher="bert")
-    quantized = [{**each, "backend": "cpu/onnx-int8"} for each in timings]
-    assert plots.quality_latency(scores, quantized, ROLES) is None
-    with_int8 = plots.quality_latency(scores, timings + quantized, ROLES)
-    assert with_int8 == plots.quality_latency(scores, timings, ROLES)
-
-
-def legend_of(results: list[Result], monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], list[Any]]:
-    """Return labels and colours of the bars of what is kept."""
-    found: list[Any] = []
-    monkeypatch.setattr(plots, "_png", lambda figure: found.append(figure) or b"")
-    assert plots.retention_bars(medians.choose(results), ROLES) is not None
-    bars = found[0].axes[0].containers
-    return [each.get_label() for each in bars], [each.patches[0].get_facecolor() for each in bars]
-
-
-def test_the_baseline_has_its_bars_however_many_rows_there_are_and_no_colour_is_used_twice(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    many = [result(f"student{number}", "rte", 0.6) for number in range(12)]
-    labels, colours = legend_of([*glue(seeds=[1]), *many], monkeypatch)
-    assert labels == ["student", *(f"student{number}" for number in range(5)), "baseline", "DistilBERT (published)"]
-    assert len(set(colours)) == len(colours)
-
-
-def test_published_bars_have_the_names_of_the_published_students(monkeypatch: pytest.MonkeyPatch) -> None:
-    results = [each for name in ("bert", "student") for each in (perplexity(name, 20.0), result(name, "xnli", 0.7))]
-    labels, colours = legend_of([*results, *glue(seeds=[1])], monkeypatch)
-    assert labels[2:] == ["DistilBERT (published)", "DistilmBERT (published)", "DistilGPT2 (published)"]
-    assert len(set(colours)) == len(colours)
-
-
-def test_plots_and_tables_show_the_same_number_of_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
-    results = [result(name, task, 0.6, parameters=n) for name in "ab" for task, n in (("cola", 1_000), ("rte", 9_000))]
-    drawn: list[Any] = []
-    monkeypatch.setattr(plots, "_scatter", lambda panels, roles, **labels: drawn.extend(panels.values()) or b"")
-    plots.quality_parameters(medians.choose(results), ROLES)
-    assert [point.x for point in drawn[0]] == [1.0, 1.0]  # thousands, of CoLA, which is the table's first task
-    table = tables.quality(medians.choose(results), ROLES)
-    assert table is not None
-    assert table.rows[0][1] == "1,000"
-
-
-def test_curves_are_drawn_over_tokens(outputs: Path) -> None:
-    (one,) = report.find_runs([outputs / "ablation" / "now" / "full"])
-    curves = plots._curves(one)
-    assert curves["val/nll"] == [(0.0, 9.0), (45_000.0, 6.0), (90_000.0, 4.0)]
-    assert plots.loss_curves([run("full", 4.0)]) is None
-
-
-def test_pictures_do_not_read_names_as_formulas() -> None:
-    assert plots.plain("$a$") == r"\$a\$"
-    assert plots.plain("_a") == " _a"
-    assert len(plots.plain("a" * 99)) == 40
-
-
-def test_figures_stand_to_the_right_and_text_to_the_left() -> None:
-    rows = [["m", "1,234.5", "1.0 (0.9 to 1.1)", "bert", "9%"], ["n", "-", "+2.00", "-", "1.5e+04"]]
-    assert [pages.is_figures(rows, column) for column in range(5)] == [False, True, True, False, True]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

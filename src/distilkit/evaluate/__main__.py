@@ -35,10 +35,9 @@ from distilkit.evaluate.finetune import (
 from distilkit.evaluate.models import check_same_vocabulary, load_task_model, load_task_tokenizer, weights_id
 from distilkit.language_model import check_positions, num_parameters, num_parameters_without_embeddings
 from distilkit.model_card import add_scores
-from distilkit.records import FILE, Result, cost, model_name, read_file, read_results, write_results
+from distilkit.records import FILE, Result, cost, model_name, read_file, read_results, write_json, write_results
 from distilkit.report.page import print_table
-from distilkit.report.tables import results_markdown
-from distilkit.summary import write_json
+from distilkit.report.quality import results_markdown
 
 log = logging.getLogger(__name__)
 

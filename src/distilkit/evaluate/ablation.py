@@ -19,9 +19,8 @@ from rich.console import Console
 from distilkit.cli import check_names, report_errors
 from distilkit.errors import UserError
 from distilkit.evaluate.__main__ import check_settings, evaluate
-from distilkit.records import read_results
-from distilkit.report.__main__ import find_runs, write_report
-from distilkit.report.comparison import read_runs
+from distilkit.records import find_runs, read_results, read_runs
+from distilkit.report.__main__ import write_report
 
 log = logging.getLogger(__name__)
 

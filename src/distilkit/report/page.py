@@ -1,68 +1,85 @@
-"""Tables and plots as a person sees them: on the terminal, as markdown, a self-contained HTML page, CSV."""
+"""Tables and plots as a person reads them: on the terminal, as markdown, as one HTML file, as CSV."""
 
 import base64
 import csv
-import html
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import rich.table
+from jinja2 import Environment, PackageLoader
 from rich.console import Console
+
+Records = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table as it is shown, and ``records``, the same figures unrounded, for its CSV file ``name``.csv."""
+    """A table as text, and ``records``, the same figures unrounded, for its CSV file ``name``.csv."""
 
     name: str
     title: str
     header: list[str]
     rows: list[list[str]]
-    records: list[dict[str, Any]]
+    records: Records
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def figures(self) -> list[bool]:
+        """Which columns hold figures."""
+        return [is_figures(self.rows, column) for column in range(len(self.header))]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
-    """A plot as a PNG file ``name``.png, and what it shows in words."""
+    """A plot as a PNG file ``name``.png, and its caption."""
 
     name: str
     caption: str
     png: bytes
 
+    @property
+    def base64(self) -> str:
+        """The PNG file as text, for a data URL."""
+        return base64.b64encode(self.png).decode("ascii")
 
-Block = str | Table | Plot  # a page is a title and blocks of these, one below the other
+
+Block = str | Table | Plot  # a page is a title and a sequence of blocks
 
 _FIGURE = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?[%*x]?( .*)?|-|\+?nan")
 _MARKDOWN = str.maketrans({each: f"\\{each}" for each in "\\|`~*[]"} | {"&": "&amp;", "<": "&lt;", ">": "&gt;"})
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; margin: 1rem 0 0.5rem; font-variant-numeric: tabular-nums; font-size: 0.9rem; }
-th, td { padding: 0.25rem 0.7rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
-th { border-bottom: 2px solid #888; }
-.figure { text-align: right; white-space: nowrap; }
-.note { font-size: 0.85rem; color: #555; margin: 0.2rem 0; }
-img { max-width: 100%; }
-"""
+
+
+def figure(value: Any, form: str = "{:.1f}") -> str:
+    """Format a value, a dash for None."""
+    return "-" if value is None else form.format(value)
+
+
+def shown(value: float | None, *, share: bool) -> str:
+    """Format a share or a correlation in percent with one decimal, any other number with two decimals."""
+    return figure(100 * value if share and value is not None else value, "{:.1f}" if share else "{:,.2f}")
+
+
+def formatted(records: Records, columns: Mapping[str, str]) -> list[list[str]]:
+    """Format records as rows; ``columns`` maps keys of the records to format strings."""
+    return [[figure(record[key], form) for key, form in columns.items()] for record in records]
 
 
 def is_figures(rows: Sequence[Sequence[str]], column: int) -> bool:
-    """Tell whether a column holds figures, which stand to the right."""
+    """Return whether a column holds figures only, which are aligned to the right."""
     return all(_FIGURE.fullmatch(row[column]) for row in rows)
 
 
 def markdown(text: str) -> str:
-    """Escape what markdown or HTML would read as more than text."""
+    """Escape the characters with a meaning in markdown or HTML."""
     escaped = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text.translate(_MARKDOWN))  # within a word it is a letter
     return " ".join(escaped.split())
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Write a markdown table: text to the left, figures to the right."""
+    """Write a markdown table with columns of figures aligned to the right."""
     rule = ["---:" if is_figures(rows, column) else "---" for column in range(len(header))]
     lines = [[markdown(text) for text in header], rule, *([markdown(text) for text in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -71,7 +88,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def print_table(
     title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, console: Console | None = None
 ) -> None:
-    """Print a table with its columns of figures to the right."""
+    """Print a table with columns of figures aligned to the right."""
     table = rich.table.Table(title=title, title_justify="left")
     for index, column in enumerate(header):
         table.add_column(column, justify="right" if is_figures(rows, index) else "left", overflow="fold")
@@ -81,7 +98,7 @@ def print_table(
 
 
 def markdown_page(title: str, blocks: Sequence[Block]) -> str:
-    """Write a page in markdown; plots are links to the files beside it."""
+    """Write a page in markdown that links to the PNG files of its plots."""
     parts = [f"# {markdown(title)}\n"]
     for block in blocks:
         if isinstance(block, Table):
@@ -94,38 +111,14 @@ def markdown_page(title: str, blocks: Sequence[Block]) -> str:
     return "\n".join(parts)
 
 
-def _html_table(table: Table) -> str:
-    kinds = [' class="figure"' if is_figures(table.rows, column) else "" for column in range(len(table.header))]
-
-    def line(tag: str, cells: Sequence[str]) -> str:
-        filled = (f"<{tag}{kind}>{html.escape(cell)}</{tag}>" for kind, cell in zip(kinds, cells, strict=True))
-        return f"<tr>{''.join(filled)}</tr>"
-
-    body = "\n".join(line("td", row) for row in table.rows)
-    notes = "\n".join(f'<p class="note">{html.escape(note)}</p>' for note in table.notes)
-    head = f"<h2>{html.escape(table.title)}</h2>\n"
-    return f'{head}<div class="wide"><table>\n{line("th", table.header)}\n{body}\n</table></div>\n{notes}'
-
-
 def html_page(title: str, blocks: Sequence[Block]) -> str:
-    """Write one HTML file that needs no other: the style and the plots are in it, and there is no script."""
-    parts = []
-    for block in blocks:
-        if isinstance(block, Table):
-            parts.append(_html_table(block))
-        elif isinstance(block, Plot):
-            picture = base64.b64encode(block.png).decode("ascii")
-            parts.append(f'<p><img alt="{html.escape(block.caption)}" src="data:image/png;base64,{picture}"></p>')
-        else:
-            parts.append(f"<p>{html.escape(block)}</p>")
-    name = html.escape(title)
-    head = f'<meta charset="utf-8">\n<title>{name}</title>\n<style>{_STYLE}</style>'
-    body = "\n".join([f"<h1>{name}</h1>", *parts])
-    return f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}\n</body>\n</html>\n'
+    """Write a page as one self-contained HTML file: style and plots are embedded, and there is no script."""
+    environment = Environment(loader=PackageLoader("distilkit.report", ""), autoescape=True, trim_blocks=True)
+    return environment.get_template("page.html.j2").render(title=title, blocks=blocks)
 
 
-def write_csv(file: Path, records: Sequence[dict[str, Any]]) -> None:
-    """Write records with a column for each key that one of them has."""
+def write_csv(file: Path, records: Records) -> None:
+    """Write records with a column for each key that any of them has."""
     with file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, dict.fromkeys(name for record in records for name in record))
         writer.writeheader()

@@ -1,7 +1,6 @@
-"""The comparison of a sweep's runs: which runs, under which names, in which columns, and how fast they are."""
+"""Training runs: tables, loss curves, and the comparison of a sweep."""
 
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,110 +10,79 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+import transformers
 from hydra.core.utils import JobReturn
 from omegaconf import OmegaConf
 
-from distilkit.report import comparison
+from distilkit.records import find_runs, read_runs
+from distilkit.report import runs
+from scores import AFTER, COST, by_row, gathered, result, run, write_run
 from tiny import build_model
 
-AFTER = {"val/loss": 3.0, "val/nll": 2.5, "val/accuracy": 0.4321, "val/agreement": 0.5}
 
-
-def write_run(
-    sweep: Path,
-    job: str,
-    overrides: list[str] | None,
-    *,
-    order: int = 0,
-    before: dict[str, float] | None = None,
-    after: dict[str, float] | None = None,
-    **fields: Any,
-) -> Path:
-    """Write what the comparison reads of a finished run, as if it had ended ``order`` seconds into 1970."""
-    folder = sweep / job
-    (folder / ".hydra").mkdir(parents=True)
-    if overrides is not None:
-        OmegaConf.save(OmegaConf.create(overrides), folder / ".hydra" / "overrides.yaml")
-    summary = {
-        "student_parameters": 1234567,
-        "tokens_seen": 4096,
-        "tokens_per_second": 987.6,
-        "block_size": 16,
-        "before": {"val/nll": 7.25} if before is None else before,
-        "after": after or AFTER,
-        **fields,
-    }
-    file = folder / "summary.json"
-    file.write_text(json.dumps(summary), "utf-8")
-    os.utime(file, (order, order))
-    return folder
-
-
-# --------------------------------------------------------------------------------- reading
-
-
-def test_runs_are_read_in_the_order_they_ended_and_unfinished_ones_are_left_out(tmp_path: Path) -> None:
-    write_run(tmp_path, "2", ["x=c"], order=1)
-    write_run(tmp_path, "0", ["x=a"], order=2)
-    write_run(tmp_path, "10", ["x=b"], order=3)
-    (tmp_path / "3" / "checkpoints").mkdir(parents=True)
-    runs = comparison.read_runs(tmp_path)
-    assert [run["folder"] for run in runs] == [str(tmp_path / job) for job in ("2", "0", "10")]
-    assert [run["label"] for run in runs] == ["x=c", "x=a", "x=b"]
-    assert runs[0]["after"] == AFTER
-    assert runs[0]["tokens_seen"] == 4096
-
-
-def test_a_summary_that_is_not_asked_for_is_not_read_and_names_runs_all_the_same(tmp_path: Path) -> None:
-    one = write_run(tmp_path, "0", ["seed=1", "x=a"])
-    (write_run(tmp_path, "1", ["seed=1", "x=b"]) / "summary.json").write_text("{", "utf-8")
-    assert [run["label"] for run in comparison.read_runs(tmp_path, only=[str(one)])] == ["x=a"]
-
-
-def test_an_empty_sweep_has_no_runs(tmp_path: Path) -> None:
-    assert comparison.read_runs(tmp_path) == []
-
-
-def test_a_run_is_named_by_what_not_all_runs_share(tmp_path: Path) -> None:
-    shared = ["teacher=hf", "teacher.name=/models/bert", "trainer=cpu"]
-    write_run(tmp_path, "0", [*shared, "objective.temperature=1", "seed=1"], order=0)
-    write_run(tmp_path, "1", [*shared, "objective.temperature=2", "seed=1"], order=1)
-    write_run(tmp_path, "2", [*shared, "objective.temperature=2", "seed=2"], order=2)
-    assert [run["label"] for run in comparison.read_runs(tmp_path)] == [
-        "objective.temperature=1, seed=1",
-        "objective.temperature=2, seed=1",
-        "objective.temperature=2, seed=2",
+def test_training_runs_show_what_they_took_and_reached() -> None:
+    teacher = {"name": "outputs/demo/teacher/student", "parameters": 2000}
+    distilled = run(
+        "distilled",
+        4.5,
+        teacher=teacher,
+        layers=[0, 2],
+        objective={"alpha_ce": 5.0, "alpha_mlm": 2.0, "temperature": 2.0},
+        wall_seconds=5400,
+        tokens_per_second=1234.5,
+        peak_memory_mb={"host": 900.0, "device": 1200.5},
+    )
+    distilled["after"] |= {"val/agreement": 0.5, "val/teacher_nll": 4.25}
+    rows = by_row(runs.training_table([distilled, run("teacher", 4.25)]))
+    assert list(rows["distilled"].values()) == [
+        *("distilled", "teacher", "1,000", "0 2", "ce 5.0, mlm 2.0, temperature 2.0", "64", "1.50", "1,234", "1,200"),
+        *("9.000", "4.500", "4.250", "0.500"),
     ]
+    assert list(rows["teacher"].values())[1:4] == ["none", "1,000", "-"]
 
 
 @pytest.mark.parametrize(
-    ("override", "label"),
+    ("student", "said"),
     [
-        ("+experiment/demo=teacher", "teacher"),  # a stage
-        ("+sweep/ablation=no_ce", "no_ce"),  # a row
-        ("+trainer.deterministic=true", "trainer.deterministic=true"),
-        ("objective.temperature=4", "objective.temperature=4"),
-        ("data.corpus.paths=/texts/en.txt", "data.corpus.paths=/texts/en.txt"),
-        ("+data.corpus.extra=/texts/en.txt", "data.corpus.extra=/texts/en.txt"),
-        ("teacher=roberta-base", "teacher=roberta-base"),
+        ({"_target_": "distilkit.student.cut_student", "init": "random"}, "random init"),
+        ({"_target_": "distilkit.student.new_student"}, "random init"),
+        ({"_target_": "distilkit.student.pretrained_student", "name": "bert"}, "-"),
     ],
 )
-def test_a_label_is_the_override_and_a_stage_is_its_name_alone(override: str, label: str, tmp_path: Path) -> None:
-    assert comparison.run_label(write_run(tmp_path, "0", ["seed=1", override]), {"seed=1"}) == label
+def test_a_random_init_is_one_that_the_config_of_the_run_asks_for(
+    student: dict[str, str], said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "full" / ".hydra").mkdir(parents=True)
+    (tmp_path / "full" / ".hydra" / "config.yaml").write_text(json.dumps({"student": student}), "utf-8")
+    assert by_row(runs.training_table([run("full", 4.0, folder=str(tmp_path))]))["full"]["layers"] == said
 
 
-@pytest.mark.parametrize("overrides", [None, [], ["seed=1"]])
-def test_a_run_without_overrides_of_its_own_is_named_by_its_folder(overrides: list[str] | None, tmp_path: Path) -> None:
-    assert comparison.run_label(write_run(tmp_path, "only", overrides), {"seed=1"}) == "only"
+def test_the_cost_of_scoring_is_summed_over_seeds_and_settings() -> None:
+    results = [
+        result("m", "rte", 0.6, seed=seed, settings={"lr": lr}, cost={**COST}) for seed in (1, 2) for lr in (1, 2)
+    ]
+    results[0].cost["date"] = "2026-11-20T08:00:00+00:00"
+    table = runs.cost_table(gathered([*results, result("m", "cola", 0.5, cost={})]))
+    assert table is not None
+    assert table.title == "Cost of fine-tuning and scoring"
+    assert table.rows == [["m", "RTE", "4", "4,000,000", "2.00", "Some CPU, 2 cores", "2026-11-20", "1"]]
+    assert table.notes == [
+        "All seeds and settings together: 4,000,000 tokens in 2.00 hours.",
+        "Versions 1: python 3.11, torch 2.13.",
+    ]
 
 
-# ----------------------------------------------------------------------------------- table
+def test_curves_are_drawn_over_tokens(outputs: Path) -> None:
+    (one,) = find_runs([outputs / "ablation" / "now" / "full"])
+    curves = runs._curves(one)
+    assert curves["val/nll"] == [(0.0, 9.0), (45_000.0, 6.0), (90_000.0, 4.0)]
+    assert runs.loss_plot([run("full", 4.0)]) is None
 
 
 def test_the_table_has_the_numbers_of_each_run(tmp_path: Path) -> None:
     write_run(tmp_path, "0", ["x=a"], order=0)
     write_run(tmp_path, "1", ["x=b"], order=1, tokens_seen=8192, after={**AFTER, "val/nll": 1.9996})
-    header, rows = comparison.table_rows(comparison.read_runs(tmp_path))
+    header, rows = runs.comparison_table(read_runs(tmp_path))
     assert header == [
         "run",
         "parameters",
@@ -135,26 +103,23 @@ def test_a_column_that_no_run_fills_is_left_out_and_one_that_some_fill_has_dashe
     alone = {"val/loss": 3.0, "val/nll": 2.5, "val/accuracy": 0.4}
     write_run(tmp_path, "0", ["x=a"], order=0, before={}, after=alone, tokens_per_second=None)
     write_run(tmp_path, "1", ["x=b"], order=1, before={}, tokens_per_second=None, latency_ms=12.34)
-    header, rows = comparison.table_rows(comparison.read_runs(tmp_path))
+    header, rows = runs.comparison_table(read_runs(tmp_path))
     assert header == ["run", "parameters", "tokens seen", "cross-entropy", "accuracy", "agreement", "latency ms"]
     assert [row[-2:] for row in rows] == [["-", "-"], ["0.500", "12.3"]]
     assert {len(row) for row in rows} == {len(header)}
 
 
 def test_a_metric_of_zero_is_a_number_and_no_dash() -> None:
-    run = {"before": {"val/nll": 0.0}, "after": {"val/accuracy": 0.0}}
-    assert comparison.cell(run, "val/accuracy", "{:.3f}") == "0.000"
-    assert comparison.cell(run, "before", "{:.3f}") == "0.000"
-    assert comparison.cell(run, "val/agreement", "{:.3f}") == "-"
-
-
-# ----------------------------------------------------------------------------------- files
+    one = {"label": "a", "before": {"val/nll": 0.0}, "after": {"val/accuracy": 0.0}}
+    header, rows = runs.comparison_table([one, {"label": "b", "before": {}, "after": {"val/agreement": 0.5}}])
+    assert header == ["run", "accuracy", "agreement", "untrained"]
+    assert rows == [["a", "0.000", "-", "0.000"], ["b", "-", "0.500", "-"]]
 
 
 def test_the_comparison_is_written_as_table_data_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path, "0", ["+experiment/demo=teacher"], order=0)
     write_run(tmp_path, "1", ["+experiment/demo=distilled"], order=1, after={**AFTER, "val/nll": 3.5})
-    comparison.compare(tmp_path, latency=False)
+    runs.compare(tmp_path, latency=False)
     header, rule, *rows = (tmp_path / "comparison.md").read_text("utf-8").splitlines()
     columns = header.count("|") - 1
     assert rule == "| " + " | ".join(["---"] + ["---:"] * (columns - 1)) + " |"  # figures stand to the right
@@ -192,9 +157,9 @@ def test_bars_grow_with_the_metric_and_the_teachers_are_gray(tmp_path: Path) -> 
     def run(label: str, nll: float) -> dict[str, Any]:
         return {"label": label, "after": {"val/nll": nll, "val/accuracy": 0.001}, "before": {}}
 
-    comparison.plot_runs([run("a", 2.0), run("b", 2.0)], tmp_path / "students.png")
-    comparison.plot_runs([run("a", 2.0), run("teacher", 2.0)], tmp_path / "teacher.png")
-    comparison.plot_runs([run("a", 2.0), run("b", 1.0)], tmp_path / "shorter.png")
+    runs.plot_runs([run("a", 2.0), run("b", 2.0)], tmp_path / "students.png")
+    runs.plot_runs([run("a", 2.0), run("teacher", 2.0)], tmp_path / "teacher.png")
+    runs.plot_runs([run("a", 2.0), run("b", 1.0)], tmp_path / "shorter.png")
     both, one = bars(tmp_path / "students.png", blue=True), bars(tmp_path / "teacher.png", blue=True)
     assert bars(tmp_path / "students.png", blue=False) < 0.02 * both
     assert one == pytest.approx(both / 2, rel=0.1)
@@ -204,28 +169,25 @@ def test_bars_grow_with_the_metric_and_the_teachers_are_gray(tmp_path: Path) -> 
 
 
 def test_a_plot_has_room_for_many_runs(tmp_path: Path) -> None:
-    runs = [{"label": f"seed={seed}", "after": {"val/nll": 2.0, "val/accuracy": 0.5}} for seed in range(12)]
-    comparison.plot_runs(runs[:2], tmp_path / "few.png")
-    comparison.plot_runs(runs, tmp_path / "many.png")
-    few, many = (matplotlib.image.imread(tmp_path / name).shape[0] for name in ("few.png", "many.png"))
-    assert many > 2 * few
+    many = [{"label": f"seed={seed}", "after": {"val/nll": 2.0, "val/accuracy": 0.5}} for seed in range(12)]
+    runs.plot_runs(many[:2], tmp_path / "few.png")
+    runs.plot_runs(many, tmp_path / "many.png")
+    low, high = (matplotlib.image.imread(tmp_path / name).shape[0] for name in ("few.png", "many.png"))
+    assert high > 2 * low
 
 
 def test_a_sweep_without_finished_runs_writes_nothing(tmp_path: Path) -> None:
-    comparison.compare(tmp_path, latency=True)
+    runs.compare(tmp_path, latency=True)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_hydra_calls_the_comparison_at_the_end_of_a_sweep(tmp_path: Path) -> None:
     write_run(tmp_path, "0", ["x=a"])
-    callback = comparison.SweepReport(measure_latency=False)
+    callback = runs.SweepReport(measure_latency=False)
     callback.on_multirun_end(
         OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}), config_name="train", job_return=[JobReturn()]
     )
     assert (tmp_path / "comparison.md").is_file()
-
-
-# --------------------------------------------------------------------------------- latency
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +202,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def test_the_latency_of_each_model_is_measured_and_a_deep_one_takes_longer(folders: list[str]) -> None:
-    small, large, causal = comparison.measure_latency(folders, block_size=16, rounds=9)
+    small, large, causal = runs.measure_latency(folders, block_size=16, rounds=9)
     assert 0 < small < large
     assert causal > 0
 
@@ -262,9 +224,9 @@ def test_models_are_timed_in_turn_on_one_block_of_the_given_size(
         return from_pretrained
 
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
-    for auto in (comparison.AutoModelForCausalLM, comparison.AutoModelForMaskedLM):
+    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForMaskedLM):
         monkeypatch.setattr(auto, "from_pretrained", load(auto.from_pretrained))
-    medians = comparison.measure_latency(folders, block_size=8, rounds=2)
+    medians = runs.measure_latency(folders, block_size=8, rounds=2)
     assert medians == [1000.0, 1000.0, 1000.0]  # a tick a pass, in milliseconds
     warm_up = [folder for folder in folders for _ in range(3)]
     assert calls == [(folder, torch.Size([1, 8])) for folder in [*warm_up, *folders, *reversed(folders)]]
@@ -281,8 +243,8 @@ def test_the_comparison_measures_the_students_on_the_smallest_block(
         asked.append((paths, block_size))
         return [1.25, 2.0]
 
-    monkeypatch.setattr(comparison, "measure_latency", measure)
-    comparison.compare(tmp_path, latency=True)
+    monkeypatch.setattr(runs, "measure_latency", measure)
+    runs.compare(tmp_path, latency=True)
     assert asked == [([f"{tmp_path}/0/student", f"{tmp_path}/1/student"], 16)]
     table = (tmp_path / "comparison.md").read_text("utf-8").splitlines()
     assert table[0].split("|")[-2].strip() == "latency ms"

@@ -1,0 +1,75 @@
+"""What the plots of a report share: colours, names that are safe to draw, and scatter plots of models."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from distilkit.report.frame import Scores
+
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#000000")
+_HUES = (*COLOURS[:5], COLOURS[6])  # of the students; the teacher and the baseline have their own
+_MARKERS = "oDv^P"
+WIDTH = 6.5  # inches: the text stays readable on a phone
+
+
+class Point(NamedTuple):
+    """A model in a plot: its place, and the range of its x."""
+
+    name: str
+    x: float
+    y: float
+    low: float | None = None
+    high: float | None = None
+
+
+def plain(text: str, *, width: int = 40) -> str:
+    """Make a name safe for matplotlib, which reads dollars as formulas and hides what begins with an underscore."""
+    short = text if len(text) <= width else text[: width - 1] + "…"
+    short = short.replace("$", r"\$")
+    return f" {short}" if short.startswith("_") else short
+
+
+def png(figure: Figure) -> bytes:
+    """Return a figure as a PNG file."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=150)
+    return stream.getvalue()
+
+
+def finish(axis: Axes) -> None:
+    """Draw the grid behind the data, and no frame above and to the right."""
+    axis.grid(alpha=0.3)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def scatter(panels: Mapping[str, Sequence[Point]], scores: Scores, *, x: str, y: str) -> Figure:
+    """Draw models as points, one panel below the other: a star for the teacher, a square for the baseline.
+
+    The legend below lists the models from the highest point to the lowest.
+    """
+    heights = {point.name: point.y for points in panels.values() for point in points}
+    names = sorted(heights, key=lambda name: -heights[name])
+    others = [name for name in names if name not in (scores.teacher, scores.baseline)]
+    figure = Figure(figsize=(WIDTH, 4.2 * len(panels) + 0.11 * len(names)), layout="constrained")
+    for axis, (title, points) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
+        for name, *place, low, high in sorted(points, key=lambda point: names.index(point.name)):
+            marker, colour = ("*", COLOURS[5]) if name == scores.teacher else ("s", COLOURS[7])
+            if name in others:
+                row, column = divmod(others.index(name), len(_HUES))
+                marker, colour = _MARKERS[row % len(_MARKERS)], _HUES[column]
+            size = 15 if marker == "*" else 8
+            axis.plot(*place, marker, color=colour, markersize=size, alpha=0.8, label=plain(scores.label(name)))
+            if low is not None and high is not None:
+                axis.hlines(place[1], low, high, color=colour, linewidth=1)
+        finish(axis)
+        axis.margins(x=0.1, y=0.1)
+        axis.set(xlabel=x, ylabel=y, title=plain(title))
+        axis.set_xlim(left=max(0.0, axis.get_xlim()[0]))
+    handles = {line.get_label(): line for axis in figure.axes for line in axis.get_lines()}
+    labels = [plain(scores.label(name)) for name in names]
+    figure.legend([handles[label] for label in labels], labels, loc="outside lower center", ncols=2, frameon=False)
+    return figure

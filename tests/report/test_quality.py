@@ -1,0 +1,118 @@
+"""The quality tables and the plot of score against size."""
+
+from typing import Any
+
+import pytest
+from matplotlib.figure import Figure
+
+from distilkit.report import published, quality, retention
+from scores import GLUE, by_row, gathered, glue, perplexity, result, speed
+
+
+def test_the_quality_table_has_medians_and_the_macro_average() -> None:
+    table = quality.quality_table(gathered(glue()))
+    rows = by_row(table)
+    assert list(rows) == ["bert (teacher)", "student", "baseline"]
+    assert table is not None
+    assert table.header[:4] == ["model", "parameters", "GLUE average", "CoLA"]
+    assert rows["student"]["CoLA"] == "51.0"
+    assert rows["student"]["parameters"] == "66,000,000"
+    averages = [row["GLUE average"] for row in rows.values()]
+    assert averages == ["79.0", "76.6", "70.4"]  # 711 / 9, 689 / 9, 634 / 9
+    assert "student, lowest to highest: CoLA 49.0 to 52.0 (3 seeds), MNLI 80.0 to 83.0 (3 seeds)" in table.notes[2]
+    record = next(each for each in table.records if (each["model"], each["task"]) == ("student", "cola"))
+    assert (record["seeds"], record["lowest"], record["highest"]) == (3, pytest.approx(0.49), pytest.approx(0.52))
+
+
+def test_without_all_nine_tasks_the_average_is_over_those_that_all_rows_share() -> None:
+    results = [each for each in glue() if not (each.name == "student" and each.task in GLUE[2:])]
+    results = [each for each in results if each.task != "wnli"]
+    results.append(result("student", "squad", 0.9, teacher={"name": "bert-squad"}))  # narrows nothing
+    table = quality.quality_table(gathered(results))
+    rows = by_row(table)
+    assert rows["bert (teacher)"]["average of 2 tasks"] == "70.0"  # (56 + 84) / 2
+    assert rows["student"]["average of 2 tasks"] == "66.5"
+    assert rows["student + 2nd distillation"]["average of 2 tasks"] == "-"
+    assert table is not None
+    assert "average of 2 tasks: CoLA, MNLI." in table.notes[0]
+
+
+def test_perplexities_keep_their_unit_and_stay_out_of_averages() -> None:
+    results = [*glue(), *(perplexity(name, value) for name, value in (("bert", 16.3), ("student", 21.1)))]
+    scores = gathered(results)
+    rows = by_row(quality.quality_table(scores))
+    assert rows["student"]["perplexity"] == "21.10"
+    assert rows["student"]["GLUE average"] == "76.6"
+    assert by_row(retention.retention_table(scores))["student"]["perplexity"] == "77.3"  # 16.3 / 21.1
+
+
+def test_a_row_with_few_tasks_or_others_takes_no_average_from_the_rest() -> None:
+    tasks = ("cola", "rte", "mrpc")
+    given = [each for each in glue() if each.task in tasks and (each.name, each.task) != ("baseline", "mrpc")]
+    given += [result("odd", "imdb", 0.9), result("one", "rte", 0.5)]
+    table = quality.quality_table(gathered(given))
+    assert table is not None
+    assert table.header[2] == "average of 2 tasks"  # of all that teacher and baseline have
+    assert [row[2] for row in table.rows] == ["62.5", "55.0", "-", "-", "42.5"]  # (56 + 69) / 2
+    (line, *others) = retention.verdicts(gathered(given))
+    assert line.startswith("On average of 2 tasks student keeps 88.0 % of bert")  # 110 / 125
+    assert [other.partition(" keeps")[0] for other in others] == ["On RTE one"]
+
+
+def test_what_was_scored_on_a_part_of_the_rows_is_said_to_be() -> None:
+    part = {
+        "settings": {"epochs": 1, "lr": 5e-5, "max_train_rows": 100},
+        "details": {"rows": {"dev": 277}, "train_rows": 100},
+    }
+    whole = {"settings": {"epochs": 3, "lr": 5e-5}, "details": {"rows": {"dev": 277}, "train_rows": 2490}}
+    scores = gathered(
+        [result("m", "rte", 0.6, **part), result("n", "rte", 0.6, **whole), result("m", "cola", 0.5, **whole)]
+    )
+    said = (
+        "RTE on a part of its rows: trained on 100 rows, scored on 277 of dev, epochs=1 (m); trained on 2,490 rows, scored on "
+        "277 of dev, epochs=3 (n)."
+    )
+    for table in (quality.quality_table(scores), published.published_table(scores)):
+        assert table is not None
+        assert table.notes[1:] == [said]
+
+
+def test_metrics_have_a_table_of_their_own() -> None:
+    results = [
+        result("m", "mnli", 0.82, seed=seed, scores={"matched/accuracy": value, "mismatched/accuracy": 0.83})
+        for seed, value in enumerate((0.80, 0.82, 0.85))
+    ]
+    table = quality.metrics_table(gathered([*results, perplexity("m", 20.0)]))
+    assert table is not None
+    assert table.rows == [
+        ["m", "MNLI", "matched/accuracy", "82.0", "3", "80.0 to 85.0"],
+        ["m", "MNLI", "mismatched/accuracy", "83.0", "3", "83.0 to 83.0"],
+        ["m", "perplexity", "perplexity", "20.00", "1", "-"],
+        ["m", "perplexity", "word_perplexity", "40.00", "1", "-"],
+    ]
+
+
+def test_the_card_of_a_model_gets_its_scores() -> None:
+    results = [each for each in glue() if each.name == "student" and each.task in ("rte", "cola")]
+    text = quality.results_markdown([*results, perplexity("student", 21.0), speed("student", 20.0)])
+    assert text.splitlines() == [
+        "| task | score | seeds | lowest to highest | metrics |",
+        "| --- | ---: | ---: | ---: | --- |",
+        "| CoLA | 51.0 | 3 | 49.0 to 52.0 | accuracy 51.0 |",
+        "| RTE | 59.0 | 3 | 57.0 to 60.0 | accuracy 59.0 |",
+        "| perplexity | 21.00 | 1 | - | perplexity 21.00, word_perplexity 42.00 |",
+        "| average of 2 tasks | 55.0 | - | - | - |",
+    ]
+    assert quality.results_markdown([]) == ""
+    assert quality.results_markdown([speed("student", 20.0)]) == ""
+
+
+def test_plots_and_tables_show_the_same_number_of_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = [result(name, task, 0.6, parameters=n) for name in "ab" for task, n in (("cola", 1_000), ("rte", 9_000))]
+    drawn: list[Any] = []
+    monkeypatch.setattr(quality, "scatter", lambda panels, *args, **labels: drawn.extend(panels.values()) or Figure())
+    quality.size_plot(gathered(results))
+    assert [point.x for point in drawn[0]] == [1.0, 1.0]  # thousands, of CoLA, which is the table's first task
+    table = quality.quality_table(gathered(results))
+    assert table is not None
+    assert table.rows[0][1] == "1,000"
