@@ -19,6 +19,7 @@ from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from omegaconf import OmegaConf
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.strategies import FSDPStrategy
 from torch.distributed.fsdp import (
@@ -28,6 +29,7 @@ from torch.distributed.fsdp import (
     StateDictType,
 )
 
+from distilkit.evaluate.job import Job
 from tiny import WORDS
 
 SMALL = (  # steps of 16 blocks in two micro-batches, on one CPU
@@ -165,6 +167,22 @@ class Poison(Callback):
         if trainer.global_step >= self.step:
             with torch.no_grad():
                 next(pl_module.student.parameters())[7, 0] = float("inf")
+
+
+def make_job(
+    model: str | Path, *, name: str = "mine", seed: int = 0, tokenizer: str | None = None, **settings: Any
+) -> Job:
+    """Return a job of distilkit.evaluate for tasks that are measured without its command line."""
+    return Job(
+        model=str(model),
+        revision="main",
+        tokenizer=tokenizer,
+        sha256="0" * 64,
+        name=name,
+        seed=seed,
+        folder=Path("nowhere"),
+        cfg=OmegaConf.create(settings),
+    )
 
 
 def write_rows(folder: Path, *, num_train: int = 160, num_dev: int = 60) -> Path:

@@ -1,6 +1,8 @@
 """Every config of distilkit.evaluate composes and fits its target."""
 
 import inspect
+import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,16 +10,21 @@ from typing import Any
 import distilkit.conf.evaluate
 import pytest
 from hydra import compose, initialize_config_module
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Trainer
 
+import distilkit.evaluate.__main__
+import distilkit.report.__main__
 from distilkit.evaluate.texts import TextTask
+from jobs import call
 
 CONF = Path(distilkit.conf.evaluate.__file__).parent
 GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
-TASKS = sorted(file.stem for file in (CONF / "task").glob("*.yaml"))
+TASKS = sorted(file.stem for file in (CONF / "task").glob("[!_]*.yaml"))
 TEXTS = [*GLUE, "imdb", "xnli"]
 
 
@@ -49,9 +56,9 @@ def test_a_task_gives_its_target_what_it_takes(task: str) -> None:
 def test_glue_sweeps_over_the_same_nine_tasks() -> None:
     cfg = composed("task=glue", "task.data_dir=there")
     assert cfg.hydra.mode.name == "MULTIRUN"
-    assert plain(cfg.hydra.sweeper.params) == {"+task/glue": ",".join(GLUE)}
+    assert plain(cfg.hydra.sweeper.params) == {"evaluate/task@task": ",".join(GLUE)}
     for task in GLUE:
-        job = composed("task=glue", f"+task/glue={task}", "task.data_dir=there", "task.max_train_rows=7")
+        job = composed("task=glue", f"evaluate/task@task={task}", "task.data_dir=there", "task.max_train_rows=7")
         alone = composed(f"task={task}", "task.data_dir=there", "task.max_train_rows=7")
         assert plain(job.task) == plain(alone.task)
 
@@ -60,8 +67,10 @@ def test_glue_sweeps_over_the_same_nine_tasks() -> None:
 def test_a_task_of_texts_builds_and_reads_hub_and_files_by_the_same_names(task: str) -> None:
     node = composed(f"task={task}").task
     assert isinstance(instantiate(node), TextTask)
-    scored = {name for name, split in node.files.scored.items() if split is not None}
-    assert scored == set(node.hub.scored)
+    files, hub = ({name for name, split in part.scored.items() if split} for part in (node.files, node.hub))
+    assert files == hub
+    named = [node.hub.train, *(split for split in node.hub.scored.values() if split)]
+    assert task not in GLUE or {split.name for split in named} == {task}
     assert node.hub.path in ("nyu-mll/glue", "stanfordnlp/imdb", "facebook/xnli")
 
 
@@ -169,3 +178,42 @@ def test_the_grid_is_berts_and_chooses_by_held_out_rows() -> None:
 def test_teacher_and_tokenizer_are_values_here() -> None:
     cfg = composed("teacher=outputs/some/model", "tokenizer=org/name")
     assert (cfg.teacher, cfg.tokenizer) == ("outputs/some/model", "org/name")
+
+
+def help_of(name: str, folder: Path) -> str:
+    entry = {"evaluate": distilkit.evaluate.__main__, "report": distilkit.report.__main__}[name].main
+    done = call(entry, "--help", cwd=folder)
+    assert done.code == 0, done.err
+    return done.out
+
+
+def test_the_help_of_evaluation_lists_its_own_groups_and_options(tmp_path: Path) -> None:
+    block = help_of("evaluate", tmp_path).partition("Groups (group=option):\n")[2].partition("\n\n")[0]
+    groups = {
+        name: options.split(", ") for name, _, options in (line.strip().partition(": ") for line in block.splitlines())
+    }
+    folders = [folder for folder in CONF.iterdir() if folder.is_dir() and folder.name != "__pycache__"]
+    assert groups == {folder.name: sorted(file.stem for file in folder.glob("[!_]*.yaml")) for folder in folders}
+
+
+def test_the_help_of_the_report_lists_its_keys_and_no_group(tmp_path: Path) -> None:
+    text = help_of("report", tmp_path)
+    assert "roup" not in text
+    keys = re.findall(r"^  (\w+) +\S", text.partition("Keys (key=value):\n")[2].partition("\n\n")[0], flags=re.M)
+    with initialize_config_module("distilkit.conf.evaluate", version_base="1.3"):
+        assert keys == list(compose("report"))
+
+
+@pytest.mark.parametrize("name", ["evaluate", "report"])
+def test_the_help_ends_with_five_examples_that_compose(name: str, tmp_path: Path) -> None:
+    examples = [line.strip() for line in help_of(name, tmp_path).strip().partition("Examples:\n")[2].splitlines()]
+    assert len(examples) == 5
+    for example in examples:
+        assert example.startswith(f"python -m distilkit.{name} ")
+        given = [word for word in shlex.split(example)[3:] if word != "--multirun"]
+        assert len(given) == len(shlex.split(example)[3:]) - example.count("--multirun")
+        with initialize_config_module("distilkit.conf.evaluate", version_base="1.3"):
+            (jobs,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(given), max_batch_size=None)
+            for job in jobs:
+                compose(name, job)
+        assert (len(jobs) > 1) == ("--multirun" in example)

@@ -89,9 +89,12 @@ def test_settings_that_cannot_be_are_named_before_anything_is_trained(
 
 
 def test_composing_an_evaluation_leaves_the_configs_in_use_as_they_were() -> None:
+    given = ["sweep=ablation", "ablation.data_dir=there", 'ablation.overrides=["finetune.lr=1e-4"]']
     with initialize_config_module("distilkit.conf.train", version_base="1.3"):
-        evaluation("rte", data_dir="there", overrides=["finetune.lr=1e-4"])
+        cfg = evaluation(compose("train", given), "rte", model="m", seed=3)
         assert compose("train", ["objective.temperature=3"]).objective.temperature == 3
+    assert (cfg.task.name, cfg.task.data_dir, cfg.finetune.lr) == ("rte", "there", 1e-4)
+    assert (cfg.model, cfg.seed, cfg.trainer.accelerator, cfg.save_model) == ("m", 3, "auto", False)
 
 
 def test_scores_come_into_the_card_once_and_only_into_our_cards(tmp_path: Path) -> None:

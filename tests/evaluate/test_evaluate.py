@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 import distilkit.evaluate.__main__
-from distilkit.evaluate.__main__ import hold_out
-from distilkit.evaluate.finetune import Batches, FinetuningModule
+from distilkit.evaluate.finetune import Batches, FinetuningModule, hold_out
 from distilkit.records import read_results
 from jobs import Outcome, call, only, write_rows
 from tiny import build_model
@@ -303,7 +302,7 @@ def test_batches_hold_like_lengths_and_every_row_once_an_epoch(tokenizer: PreTra
         (["finetune.batch_size=0"], "finetune.batch_size=0, but it must be a whole number of at least 1"),
         (["finetune.held_out=1"], "finetune.held_out=1, but it must be a number of at least 0 and at most 0.9"),
         (["finetune.held_out=0.001"], "of 160 training rows leaves one side empty"),
-        (["finetune.patience=2"], "finetune.held_out=0.0: early stopping needs rows to choose by"),
+        (["finetune.patience=2"], "finetune.patience=2 needs held-out rows, but finetune.held_out=0.0; set"),
         (["finetune.patience=0", "finetune.held_out=0.1"], "finetune.patience=0, but it must be a whole number of at"),
         (["finetune.epochs=three"], "finetune.epochs=three, but it must be a whole number of at least 0"),
         (["finetune.lr=null"], "finetune.lr=None, but it must be a number above 0"),
@@ -311,7 +310,7 @@ def test_batches_hold_like_lengths_and_every_row_once_an_epoch(tokenizer: PreTra
         (["finetune.warmup_share=2"], "finetune.warmup_share=2, but it must be a number of at least 0 and at most 1"),
         (["distil.alpha_task=0", "distil.alpha_ce=0"], "distil.alpha_task=0 and distil.alpha_ce=0 leave no loss"),
         (["seed=-1"], "seed=-1, but it must be a whole number of at least 0"),
-        (["finetune.epochs=0", "teacher=x"], "finetune.epochs=0 trains nothing, so that a teacher is of no use"),
+        (["finetune.epochs=0", "teacher=x"], "finetune.epochs=0 trains nothing, so a teacher has no effect"),
         (["task.max_length=128"], "has 64 positions; set task.max_length=64 or less"),
         (["distil.temperature=0"], "distil.temperature=0, but it must be a number above 0"),
         (["+finetune.learning_rate=1"], "finetune.learning_rate is unknown; finetune takes lr, batch_size"),
@@ -336,7 +335,7 @@ def test_a_folder_that_is_no_model_is_named(score: Callable[..., Outcome], tmp_p
     (tmp_path / "empty").mkdir()
     done = score(model=tmp_path / "empty")
     assert done.code == 1
-    assert "is no Hugging Face folder with config.json and .safetensors" in done.err
+    assert "has no config.json or no .safetensors" in done.err
 
 
 def test_a_model_without_a_tokenizer_says_where_to_get_one(

@@ -20,6 +20,7 @@ from distilkit.data.tokenizer import train_tokenizer
 from distilkit.errors import UserError
 from distilkit.evaluate.perplexity import LanguageScore, masked_batches, masked_windows, pseudo_places, read_text
 from distilkit.records import Result, read_file, write_results
+from jobs import make_job
 from tiny import VOCABULARY, build_model, make_documents
 
 CONFIG = Path(__file__).parents[2] / "conf" / "evaluate" / "task" / "lm.yaml"
@@ -46,7 +47,7 @@ def scorer(paths: Any, **fields: Any) -> LanguageScore:
 
 def measure(paths: Any, folder: Path, *, seed: int = 0, **fields: Any) -> Result:
     task = scorer(paths, **fields)
-    [result] = task.measure(model=str(folder), revision="main", tokenizer=None, name="tiny", seed=seed)
+    [result] = task.measure(make_job(folder, name="tiny", seed=seed))
     return result
 
 
@@ -285,8 +286,12 @@ def test_a_wrong_value_is_told_before_a_model_is_loaded(fields: dict[str, Any], 
     ("model_type", "fields", "message"),
     [
         ("gpt2", {"block_size": 65}, "task.block_size=65, but .* has 64 positions; set task.block_size=64 or less"),
-        ("gpt2", {"block_size": 8, "stride": 9}, "task.stride=9 would .* windows of 8; set task.stride=8 or less"),
-        ("bert", {"block_size": 2}, "task.block_size=2 leaves no room beside the 2 special .*; set .* to 3 or more"),
+        (
+            "gpt2",
+            {"block_size": 8, "stride": 9},
+            "task.stride=9 would skip tokens between windows of 8; set task.stride=8 or less",
+        ),
+        ("bert", {"block_size": 2}, "task.block_size=2 has no room next to the 2 special .*; set .* to 3 or more"),
     ],
 )
 def test_a_window_that_does_not_fit_is_an_error(
@@ -332,4 +337,4 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_an_error(
     causal_tokenizer.save_pretrained(tmp_path)
     task = scorer(texts)
     with pytest.raises(UserError, match="the tokenizer of a masked bert has no mask token"):
-        task.measure(model=str(save_teacher("bert")), revision="main", tokenizer=str(tmp_path), name="tiny", seed=0)
+        task.measure(make_job(save_teacher("bert"), tokenizer=str(tmp_path)))

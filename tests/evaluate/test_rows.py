@@ -106,7 +106,9 @@ BROKEN = "sentence\tlabel\nfine\t1\nno label\nalso fine\t0\ttoo much\nodd\tmaybe
 
 def test_malformed_rows_are_counted_and_the_first_is_named(tmp_path: Path) -> None:
     split = written(tmp_path, "dev.tsv", BROKEN)
-    message = "3 of 4 rows cannot be used; the first: line 3 has not the fields of the others.*task.skip_malformed=true"
+    message = (
+        "3 of 4 rows cannot be used; the first: line 3 does not have the fields of the others.*task.skip_malformed=true"
+    )
     with pytest.raises(UserError, match=message):
         read(split)
     assert read(split, skip_malformed=True) == [Example(texts=("fine",), label=1)]
@@ -119,7 +121,7 @@ def test_a_label_outside_the_set_is_named_with_the_set(tmp_path: Path) -> None:
 
 
 def test_an_empty_split_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no row that can be used \\(0 were read\\); check task.data_dir"):
+    with pytest.raises(UserError, match="no usable row \\(0 were read\\); check task.data_dir"):
         read(written(tmp_path, "dev.tsv", "sentence\tlabel\n"))
 
 
@@ -131,7 +133,7 @@ def test_a_missing_column_is_named_with_those_that_are_there(tmp_path: Path) -> 
 def test_a_missing_file_is_named_with_those_that_are_there(tmp_path: Path) -> None:
     (tmp_path / "other.tsv").write_text("", "utf-8")
     with pytest.raises(
-        UserError, match="has 0 files 'dev.*', where one is needed; it holds other.tsv; set task.data_dir"
+        UserError, match="has 0 files 'dev.*', but one is needed; it holds other.tsv; set task.data_dir"
     ):
         read(FileSplit(folder=tmp_path, file="dev.*"))
 
@@ -144,18 +146,18 @@ def test_two_files_for_one_split_are_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
+    ("name", "content", "message"),
     [
-        ("dev.tsv", b"sentence\tlabel\n\xff\xfe\t1\n"),
-        ("dev.tsv.gz", gzip.compress(b"sentence\tlabel\none\t1\n" * 99)[:-20]),
-        ("dev.tsv.gz", b"sentence\tlabel\none\t1\n"),
-        ("dev.jsonl.xz", lzma.compress(b"{}" * 999)[:-20]),
+        ("dev.tsv", b"sentence\tlabel\n\xff\xfe\t1\n", "{} is not UTF-8: .*; convert it first"),
+        ("dev.tsv.gz", gzip.compress(b"sentence\tlabel\none\t1\n" * 99)[:-20], "cannot read .*{}: .*may be cut short"),
+        ("dev.tsv.gz", b"sentence\tlabel\none\t1\n", "cannot read .*{}: .* not what its name says"),
+        ("dev.jsonl.xz", lzma.compress(b"{}" * 999)[:-20], "cannot read .*{}: .*may be cut short"),
     ],
     ids=["not UTF-8", "gzip cut short", "not gzip", "xz cut short"],
 )
-def test_a_file_that_cannot_be_read_is_named(name: str, content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_named(name: str, content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=f"cannot read .*{name}: .*; it may be cut short, not UTF-8"):
+    with pytest.raises(UserError, match=message.format(name)):
         read(FileSplit(folder=tmp_path, file="dev.*"))
 
 
@@ -173,7 +175,7 @@ def test_a_text_may_be_longer_than_what_csv_reads_by_default(tmp_path: Path) -> 
 
 def test_a_folder_of_texts_is_for_one_text(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
-    with pytest.raises(UserError, match="is a folder of texts, one column, but this task reads a, b"):
+    with pytest.raises(UserError, match="is a folder of single texts, but this task reads a, b"):
         read(FileSplit(folder=tmp_path, file="train"), texts=["a", "b"])
 
 

@@ -17,12 +17,12 @@ import distilkit.evaluate.onnx_export
 import distilkit.evaluate.speed
 import distilkit.timing
 from distilkit.errors import UserError
-from distilkit.evaluate.candidate import Candidate, encode, file_size, load_candidate
 from distilkit.evaluate.onnx_export import export_onnx, open_session, quantize_int8
-from distilkit.evaluate.speed import Speed
+from distilkit.evaluate.speed import Candidate, Speed, encode, file_size
 from distilkit.language_model import num_parameters_without_embeddings
 from distilkit.records import Result, model_name
 from distilkit.timing import latency, seconds_in_turn, throughput, times_faster, torch_threads
+from jobs import make_job
 from tiny import build_model, make_documents
 
 CONFIG = Path(__file__).parents[2] / "conf/evaluate/task/speed.yaml"
@@ -38,20 +38,12 @@ def build_speed(**changes: Any) -> Speed:
 
 
 def measure(task: Speed, model: Path | str, *, name: str = "mine", tokenizer: str | None = None) -> list[Result]:
-    return task.measure(model=str(model), revision="main", tokenizer=tokenizer, name=name, seed=1)
+    return task.measure(make_job(model, name=name, seed=1, tokenizer=tokenizer))
 
 
 def load(folder: Path, *, batch_sizes: tuple[int, int] = (1, 3), max_length: int = 128) -> Candidate:
-    return load_candidate(
-        str(folder),
-        revision="main",
-        tokenizer=None,
-        name="tiny",
-        sentences=PAIRS,
-        batch_sizes=batch_sizes,
-        max_length=max_length,
-        seed=0,
-    )
+    task = build_speed(batch_sizes=list(batch_sizes), max_length=max_length)
+    return task.load(make_job(folder, name="tiny"), PAIRS)
 
 
 @pytest.fixture
@@ -243,7 +235,7 @@ def test_models_of_one_name_get_their_whole_path(glue: Path, save_teacher: Calla
     other = tmp_path / "other"
     other.symlink_to(folder)
     assert [result.name for result in measure(task, other, name=folder.name)] == [folder.name, str(folder)]
-    with pytest.raises(UserError, match="is given twice; task.against takes other models than model="):
+    with pytest.raises(UserError, match="is given twice; task.against takes models other than model="):
         measure(task, folder)
 
 
@@ -312,7 +304,7 @@ def test_sentences_that_cannot_be_read_are_refused(glue: Path, tmp_path: Path) -
         build_speed(data_dir="nowhere").sentences()
     empty = tmp_path / "empty.txt"
     empty.write_text("\n\n", "utf-8")
-    with pytest.raises(UserError, match="empty.txt has no sentence; it takes one a line"):
+    with pytest.raises(UserError, match="empty.txt has no sentence; give a file with one a line"):
         build_speed(data_dir=str(empty)).sentences()
     with pytest.raises(UserError, match=r"has 0 files 'dev.tsv'"):
         build_speed(data_dir=str(tmp_path)).sentences()
@@ -339,9 +331,9 @@ def test_sentences_that_cannot_be_read_are_refused(glue: Path, tmp_path: Path) -
         ({"batch_sizes": [0, 32]}, "task.batch_sizes=[0, 32], but it takes two sizes of at least 1"),
         ({"devices": ["tpu"]}, "task.devices=tpu, but it takes auto, cpu and cuda"),
         ({"devices": []}, "task.devices is empty; it takes auto, cpu and cuda"),
-        ({"devices": "cuda"}, "task.devices=cuda, but there is no CUDA here; set task.devices=cpu"),
+        ({"devices": "cuda"}, "task.devices=cuda, but CUDA is not available; set task.devices=cpu"),
         ({"onnx": "yes"}, "task.onnx=yes, but it takes auto, true and false"),
-        ({"onnx": False, "int8": True}, "task.int8=true is made from the ONNX model; set task.onnx=true"),
+        ({"onnx": False, "int8": True}, "task.int8=true needs the ONNX model; set task.onnx=true"),
     ],
 )
 def test_values_out_of_range_are_refused(
@@ -398,7 +390,7 @@ def test_a_tokenizer_with_nothing_to_pad_with_is_refused(
     build_model("bert", num_layers=1).save_pretrained(tmp_path / "mute")
     mute = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, unk_token="[UNK]")
     mute.save_pretrained(tmp_path / "mute")
-    with pytest.raises(UserError, match="has no token to pad with; set its pad_token and save it"):
+    with pytest.raises(UserError, match="has no padding token; set its pad_token and save it"):
         measure(build_speed(data_dir=str(glue)), tmp_path / "mute")
 
 

@@ -86,7 +86,7 @@ def test_one_number_alone_said_is_a_correlation_of_zero() -> None:
 
 
 def test_gpt2_gets_a_separator_between_two_texts(causal_tokenizer: PreTrainedTokenizerBase) -> None:
-    (feature,) = task().encode([Example(texts=("ba be", "bi"), label=1)], causal_tokenizer, train=True)
+    (feature,) = task().encode([Example(texts=("ba be", "bi"), label=1)], causal_tokenizer)
     assert causal_tokenizer.convert_ids_to_tokens(feature["input_ids"]) == ["ba", "be", "[SEP]", "bi"]
 
 
@@ -107,12 +107,12 @@ def test_padding_comes_last_whatever_the_tokenizer_was_saved_with(
 def test_token_types_are_there_for_a_teacher_that_needs_them(tokenizer: PreTrainedTokenizerBase) -> None:
     own = copy.deepcopy(tokenizer)
     own.model_input_names = ["input_ids", "attention_mask"]  # as a DistilBERT's
-    (feature,) = task().encode([Example(texts=("ba be", "bi"), label=1)], own, train=True)
+    (feature,) = task().encode([Example(texts=("ba be", "bi"), label=1)], own)
     assert feature["token_type_ids"].tolist() == [0, 0, 0, 0, 1, 1]
 
 
 def test_special_tokens_that_a_text_spells_are_text(tokenizer: PreTrainedTokenizerBase) -> None:
-    (feature,) = task().encode([Example(texts=("ba [SEP]", "bi"), label=1)], tokenizer, train=True)
+    (feature,) = task().encode([Example(texts=("ba [SEP]", "bi"), label=1)], tokenizer)
     assert feature["input_ids"].tolist().count(tokenizer.sep_token_id) == 2
 
 
@@ -128,7 +128,7 @@ def test_one_class_alone_said_is_a_matthews_of_zero() -> None:
 def test_the_longest_text_is_cut_first(tokenizer: PreTrainedTokenizerBase) -> None:
     short, long = "ba be bi", " ".join(["da"] * 40)
     for texts in ((short, long), (long, short)):
-        (feature,) = task().encode([Example(texts=texts, label=1)], tokenizer, train=True)
+        (feature,) = task().encode([Example(texts=texts, label=1)], tokenizer)
         said = tokenizer.convert_ids_to_tokens(feature["input_ids"])
         assert len(said) == 16
         assert [said.count(token) for token in ("[CLS]", "[SEP]")] == [1, 2]
@@ -139,7 +139,7 @@ def test_the_longest_text_is_cut_first(tokenizer: PreTrainedTokenizerBase) -> No
 
 def test_a_target_is_an_id_or_a_number(tokenizer: PreTrainedTokenizerBase) -> None:
     example = Example(texts=("ba", "be"), label=1.0)
-    classes, numbers = (each.encode([example], tokenizer, train=True)[0] for each in (task(), task(**NUMBERS)))
+    classes, numbers = (each.encode([example], tokenizer)[0] for each in (task(), task(**NUMBERS)))
     assert (type(classes["target"]), type(numbers["target"])) == (int, float)
 
 
@@ -208,9 +208,9 @@ def test_a_teacher_must_predict_the_same_classes() -> None:
         ({"metrics": []}, "it takes one or more of"),
         ({"labels": ["one"]}, "task.labels=\\['one'\\], but it takes two or more names, each once"),
         ({"labels": ["a", "a"]}, "it takes two or more names, each once"),
-        ({"metrics": ["pearson"]}, "does not go with task.labels=\\['no', 'yes'\\]"),
-        ({"labels": None}, "does not go with task.labels=None"),
-        ({"metrics": ["f1"], "labels": ["a", "b", "c"]}, "f1, which is for two classes, and task.labels has 3"),
+        ({"metrics": ["pearson"]}, "does not match task.labels=\\['no', 'yes'\\]"),
+        ({"labels": None}, "does not match task.labels=None"),
+        ({"metrics": ["f1"], "labels": ["a", "b", "c"]}, "f1, which is for two classes, but task.labels has 3"),
         ({"texts": ["a", "b", "c"]}, "it takes one column or two"),
         ({"max_train_rows": 0}, "task.max_train_rows=0, but it must be at least 1"),
         ({"max_length": 4}, "task.max_length=4, but it must be at least 8"),
@@ -224,5 +224,5 @@ def test_wrong_settings_are_named(changes: dict[str, Any], message: str) -> None
 def test_where_the_rows_are_must_be_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="task 'mine' has no data set on the hub; set task.data_dir"):
         task().train_examples()
-    with pytest.raises(UserError, match="is no folder; give the one that holds the task's files"):
+    with pytest.raises(UserError, match="is no folder; give the folder of the task's files"):
         task(data_dir=str(tmp_path / "nothing")).train_examples()

@@ -1,22 +1,14 @@
 """Text from .txt, .jsonl, .csv and .parquet files, plain or compressed."""
 
-import csv
 import glob
-import io
-import json
-import lzma
-import sys
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TextIO, cast
-
-import fsspec
+from typing import Any, Literal
 
 from distilkit.data.corpus import has_surrogate, nonempty
+from distilkit.data.table_files import OPENERS, delimited_rows, errors_name, json_rows, open_text
 from distilkit.errors import UserError
 
-_COMPRESSIONS = {".gz": "gzip", ".xz": "xz", ".zst": "zstd"}
 _FORMATS = (".txt", ".jsonl", ".csv", ".parquet")
 
 
@@ -25,9 +17,6 @@ class TextFiles:
 
     ``column`` names the text in .jsonl, .csv and .parquet, a row a document. In .txt a document ends at a
     ``blank_line``, at each ``line``, or with the ``file``.
-
-    Raises:
-        UserError: a path matches nothing, or holds no file of a known format.
     """
 
     def __init__(
@@ -50,83 +39,59 @@ class TextFiles:
         return {"files": stats, "column": self.column, "document": self.document}
 
     def documents(self) -> Iterator[str]:
-        """Yield the documents of each file in turn.
-
-        Raises:
-            UserError: a file is not UTF-8, a row is malformed, or the column is missing.
-        """
+        """Yield the documents of each file in turn."""
         for file in self.files:
-            try:
-                yield from nonempty(self._read(file))
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{file} is not UTF-8: {error.reason} at byte {error.start} of its chunk; convert it first, for "
-                    "example with iconv -f latin1 -t utf-8"
-                ) from error
-            except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
-                raise UserError(
-                    f"cannot read {file}: {error}; the file may be cut short or not what its name says"
-                ) from error
-
-    def _read(self, file: Path) -> Iterator[str]:
-        kind = _format(file)
-        if kind == ".parquet":
-            yield from self._parquet(file)
-            return
-        with _open(file, newline="" if kind == ".csv" else None) as stream:
-            match kind:
+            match _format(file):
                 case ".txt":
-                    yield from self._text(stream)
+                    texts = self._text(file)
                 case ".jsonl":
-                    yield from self._jsonl(file, stream)
+                    texts = self._jsonl(file)
+                case ".csv":
+                    texts = self._csv(file)
                 case _:
-                    yield from self._csv(file, stream)
+                    texts = self._parquet(file)
+            yield from nonempty(texts)
 
-    def _text(self, stream: Iterable[str]) -> Iterator[str]:
-        if self.document == "line":
-            yield from stream
-            return
-        lines: list[str] = []
-        for line in stream:
-            if self.document == "blank_line" and not line.strip():
-                yield "".join(lines)
-                lines = []
-            else:
-                lines.append(line)
-        yield "".join(lines)
+    def _text(self, file: Path) -> Iterator[str]:
+        with open_text(file) as stream:
+            if self.document == "line":
+                yield from stream
+                return
+            lines: list[str] = []
+            for line in stream:
+                if self.document == "blank_line" and not line.strip():
+                    yield "".join(lines)
+                    lines = []
+                else:
+                    lines.append(line)
+            yield "".join(lines)
 
-    def _jsonl(self, file: Path, stream: Iterable[str]) -> Iterator[str]:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{file}, line {number} is not JSON: {error.msg}; mend or drop that line") from error
-            self._check_column(file, list(row) if isinstance(row, dict) else [])
+    def _jsonl(self, file: Path) -> Iterator[str]:
+        for number, row in json_rows(file):
+            if row is None:
+                raise UserError(f"{file}, line {number} is not a JSON object; fix or drop that line")
+            self._check_column(file, row)
             yield self._text_of(file, number, row[self.column])
 
-    def _csv(self, file: Path, stream: Iterable[str]) -> Iterator[str]:
-        csv.field_size_limit(sys.maxsize)
-        rows = csv.DictReader(stream)
-        self._check_column(file, list(rows.fieldnames or []))
-        for row in rows:
-            yield row[self.column] or ""
+    def _csv(self, file: Path) -> Iterator[str]:
+        rows = delimited_rows(file)
+        _, header = next(rows, (0, []))
+        self._check_column(file, header)
+        column = header.index(self.column)
+        for _, fields in rows:
+            yield fields[column] if column < len(fields) else ""
 
     def _parquet(self, file: Path) -> Iterator[str]:
         import pyarrow.parquet as pq
-        from pyarrow import ArrowInvalid
 
         row = 0
-        try:
+        with errors_name(file):
             table = pq.ParquetFile(file)
             self._check_column(file, table.schema_arrow.names)
             for batch in table.iter_batches(batch_size=1024, columns=[self.column]):
                 for text in batch.column(0).to_pylist():
                     row += 1
                     yield self._text_of(file, row, text)
-        except ArrowInvalid as error:
-            raise UserError(f"{file} is not a whole parquet file: {error}; make or fetch it again") from error
 
     def _text_of(self, file: Path, row: int, value: object) -> str:
         if value is None:
@@ -137,31 +102,18 @@ class TextFiles:
                 "name the text column with data.corpus.column"
             )
         if has_surrogate(value):
-            raise UserError(f"{file}, row {row}: half of a surrogate pair is no text; mend or drop that row")
+            raise UserError(f"{file}, row {row}: unpaired surrogate; fix or drop that row")
         return value
 
-    def _check_column(self, file: Path, columns: list[str]) -> None:
+    def _check_column(self, file: Path, columns: Iterable[str]) -> None:
         if self.column not in columns:
             raise UserError(
                 f"{file} has no column {self.column!r}; it has {', '.join(columns) or 'none'}: set data.corpus.column"
             )
 
 
-def _open(file: Path, *, newline: str | None) -> TextIO:
-    encoding = "utf-8-sig"  # without the mark that Windows programs put before the text
-    if file.suffix == ".zst":  # fsspec takes the end of a file that was cut short for the end of the text
-        import pyarrow
-
-        stream = pyarrow.input_stream(str(file), compression="zstd")
-        return io.TextIOWrapper(stream, encoding, newline=newline)
-    compression = _COMPRESSIONS.get(file.suffix)
-    return cast(
-        TextIO, fsspec.open(str(file), "rt", encoding=encoding, newline=newline, compression=compression).open()
-    )
-
-
 def _format(file: Path) -> str:
-    return (Path(file.stem) if file.suffix in _COMPRESSIONS else file).suffix
+    return (Path(file.stem) if file.suffix in OPENERS else file).suffix
 
 
 def _find(path: str) -> list[Path]:
@@ -177,12 +129,12 @@ def _find(path: str) -> list[Path]:
     if not found:
         raise UserError(
             f"data.corpus.paths: {path!r} matches no file; known formats are {', '.join(_FORMATS)}, plain "
-            f"or with {', '.join(_COMPRESSIONS)}"
+            f"or with {', '.join(OPENERS)}"
         )
     for file in found:
         if _format(file) not in _FORMATS or (_format(file) == ".parquet" and file.suffix != ".parquet"):
             raise UserError(
                 f"{file} has an unknown format; known are {', '.join(_FORMATS)}, the first three also "
-                f"with {', '.join(_COMPRESSIONS)}"
+                f"with {', '.join(OPENERS)}"
             )
     return [file.resolve() for file in found]

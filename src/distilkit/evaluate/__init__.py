@@ -1,1 +1,1 @@
-"""Score models: ``python -m distilkit.evaluate``."""
+"""Score models: a task reads examples and measures a model, and each job leaves its scores in results.json."""

@@ -1,8 +1,8 @@
-"""What each term is worth (arXiv 1910.01108, table 4): fine-tune the students of a sweep, and report the changes."""
+"""Ablate the terms of the loss (arXiv 1910.01108, table 4): fine-tune a sweep's students, and report the changes."""
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from rich.console import Console
 
 from distilkit.cli import check_names, report_errors
 from distilkit.errors import UserError
-from distilkit.evaluate.__main__ import check_settings, evaluate
+from distilkit.evaluate.job import Task, check_settings, evaluate
 from distilkit.records import find_runs, read_results, read_runs
 from distilkit.report.__main__ import write_report
 
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def evaluation_configs() -> Iterator[None]:
+def _evaluation_configs() -> Iterator[None]:
     """Compose the configs of distilkit.evaluate while those of distilkit.train are in use."""
     before = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
@@ -37,24 +37,22 @@ def evaluation_configs() -> Iterator[None]:
         GlobalHydra.instance().hydra = before
 
 
-def evaluation(task: str, *, data_dir: str | None, overrides: Sequence[str]) -> DictConfig:
-    """Compose the config of a task, before its model is known.
-
-    Raises:
-        UserError: there is no such task, or an override is wrong.
-    """
+def evaluation(config: DictConfig, task: str, *, model: str, seed: int) -> DictConfig:
+    """Compose the evaluation of a model on a task; it runs on the same accelerator as the training."""
+    given = [f"task={task}", "save_model=false", f"trainer.accelerator={config.trainer.accelerator}"]
     try:
-        with evaluation_configs():
-            cfg = compose("evaluate", [f"task={task}", "save_model=false", *overrides])
+        with _evaluation_configs():
+            cfg = compose("evaluate", [*given, *config.ablation.overrides])
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(f"ablation: task {task!r} with overrides {list(overrides)}: {error}") from error
-    if data_dir is not None and "data_dir" in cfg.task:
-        cfg.task.data_dir = data_dir
+        raise UserError(f"ablation: task {task!r} with overrides {list(config.ablation.overrides)}: {error}") from error
+    if config.ablation.data_dir is not None and "data_dir" in cfg.task:
+        cfg.task.data_dir = config.ablation.data_dir
+    cfg.model, cfg.seed = model, seed
     return cfg
 
 
-def exits(method: Callable[..., None]) -> Callable[..., None]:
-    """End the command where a callback fails: Hydra would turn its error into a warning, and go on."""
+def _exits(method: Callable[..., None]) -> Callable[..., None]:
+    """End the command if a callback fails: Hydra would turn its error into a warning and continue."""
 
     @functools.wraps(method)
     def wrapped(*args: Any, **kwargs: Any) -> None:
@@ -68,28 +66,21 @@ def exits(method: Callable[..., None]) -> Callable[..., None]:
 
 
 class Ablation(Callback):
-    """Hydra callback: when the students of a sweep are trained, score them, and write the report."""
+    """Hydra callback: score the students of a sweep once they are trained, and write the report."""
 
-    @exits
+    @_exits
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Read each task's rows once, so that what is wrong with them is said before hours of training.
-
-        Raises:
-            UserError: a key or a task is unknown, or its rows cannot be read.
-        """
+        """Read the data of each task once, so that an error in it shows before hours of training."""
         check_names(config.ablation, ("tasks", "data_dir", "seeds", "overrides"), path="ablation")
-        for task in config.ablation.tasks or []:
-            cfg = evaluation(task, **_given(config))
-            cfg.model, cfg.seed = "a student", 0
+        for name in config.ablation.tasks or []:
+            cfg = evaluation(config, name, model="a student", seed=0)
             check_settings(cfg)
-            found = instantiate(cfg.task)
-            if hasattr(found, "train_examples"):
-                found.train_examples()
-                found.scored_examples()
+            task: Task = instantiate(cfg.task)
+            task.check_data()
 
-    @exits
+    @_exits
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Fine-tune each student and the teacher on each task, unless it is done already, and report."""
+        """Fine-tune each student and the teacher on each task, unless it is recorded already, and report."""
         sweep = Path(config.hydra.sweep.dir).resolve()
         runs = read_runs(sweep)
         if not config.ablation.tasks or not runs:
@@ -101,12 +92,12 @@ class Ablation(Callback):
         for task in config.ablation.tasks:
             for seed in config.ablation.seeds:
                 for name, model in models.items():
-                    cfg = evaluation(task, **_given(config))
+                    cfg = evaluation(config, task, model=model, seed=seed)
+                    cfg.name, cfg.output_dir = name, str(sweep / "scores")
                     if name == "teacher":
                         cfg.revision, cfg.trust_remote_code = config.teacher.revision, config.teacher.trust_remote_code
                         own = config.tokenizer.get("name")
                         cfg.tokenizer = None if own == teacher else own
-                    cfg.model, cfg.name, cfg.seed, cfg.output_dir = model, name, seed, str(sweep / "scores")
                     evaluate(cfg)
         file = write_report(
             read_results([sweep / "scores"]),
@@ -118,9 +109,3 @@ class Ablation(Callback):
             wandb=None,
         )
         Console().print(f"report: {file}", soft_wrap=True, highlight=False)
-
-
-def _given(config: DictConfig) -> dict[str, Any]:
-    """Return what a sweep says of its evaluations; they run where the training ran."""
-    where = f"trainer.accelerator={config.trainer.accelerator}"
-    return {"data_dir": config.ablation.data_dir, "overrides": [where, *config.ablation.overrides]}

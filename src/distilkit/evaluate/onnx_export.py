@@ -1,4 +1,4 @@
-"""A classifier as ONNX: exported, quantized to int8, and run by ONNX Runtime on the CPU."""
+"""Export a classifier to ONNX, quantize it to int8, and run it with ONNX Runtime on the CPU."""
 
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -16,7 +16,7 @@ PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
 
 def missing_packages() -> list[str]:
-    """List what ONNX needs and is not installed."""
+    """List the packages for ONNX that are not installed."""
     return [name for name in PACKAGES if find_spec(name) is None]
 
 
@@ -34,15 +34,12 @@ class _Logits(nn.Module):
 def export_onnx(model: PreTrainedModel, folder: Path, *, example: Mapping[str, Tensor], name: str) -> Path:
     """Write ``model.onnx`` into a new folder, for batches of any size and length, and return its path.
 
-    ``example`` holds the inputs of one batch, all (batch, length). Weights may lie in a file beside it: the size is the
-    folder's.
-
-    Raises:
-        UserError: torch cannot export this architecture.
+    ``example`` holds the inputs of one batch, all (batch, length). Weights may be in a second file, so the size
+    is that of the folder.
     """
     folder.mkdir(parents=True)
     file = folder / "model.onnx"
-    # A size of 1 would be taken for a constant.
+    # A size of 1 would become a constant.
     inputs = tuple(tensor.repeat(2, 1) if len(tensor) == 1 else tensor for tensor in example.values())
     free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     try:
@@ -66,7 +63,7 @@ def export_onnx(model: PreTrainedModel, folder: Path, *, example: Mapping[str, T
 
 
 def quantize_int8(file: Path, folder: Path) -> Path:
-    """Write the model with weights in int8 into a new folder; activations are quantized as they come."""
+    """Write the model with weights in int8 into a new folder; activations are quantized at run time."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     folder.mkdir(parents=True)
@@ -82,6 +79,6 @@ def open_session(file: Path, *, threads: int) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    # Threads that wait for the next batch would take the cores of the model whose turn it is.
+    # Threads that spin between batches would take cores from the model that is timed next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])

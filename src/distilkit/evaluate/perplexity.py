@@ -1,14 +1,11 @@
-"""How well a language model predicts held-out text: pseudo-perplexity, masked accuracy, perplexity.
-
-Every score is a sum over batches of one kind: ids, and labels where a state is to predict a token.
-"""
+"""How well a language model predicts held-out text: pseudo-perplexity, masked accuracy, perplexity."""
 
 import contextlib
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -23,7 +20,8 @@ from distilkit.data.masking import VALIDATION_EPOCH, Ids, Masker, Masking
 from distilkit.data.text_files import TextFiles
 from distilkit.data.tokenizer import load_tokenizer
 from distilkit.errors import UserError
-from distilkit.evaluate.models import weights_id
+from distilkit.evaluate.job import Job
+from distilkit.evaluate.models import described
 from distilkit.language_model import (
     check_positions,
     check_split,
@@ -31,8 +29,6 @@ from distilkit.language_model import (
     lm_head,
     load_language_model,
     max_positions,
-    num_parameters,
-    num_parameters_without_embeddings,
     weight_hash,
 )
 from distilkit.losses import IGNORE_INDEX
@@ -40,8 +36,8 @@ from distilkit.losses import score as score_rows
 from distilkit.records import Result, cost
 from distilkit.student import check_vocabulary
 
-PARAGRAPH = "\n\n"
-_MAX_BLOCK_SIZE = 512  # what most encoders have, and as much context as a comparison of students needs
+_PARAGRAPH = "\n\n"
+_MAX_BLOCK_SIZE = 512  # tokens, as most encoders have
 
 
 class Text(NamedTuple):
@@ -51,46 +47,36 @@ class Text(NamedTuple):
     words: int
 
     def counts(self) -> dict[str, int]:
-        """Say how much text it is."""
+        """Return the size of the text."""
         tokens = sum(map(len, self.documents))
         return {"documents": len(self.documents), "text_tokens": tokens, "words": self.words}
 
 
+Scored = tuple[dict[str, float], dict[str, Any], dict[str, int]]  # scores, the task's own first; settings; counts
+
+
 class ScoredBatch(NamedTuple):
-    """Windows padded to one length, all (batch, length): ids, the token each state is to predict or -100, and what is real."""
+    """Padded windows, all (batch, length): ids, the token that each state predicts or -100, and a mask without padding."""
 
     input_ids: Ids
     labels: Ids
     real: NDArray[np.bool_]
 
 
-@dataclass(kw_only=True)
-class Sums:
-    """Sums over scored tokens: negative log-likelihood in nats, and predictions that were right."""
+class Sums(NamedTuple):
+    """Sums over scored tokens: negative log-likelihood in nats, correct predictions, and the tokens themselves."""
 
-    nll: float = 0.0
-    correct: int = 0
-    tokens: int = 0
-
-
-class Scored(NamedTuple):
-    """What a kind of model got: the task's name, its scores, and the settings and counts that go with it."""
-
-    task: str
-    scores: dict[str, float]
-    settings: dict[str, Any]
-    details: dict[str, Any]
+    nll: float
+    correct: int
+    tokens: int
 
 
 def read_text(
     corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int | None, separator: str = ""
 ) -> Text:
-    """Tokenize documents until ``max_tokens`` are read, each but the first with ``separator`` before it.
+    """Tokenize documents until ``max_tokens`` are read, with ``separator`` between them.
 
-    Text that spells a special token is split like any other.
-
-    Raises:
-        UserError: there is no text.
+    Text that spells a special token is still text.
     """
     documents: list[Ids] = []
     left, words = max_tokens, 0
@@ -112,16 +98,12 @@ def read_text(
 
 
 def masked_windows(text: Text, tokenizer: PreTrainedTokenizerBase, *, block_size: int) -> list[Ids]:
-    """Cut each document into windows with the tokenizer's special tokens around them; none holds two documents.
-
-    Raises:
-        UserError: a window has no room for a token.
-    """
+    """Cut each document into windows with the tokenizer's special tokens around them."""
     before, after = special_tokens_around(tokenizer)
     room = block_size - len(before) - len(after)
     if room < 1:
         raise UserError(
-            f"task.block_size={block_size} leaves no room beside the {len(before) + len(after)} special tokens of a window; "
+            f"task.block_size={block_size} has no room next to the {len(before) + len(after)} special tokens of a window; "
             f"set task.block_size to {block_size - room + 1} or more"
         )
     pieces = (ids[start : start + room] for ids in text.documents for start in range(0, len(ids), room))
@@ -131,12 +113,9 @@ def masked_windows(text: Text, tokenizer: PreTrainedTokenizerBase, *, block_size
 def pseudo_places(
     windows: Sequence[Ids], tokenizer: PreTrainedTokenizerBase, *, max_tokens: int | None
 ) -> list[tuple[int, int]]:
-    """List window and place of each token to hide alone, like windows together; where there are too many, spread evenly.
+    """List window and place of each token to mask, or ``max_tokens`` at even intervals, from long windows to short ones.
 
-    [UNK] and other special tokens are left out.
-
-    Raises:
-        UserError: there is none.
+    Special tokens, [UNK] among them, are left out.
     """
     special = tokenizer.all_special_ids
     places = [(row, int(place)) for row, ids in enumerate(windows) for place in np.flatnonzero(~np.isin(ids, special))]
@@ -148,13 +127,9 @@ def pseudo_places(
 
 
 def pseudo_batches(
-    windows: Sequence[Ids],
-    places: Sequence[tuple[int, int]],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    batch_size: int,
+    windows: Sequence[Ids], places: Sequence[tuple[int, int]], tokenizer: PreTrainedTokenizerBase, *, batch_size: int
 ) -> Iterator[ScoredBatch]:
-    """Hide one token of a window at a time (Salazar et al. 2020, section 2)."""
+    """Mask one token of a window at a time (Salazar et al. 2020, section 2)."""
     for start in range(0, len(places), batch_size):
         chosen = places[start : start + batch_size]
         batch = padded([windows[row] for row, _ in chosen], tokenizer)
@@ -167,7 +142,7 @@ def pseudo_batches(
 def masked_batches(
     windows: Sequence[Ids], tokenizer: PreTrainedTokenizerBase, *, batch_size: int, masked_share: float, seed: int
 ) -> Iterator[ScoredBatch]:
-    """Hide a share of each window at once, drawn from the seed and the window's number; all become the mask token."""
+    """Mask a share of each window at once, drawn from the seed and the window's number, always by the mask token."""
     masking = Masking(mlm_probability=masked_share, mask_share=1.0, random_share=0.0, smoothing=0.0, whole_word=False)
     masker = Masker(masking, tokenizer=tokenizer, token_counts=np.zeros(0, dtype=np.int64), seed=seed)
     order = np.argsort([-len(ids) for ids in windows], kind="stable")
@@ -188,10 +163,10 @@ def window_begins(num_tokens: int, *, block_size: int, stride: int) -> range:
 def causal_batches(
     ids: Ids, tokenizer: PreTrainedTokenizerBase, *, block_size: int, stride: int, batch_size: int
 ) -> Iterator[ScoredBatch]:
-    """Slide a window over one stream of tokens: the first predicts all its tokens but the first, others the last ``stride``.
+    """Slide a window over one stream of tokens, as in transformers' guide to the perplexity of fixed-length models.
 
-    A window's own first token is never predicted, so that with ``stride == block_size`` one in so many is left out
-    (transformers' guide to the perplexity of fixed-length models).
+    The first window predicts all its tokens except the first, later ones their last ``stride``. A window never predicts
+    its own first token, so ``stride == block_size`` leaves out one token of each window.
     """
     all_begins = window_begins(len(ids), block_size=block_size, stride=stride)
     for start in range(0, len(all_begins), batch_size):
@@ -214,26 +189,22 @@ def padded(rows: Sequence[Ids], tokenizer: PreTrainedTokenizerBase) -> ScoredBat
 
 @torch.inference_mode()
 def score(model: PreTrainedModel, batches: Iterable[ScoredBatch]) -> Sums:
-    """Sum what the model makes of the labelled tokens; only their states meet the vocabulary."""
-    sums = Sums()
+    """Sum the scores of the labelled tokens; logits are computed for their states only."""
+    nll, correct, tokens = 0.0, 0, 0
     for batch in batches:
         input_ids, labels, real = (torch.from_numpy(part).to(model.device) for part in batch)
         states = last_hidden_state(model, input_ids, attention_mask=None if batch.real.all() else real.long())
         scored = labels != IGNORE_INDEX
         targets = labels[scored]
         nlls, predictions = score_rows(lm_head(model, states[scored]), targets)
-        sums.nll += nlls.double().sum().item()
-        sums.correct += int((predictions == targets).sum())
-        sums.tokens += len(targets)
-    return sums
+        nll += nlls.double().sum().item()
+        correct += int((predictions == targets).sum())
+        tokens += len(targets)
+    return Sums(nll, correct, tokens)
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of that name; ``auto`` is CUDA when there is one.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Return the device of that name; ``auto`` is CUDA if available."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.empty(0, device=device)
@@ -244,127 +215,113 @@ def choose_device(name: str) -> torch.device:
 
 
 def _exp(nats: float) -> float:
-    """Return a perplexity; words of a text without spaces would pass the largest float."""
+    """Return a perplexity; a text without spaces has words whose perplexity exceeds the largest float."""
     return math.exp(min(nats, 700.0))
 
 
+@dataclass(kw_only=True)
 class LanguageScore:
     """Score language models on held-out text.
 
-    Masked models get a pseudo-perplexity (Salazar et al. 2020, arXiv 1910.14659: each token hidden in turn), and accuracy
-    and cross-entropy with ``masked_share`` of a window hidden at once. Causal models get the perplexity of the text as
+    Masked models get a pseudo-perplexity (Salazar et al. 2020, arXiv 1910.14659: each token masked in turn), and accuracy
+    and cross-entropy with ``masked_share`` of a window masked at once. Causal models get the perplexity of the text as
     one stream, documents joined by an empty line, per token and per whitespace-separated word.
-
-    Raises:
-        UserError: a value is out of range, there is no such device, or a path matches nothing.
     """
 
-    def __init__(
-        self,
-        *,
-        name: str,
-        paths: str | Sequence[str] | None,
-        column: str,
-        dataset: Corpus,
-        max_tokens: int | None,
-        max_pseudo_tokens: int | None,
-        block_size: int | None,
-        stride: int | None,
-        batch_size: int,
-        device: str,
-        masked_share: float,
-    ) -> None:
-        """Check the values; no text is read and no model loaded yet."""
+    trains: ClassVar[bool] = False
+    name: str
+    paths: str | Sequence[str] | None
+    column: str
+    dataset: Corpus
+    max_tokens: int | None
+    max_pseudo_tokens: int | None
+    block_size: int | None
+    stride: int | None
+    batch_size: int
+    device: str
+    masked_share: float
+
+    def __post_init__(self) -> None:
+        """Check the values; no text is read and no model is loaded yet."""
         least = {"max_tokens": 2, "max_pseudo_tokens": 1, "block_size": 2, "stride": 1, "batch_size": 1}
-        limits = (max_tokens, max_pseudo_tokens, block_size, stride, batch_size)
-        for (key, lowest), value in zip(least.items(), limits, strict=True):
+        for key, lowest in least.items():
+            value = getattr(self, key)
             if value is not None and value < lowest:
                 raise UserError(f"task.{key}={value}, but it must be at least {lowest}")
-        if not 0 < masked_share < 1:
-            raise UserError(f"task.masked_share={masked_share}, but it must be above 0 and below 1 (BERT: 0.15)")
-        self.name, self.max_tokens, self.max_pseudo_tokens = name, max_tokens, max_pseudo_tokens
-        self.block_size, self.stride, self.batch_size = block_size, stride, batch_size
-        self.device, self.masked_share = choose_device(device), masked_share
-        self.corpus = dataset
-        self.keys = "task.dataset."  # what the corpora call data.corpus
-        if paths is not None:
-            self.keys = "task."
+        if not 0 < self.masked_share < 1:
+            raise UserError(f"task.masked_share={self.masked_share}, but it must be above 0 and below 1 (BERT: 0.15)")
+        self.place, self.corpus = choose_device(self.device), self.dataset
+        if self.paths is not None:
+            paths = self.paths if isinstance(self.paths, str) else list(self.paths)
             with self._own_keys():
-                self.corpus = TextFiles(paths=paths if isinstance(paths, str) else list(paths), column=column)
+                self.corpus = TextFiles(paths=paths, column=self.column)
 
     @contextlib.contextmanager
     def _own_keys(self) -> Iterator[None]:
-        """Let errors of a corpus name the keys of this task."""
+        """Let the errors of a corpus name the keys of this task."""
         try:
             yield
         except UserError as error:
-            raise UserError(str(error).replace("data.corpus.", self.keys)) from error
+            keys = "task.dataset." if self.paths is None else "task."
+            raise UserError(str(error).replace("data.corpus.", keys)) from error
 
-    def measure(self, *, model: str, revision: str, tokenizer: str | None, name: str, seed: int) -> list[Result]:
-        """Score one model; ``tokenizer`` is None for the model's own, ``seed`` draws the masks of masked accuracy.
+    def check_data(self) -> None:
+        """Read the first document."""
+        with self._own_keys():
+            next(self.corpus.documents(), None)
 
-        Raises:
-            UserError: model, tokenizer or text cannot be read, or do not fit each other or the settings.
-        """
-        network, kind = load_language_model(model, revision=revision)
-        network.eval().requires_grad_(False).to(self.device)
-        words = load_tokenizer(name=tokenizer or model, revision="main" if tokenizer else revision)
-        check_vocabulary(network, words, name=model)
-        check_split(network)
-        tensors = weight_hash(network)  # by which training runs know their teacher
-        block_size = self._window(network, name=model)
+    def measure(self, job: Job) -> list[Result]:
+        """Score one model; the seed draws the masks of masked accuracy."""
+        model, kind = load_language_model(job.model, revision=job.revision)
+        model.eval().requires_grad_(False).to(self.place)
+        tokenizer = load_tokenizer(name=job.tokenizer or job.model, revision="main" if job.tokenizer else job.revision)
+        check_vocabulary(model, tokenizer, name=job.model)
+        check_split(model)
+        tensors = weight_hash(model)  # the id of a teacher in training runs
+        block_size = self._window(model, name=job.model)
         start = time.perf_counter()
-        scored = (
-            self._masked(network, words, block_size=block_size, seed=seed)
-            if kind == "mlm"
-            else self._causal(network, words, block_size=block_size)
-        )
+        if kind == "mlm":
+            scores, own, counts = self._masked(model, tokenizer, block_size=block_size, seed=job.seed)
+        else:
+            scores, own, counts = self._causal(model, tokenizer, block_size=block_size)
+        task = next(iter(scores))
+        seconds = time.perf_counter() - start
+        settings = {"text": self.corpus.fingerprint(), "max_tokens": self.max_tokens, "block_size": block_size}
         return [
             Result(
-                name=name,
-                model=model,
-                sha256=weights_id(model, revision=revision),
-                model_type=network.config.model_type,
-                parameters=num_parameters(network),
-                parameters_without_embeddings=num_parameters_without_embeddings(network),
-                task=scored.task,
+                name=job.name,
+                model=job.model,
+                sha256=job.sha256,
+                **described(model),
+                task=task,
                 kind="language_model",
-                seed=seed if kind == "mlm" else None,  # a causal model's perplexity draws nothing
-                settings={
-                    "text": self.corpus.fingerprint(),
-                    "max_tokens": self.max_tokens,
-                    "block_size": block_size,
-                    "vocabulary": len(words),
-                    **scored.settings,
-                },
-                scores=scored.scores,
-                score=scored.scores[scored.task],
+                seed=job.seed if kind == "mlm" else None,  # the perplexity of a causal model draws nothing
+                settings={**settings, "vocabulary": len(tokenizer), **own},
+                scores=scores,
+                score=scores[task],
                 higher_is_better=False,
-                details={**scored.details, "weights_sha256": tensors},
-                cost=cost(
-                    seconds=time.perf_counter() - start, tokens=scored.details["tokens"], device=str(self.device)
-                ),
+                details={**counts, "weights_sha256": tensors},
+                cost=cost(seconds=seconds, tokens=counts["tokens"], device=str(self.place)),
             )
         ]
 
     def _window(self, model: PreTrainedModel, *, name: str) -> int:
-        """Return the tokens of a window, or raise a ``UserError`` where it does not fit the model or the stride."""
-        positions = max_positions(model)
-        size = min(positions, _MAX_BLOCK_SIZE) if self.block_size is None else self.block_size
+        """Return the tokens of a window, which must fit the model and the stride."""
+        size = min(max_positions(model), _MAX_BLOCK_SIZE) if self.block_size is None else self.block_size
         check_positions(model, size, key="task.block_size", name=name)
         if self.stride is not None and self.stride > size:
             raise UserError(
-                f"task.stride={self.stride} would leave out tokens between windows of {size}; set task.stride={size} or less"
+                f"task.stride={self.stride} would skip tokens between windows of {size}; set task.stride={size} or less"
             )
         return size
 
     def _masked(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, block_size: int, seed: int
     ) -> Scored:
-        """Hide each token in turn, then a share of each window at once."""
+        """Mask each token in turn, then a share of each window at once; return scores, settings and counts."""
         if tokenizer.mask_token_id is None:
             raise UserError(
-                f"the tokenizer of a masked {model.config.model_type} has no mask token; give the one it was trained with, "
+                f"the tokenizer of a masked {model.config.model_type} has no mask token; give the model's own, "
                 "tokenizer=<folder or hub id>"
             )
         with self._own_keys():
@@ -375,40 +332,33 @@ class LanguageScore:
         pseudo = score(model, self._show(one, len(places), "one token masked at a time"))
         many = masked_batches(windows, tokenizer, batch_size=self.batch_size, masked_share=self.masked_share, seed=seed)
         masked = score(model, self._show(many, len(windows), f"{self.masked_share:.0%} masked at once"))
-        return Scored(
-            "pseudo_perplexity",
-            {
-                "pseudo_perplexity": _exp(pseudo.nll / pseudo.tokens),
-                "masked_accuracy": masked.correct / masked.tokens,
-                "masked_cross_entropy": masked.nll / masked.tokens,
-            },
-            {"max_pseudo_tokens": self.max_pseudo_tokens, "masked_share": self.masked_share},
-            {**text.counts(), "tokens": pseudo.tokens, "masked_tokens": masked.tokens, "windows": len(windows)},
-        )
+        scores = {
+            "pseudo_perplexity": _exp(pseudo.nll / pseudo.tokens),
+            "masked_accuracy": masked.correct / masked.tokens,
+            "masked_cross_entropy": masked.nll / masked.tokens,
+        }
+        settings = {"max_pseudo_tokens": self.max_pseudo_tokens, "masked_share": self.masked_share}
+        counts = {"tokens": pseudo.tokens, "masked_tokens": masked.tokens, "windows": len(windows)}
+        return scores, settings, {**text.counts(), **counts}
 
     def _causal(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, block_size: int) -> Scored:
-        """Slide a window over the whole text."""
+        """Slide a window over the whole text; return scores, settings and counts."""
         with self._own_keys():
-            text = read_text(self.corpus, tokenizer, max_tokens=self.max_tokens, separator=PARAGRAPH)
+            text = read_text(self.corpus, tokenizer, max_tokens=self.max_tokens, separator=_PARAGRAPH)
         ids = np.concatenate(text.documents)
         if len(ids) < 2:
             raise UserError(
-                "the text to score is one token, which has nothing before it; give a longer one in task.paths"
+                "the text to score is one token, but the first token is never predicted; give a longer text in task.paths"
             )
         stride = block_size // 2 if self.stride is None else self.stride
         begins = window_begins(len(ids), block_size=block_size, stride=stride)
         batches = causal_batches(ids, tokenizer, block_size=block_size, stride=stride, batch_size=self.batch_size)
         sums = score(model, self._show(batches, len(begins), f"windows of {block_size} tokens"))
-        return Scored(
-            "perplexity",
-            {
-                "perplexity": _exp(sums.nll / sums.tokens),
-                # Per word of what was scored: windows side by side leave out their first tokens.
-                "word_perplexity": _exp(sums.nll / sums.tokens * (len(ids) - 1) / text.words),
-            },
-            {"stride": stride},
-            {**text.counts(), "tokens": sums.tokens, "windows": len(begins)},
-        )
+        mean = sums.nll / sums.tokens
+        # Per word of the scored text: adjacent windows leave out their first tokens.
+        scores = {"perplexity": _exp(mean), "word_perplexity": _exp(mean * (len(ids) - 1) / text.words)}
+        counts = {"tokens": sums.tokens, "windows": len(begins)}
+        return scores, {"stride": stride}, {**text.counts(), **counts}
 
     def _show(self, batches: Iterable[ScoredBatch], rows: int, description: str) -> Iterable[ScoredBatch]:
         total = -(-rows // self.batch_size)

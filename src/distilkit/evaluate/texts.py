@@ -1,109 +1,137 @@
-"""Tasks that put one or two texts into a class, or on a scale: GLUE, IMDb, XNLI and a user's own."""
+"""Tasks that classify or rate one or two texts: GLUE, IMDb, XNLI and a user's own."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor
-from torchmetrics.functional import accuracy, f1_score, matthews_corrcoef, pearson_corrcoef, spearman_corrcoef
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from distilkit.errors import UserError
-from distilkit.evaluate.rows import Example, FileSplit, HubSplit, read_examples
+from distilkit.evaluate.fit import finetune_and_score
+from distilkit.evaluate.job import Job
+from distilkit.evaluate.rows import Example, FileSplit, HubSplit, read_examples, some_of
 from distilkit.losses import soft_target_kl
+from distilkit.records import Result
 
 log = logging.getLogger(__name__)
 
-Metric = Callable[[Tensor, Tensor, int], Tensor]
 
-METRICS: dict[str, Metric] = {  # of predictions (rows,), targets (rows,) and the number of classes
-    "accuracy": lambda predictions, targets, n: accuracy(predictions, targets, task="multiclass", num_classes=n),
-    "f1": lambda predictions, targets, _: f1_score(predictions, targets, task="binary"),  # of class 1, as in GLUE
-    "matthews": lambda predictions, targets, n: matthews_corrcoef(
-        predictions, targets, task="multiclass", num_classes=n
-    ),
-    # of predictions that are all the same there is none
-    "pearson": lambda predictions, targets, _: pearson_corrcoef(predictions, targets).nan_to_num(),
-    "spearman": lambda predictions, targets, _: spearman_corrcoef(predictions, targets).nan_to_num(),
+def _zero_if_constant(measure: Callable[..., Any]) -> Callable[..., float]:
+    """Let a correlation be 0 where it is not defined: on a constant side, or one that is not finite."""
+
+    def measured(targets: Any, predictions: Any) -> float:
+        varies = np.ptp(targets) and np.ptp(predictions)
+        return float(np.nan_to_num(measure(targets, predictions))) if varies else 0.0
+
+    return measured
+
+
+_OF_NUMBERS = {
+    "pearson": _zero_if_constant(lambda targets, predictions: pearsonr(targets, predictions).statistic),
+    "spearman": _zero_if_constant(lambda targets, predictions: spearmanr(targets, predictions).statistic),
 }
-_OF_NUMBERS = ("pearson", "spearman")
+_METRICS: dict[str, Callable[..., float]] = {
+    "accuracy": accuracy_score,
+    "f1": partial(f1_score, zero_division=0.0),  # of class 1, as in GLUE
+    "matthews": _zero_if_constant(matthews_corrcoef),
+    **_OF_NUMBERS,
+}
 
 
+@dataclass(kw_only=True)
 class TextTask:
     """Read, encode and score a task on texts.
 
-    ``texts`` names one or two columns and ``label`` that of the target; ``labels`` lists the classes in the order of
-    their ids, and is None where a number is predicted. With ``data_dir`` the rows come from ``files`` below it, otherwise
+    ``texts`` names one or two columns and ``label`` that of the target. ``labels`` lists the classes in the order of
+    their ids, and is None if a number is predicted. With ``data_dir`` the rows come from ``files`` below it, otherwise
     from ``hub``; each has ``train`` and, by name, the splits that are ``scored``. ``max_train_rows`` and
-    ``max_scored_rows`` take so many of a split, in an order that is always the same.
-
-    Raises:
-        UserError: an argument is none of those that are known, or does not go with another.
+    ``max_scored_rows`` limit a split to some of its rows, always the same ones.
     """
 
+    trains: ClassVar[bool] = True
     auto_class: ClassVar[Any] = AutoModelForSequenceClassification
 
-    def __init__(
-        self,
-        *,
-        name: str,
-        texts: Sequence[str],
-        label: str,
-        labels: Sequence[str] | None,
-        aliases: Mapping[str, str],
-        metrics: Sequence[str],
-        max_length: int,
-        hub: Mapping[str, Any] | None,
-        files: Mapping[str, Any],
-        data_dir: str | None,
-        skip_malformed: bool,
-        max_train_rows: int | None,
-        max_scored_rows: int | None,
-    ) -> None:
+    name: str
+    texts: Sequence[str]
+    label: str
+    labels: Sequence[str] | None
+    aliases: Mapping[str, str]
+    metrics: Sequence[str]
+    max_length: int
+    hub: Mapping[str, Any] | None
+    files: Mapping[str, Any]
+    data_dir: str | None
+    skip_malformed: bool
+    max_train_rows: int | None
+    max_scored_rows: int | None
+
+    def __post_init__(self) -> None:
         """Check the arguments; nothing is read yet."""
-        unknown = [metric for metric in metrics if metric not in METRICS]
-        if unknown or not metrics:
-            raise UserError(f"task.metrics={list(metrics)}; it takes one or more of {', '.join(METRICS)}")
-        if any((metric in _OF_NUMBERS) != (labels is None) for metric in metrics):
+        self.texts, self.metrics = list(self.texts), list(self.metrics)
+        self.labels = None if self.labels is None else [str(each) for each in self.labels]
+        num_classes = len(self.labels or ())
+        if not self.metrics or any(metric not in _METRICS for metric in self.metrics):
+            raise UserError(f"task.metrics={self.metrics}; it takes one or more of {', '.join(_METRICS)}")
+        if any((metric in _OF_NUMBERS) != (self.labels is None) for metric in self.metrics):
             raise UserError(
-                f"task.metrics={list(metrics)} does not go with task.labels={labels and list(labels)}: "
-                f"{', '.join(_OF_NUMBERS)} are for numbers (task.labels=null), the others for classes"
+                f"task.metrics={self.metrics} does not match task.labels={self.labels}: {', '.join(_OF_NUMBERS)} are for "
+                "numbers (task.labels=null), the others for classes"
             )
-        if labels is not None and not 2 <= len(set(labels)) == len(labels):
-            raise UserError(f"task.labels={list(labels)}, but it takes two or more names, each once; null for a number")
-        if "f1" in metrics and len(labels or ()) != 2:
-            raise UserError(f"task.metrics has f1, which is for two classes, and task.labels has {len(labels or ())}")
-        if not 1 <= len(texts) <= 2:
-            raise UserError(f"task.texts={list(texts)}, but it takes one column or two")
-        for key, value in (("max_train_rows", max_train_rows), ("max_scored_rows", max_scored_rows)):
-            if value is not None and value < 1:
-                raise UserError(f"task.{key}={value}, but it must be at least 1, or null for all")
-        if max_length < 8:
-            raise UserError(f"task.max_length={max_length}, but it must be at least 8 tokens")
-        self.name, self.texts, self.label, self.max_length = name, list(texts), label, max_length
-        self.labels = None if labels is None else [str(each) for each in labels]
-        self.aliases, self.metrics, self.skip_malformed = aliases, list(metrics), skip_malformed
-        self.hub, self.files, self.data_dir = hub, files, data_dir
-        self.max_train_rows, self.max_scored_rows = max_train_rows, max_scored_rows
+        if self.labels is not None and not 2 <= len(set(self.labels)) == num_classes:
+            raise UserError(f"task.labels={self.labels}, but it takes two or more names, each once; null for a number")
+        if "f1" in self.metrics and num_classes != 2:
+            raise UserError(f"task.metrics has f1, which is for two classes, but task.labels has {num_classes}")
+        if not 1 <= len(self.texts) <= 2:
+            raise UserError(f"task.texts={self.texts}, but it takes one column or two")
+        for key, least in (("max_train_rows", 1), ("max_scored_rows", 1), ("max_length", 8)):
+            value = getattr(self, key)
+            if value is not None and value < least:
+                raise UserError(f"task.{key}={value}, but it must be at least {least}")
 
-    # ------------------------------------------------------------------- rows
+    def check_data(self) -> None:
+        """Read all splits once."""
+        self.train_examples()
+        self.scored_examples()
 
-    def _split(self, wanted: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> HubSplit | FileSplit:
+    def measure(self, job: Job) -> list[Result]:
+        """Fine-tune a model and score it."""
+        return [finetune_and_score(self, job)]
+
+    def train_examples(self) -> list[Example]:
+        """Read the training split."""
+        return self._examples(self._source()["train"], self.max_train_rows)
+
+    def scored_examples(self) -> dict[str, list[Example]]:
+        """Read the splits that are scored, by name."""
+        scored = self._source()["scored"].items()
+        return {name: self._examples(node, self.max_scored_rows) for name, node in scored if node is not None}
+
+    def _source(self) -> Mapping[str, Any]:
         if self.data_dir is not None:
-            root = Path(self.data_dir).expanduser()
-            if not root.is_dir():
-                raise UserError(f"task.data_dir={self.data_dir} is no folder; give the one that holds the task's files")
-            own = root / (self.files.get("folder") or ".")
-            return FileSplit(folder=own if own.is_dir() else root, **wanted(self.files))
+            return self.files
         if self.hub is None:
             raise UserError(f"task {self.name!r} has no data set on the hub; set task.data_dir=<folder of its files>")
-        return HubSplit(path=self.hub["path"], revision=self.hub.get("revision"), **wanted(self.hub))
+        return self.hub
 
-    def _examples(self, split: HubSplit | FileSplit, limit: int | None) -> list[Example]:
+    def _examples(self, node: Mapping[str, Any], limit: int | None) -> list[Example]:
+        split: HubSplit | FileSplit
+        if self.data_dir is None:
+            split = HubSplit(path=self._source()["path"], revision=self._source().get("revision"), **node)
+        else:
+            root = Path(self.data_dir).expanduser()
+            if not root.is_dir():
+                raise UserError(f"task.data_dir={self.data_dir} is no folder; give the folder of the task's files")
+            own = root / (self.files.get("folder") or ".")
+            split = FileSplit(folder=own if own.is_dir() else root, **node)
         examples = read_examples(
             split,
             texts=self.texts,
@@ -112,32 +140,11 @@ class TextTask:
             aliases=self.aliases,
             skip_malformed=self.skip_malformed,
         )
-        if limit is not None and limit < len(examples):
-            order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0))
-            examples = [examples[int(index)] for index in order[:limit]]
-        return examples
-
-    def train_examples(self) -> list[Example]:
-        """Read the training split."""
-        return self._examples(self._split(lambda source: source["train"]), self.max_train_rows)
-
-    def scored_examples(self) -> dict[str, list[Example]]:
-        """Read the splits that are scored, by name."""
-        source = self.hub if self.data_dir is None else self.files
-        names = [name for name, split in (source or self.files)["scored"].items() if split is not None]
-        return {
-            name: self._examples(
-                self._split(lambda source, name=name: source["scored"][name]),  # type: ignore[misc]
-                self.max_scored_rows,
-            )
-            for name in names
-        }
-
-    # ------------------------------------------------------- what training needs
+        return some_of(examples, limit)
 
     @property
     def head(self) -> dict[str, Any]:
-        """The fields of a model's config that its new head follows from."""
+        """Return the fields of a model's config that determine a new head."""
         if self.labels is None:
             return {"num_labels": 1, "problem_type": "regression"}
         return {
@@ -148,11 +155,7 @@ class TextTask:
         }
 
     def check_head(self, model: PreTrainedModel, *, name: str) -> None:
-        """Make sure that a fine-tuned model predicts the classes of this task, in their order.
-
-        Raises:
-            UserError: it does not.
-        """
+        """Make sure that a fine-tuned model predicts the classes of this task, in their order."""
         config: Any = model.config
         theirs = [str(config.id2label[index]) for index in range(config.num_labels)]
         unnamed = [f"LABEL_{index}" for index in range(len(theirs))]
@@ -163,12 +166,10 @@ class TextTask:
                 f"{', '.join(self.labels or ['one number'])}; fine-tune it on this task first, or set task.labels to its own"
             )
         if self.labels and theirs == unnamed:
-            log.warning("%r does not name its classes; they are taken to be %s, in this order", name, self.labels)
+            log.warning("%r does not name its classes; they are assumed to be %s, in this order", name, self.labels)
 
-    def encode(
-        self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, train: bool
-    ) -> list[dict[str, Any]]:
-        """Turn examples into features of token ids and a ``target``, cut to ``max_length`` tokens, longest text first."""
+    def encode(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+        """Turn examples into token ids and a ``target``; the longer text is cut until both fit ``max_length``."""
         if not examples:
             return []
         columns = [list(column) for column in zip(*(example.texts for example in examples), strict=True)]
@@ -181,7 +182,7 @@ class TextTask:
             max_length=self.max_length,
             return_attention_mask=True,
             return_token_type_ids=True,  # a student may have none, and its teacher may need them
-            split_special_tokens=not bare,  # what is spelled out in a text is text
+            split_special_tokens=not bare,  # a text that spells a special token is still text
         )
         kind: type = float if self.labels is None else int
         return [
@@ -190,11 +191,11 @@ class TextTask:
         ]
 
     def logits(self, outputs: Any, attention_mask: Tensor) -> tuple[Tensor, ...]:
-        """Return the model's logits (rows, classes), the only ones of this kind of task."""
+        """Return the model's logits (examples, classes) as the only output."""
         return (outputs.logits.float(),)
 
     def hard_loss(self, logits: tuple[Tensor, ...], targets: Tensor) -> Tensor:
-        """Return the mean cross-entropy in nats, or the mean squared error of numbers."""
+        """Return the mean cross-entropy in nats, or the mean squared error for numbers."""
         if self.labels is None:
             return F.mse_loss(logits[0].squeeze(-1), targets.float())
         return F.cross_entropy(logits[0], targets)
@@ -202,26 +203,24 @@ class TextTask:
     def soft_loss(
         self, logits: tuple[Tensor, ...], teacher_logits: tuple[Tensor, ...], *, temperature: float
     ) -> Tensor:
-        """Return the mean KL from the teacher at a temperature, times its square; of numbers, the mean squared error."""
+        """Return the mean KL from the teacher times temperature squared, or the mean squared error for numbers."""
         if self.labels is None:
             return F.mse_loss(logits[0], teacher_logits[0])
         return soft_target_kl(logits[0], teacher_logits[0], temperature=temperature).mean()
 
-    # ------------------------------------------------------------------ scores
-
     def scores(
         self, logits: Sequence[tuple[Tensor, ...]], features: Sequence[Mapping[str, Any]], examples: Sequence[Example]
     ) -> dict[str, float]:
-        """Score one split: ``logits`` holds each feature's."""
+        """Score one split; ``logits`` has one entry for each feature."""
         stacked = torch.stack([each[0] for each in logits])
-        targets = torch.tensor([feature["target"] for feature in features])
-        predictions = stacked.squeeze(-1) if self.labels is None else stacked.argmax(dim=-1)
-        return {name: float(METRICS[name](predictions, targets, stacked.shape[-1])) for name in self.metrics}
+        said = stacked.squeeze(-1).double() if self.labels is None else stacked.argmax(dim=-1)
+        targets = [feature["target"] for feature in features]
+        return {name: float(_METRICS[name](targets, said.numpy())) for name in self.metrics}
 
     def predictions(
         self, logits: Sequence[tuple[Tensor, ...]], features: Sequence[Mapping[str, Any]], examples: Sequence[Example]
     ) -> Any:
-        """Return what the model says of each row, as JSON: the name of a class, or a number."""
+        """Return the model's prediction for each example: the name of a class, or a number."""
         if self.labels is None:
             return [float(each[0]) for each in logits]
         return [self.labels[int(each[0].argmax())] for each in logits]

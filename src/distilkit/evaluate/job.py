@@ -1,0 +1,175 @@
+"""One job: a model, a task and a seed, known by everything that decides the score, and recorded once."""
+
+import hashlib
+import json
+import logging
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from distilkit.cli import check_keys, check_names, set_matmul_precision
+from distilkit.errors import UserError
+from distilkit.evaluate.models import weights_id
+from distilkit.model_card import add_scores
+from distilkit.records import FILE, Result, model_name, read_file, read_results, write_results
+from distilkit.report.page import print_table
+from distilkit.report.quality import results_markdown
+
+log = logging.getLogger(__name__)
+
+_WHERE = {  # settings of the trainer that decide no score
+    *("accelerator", "devices", "default_root_dir"),
+    *("log_every_n_steps", "enable_model_summary", "enable_progress_bar"),
+}
+
+_NUMBERS: dict[str, tuple[type, float, float, bool]] = {  # kind, least, most, and whether the least is allowed
+    "finetune.lr": (float, 0, math.inf, False),
+    "finetune.batch_size": (int, 1, math.inf, True),
+    "finetune.epochs": (int, 0, math.inf, True),
+    "finetune.weight_decay": (float, 0, math.inf, True),
+    "finetune.warmup_share": (float, 0, 1, True),
+    "finetune.held_out": (float, 0, 0.9, True),
+    "finetune.patience": (int, 1, math.inf, True),
+    "distil.alpha_task": (float, 0, math.inf, True),
+    "distil.alpha_ce": (float, 0, math.inf, True),
+    "distil.temperature": (float, 0, math.inf, False),
+    "seed": (int, 0, 2**32 - 1, True),  # what numpy takes
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A model to measure: a folder or hub id, the hash of its weights, its row in tables, and the folder of the results.
+
+    ``tokenizer`` is None for the model's own. ``cfg`` is the composed config, which tasks that fine-tune read.
+    """
+
+    model: str
+    revision: str
+    tokenizer: str | None
+    sha256: str
+    name: str
+    seed: int
+    folder: Path
+    cfg: DictConfig
+
+
+class Task(Protocol):
+    """What the configs of conf/evaluate/task build; ``trains`` is true where models are fine-tuned."""
+
+    name: str
+    trains: bool
+
+    def check_data(self) -> None:
+        """Read the data, so that an error in it shows before models are trained."""
+
+    def measure(self, job: Job) -> list[Result]:
+        """Score the model of a job, and then the models that it is compared with."""
+
+
+def check_settings(cfg: DictConfig) -> None:
+    """Make sure that keys are known and numbers are within their limits, before anything is read."""
+    check_keys(cfg)
+    for group in ("finetune", "distil"):
+        check_names(cfg[group], [key.partition(".")[2] for key in _NUMBERS if key.startswith(group)], path=group)
+    patience = cfg.finetune.patience
+    _check_numbers(cfg)
+    if not cfg.distil.alpha_task + cfg.distil.alpha_ce:
+        raise UserError("distil.alpha_task=0 and distil.alpha_ce=0 leave no loss; set one of them above 0")
+    if patience is not None and not cfg.finetune.held_out:
+        raise UserError(
+            f"finetune.patience={patience} needs held-out rows, but finetune.held_out={cfg.finetune.held_out}; set "
+            "finetune.held_out=0.1"
+        )
+    if cfg.teacher is not None and not cfg.finetune.epochs:
+        raise UserError("finetune.epochs=0 trains nothing, so a teacher has no effect; set teacher=null or more epochs")
+
+
+def _check_numbers(cfg: DictConfig) -> None:
+    for key, (kind, least, most, closed) in _NUMBERS.items():
+        value: Any = OmegaConf.select(cfg, key)
+        if key == "finetune.patience" and value is None:
+            continue
+        fits = isinstance(value, int | float) and not isinstance(value, bool)
+        fits = fits and (least <= value if closed else least < value) and value <= most
+        if not fits or (kind is int and not float(value).is_integer()):
+            what = "a whole number" if kind is int else "a number"
+            low = f"of at least {least:g}" if closed else f"above {least:g}"
+            high = f" and at most {most}" if most < math.inf else ""
+            raise UserError(f"{key}={value}, but it must be {what} {low}{high}")
+
+
+def job_id(cfg: DictConfig, *, teacher_id: str | None, model_id: str) -> str:
+    """Return a short hash of everything that decides a score, except the seed and the machine."""
+    settings = json.loads(
+        json.dumps(OmegaConf.to_container(cfg, resolve=True), default=str), object_hook=_without_module
+    )
+    decisive = {name: settings[name] for name in ("task", "finetune", "tokenizer")} | product_precision(cfg)
+    decisive |= {"model": model_id}
+    decisive |= {"trainer": {key: value for key, value in settings["trainer"].items() if key not in _WHERE}}
+    decisive |= {"teacher": teacher_id, "distil": settings["distil"]} if teacher_id else {}
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _without_module(node: dict[str, Any]) -> dict[str, Any]:
+    """Reduce a ``_target_`` to the name of its class, so that a file can move without a change of ids."""
+    return node | {"_target_": node["_target_"].rpartition(".")[2]} if "_target_" in node else node
+
+
+def product_precision(cfg: DictConfig) -> dict[str, str]:
+    """Return the precision of float32 products as a setting, unless it is torch's default."""
+    return {} if cfg.matmul_precision == "highest" else {"matmul_precision": cfg.matmul_precision}
+
+
+def evaluate(cfg: DictConfig) -> float | None:
+    """Run one job, unless it is recorded already, and return the score on held-out rows, if there are any.
+
+    Sweepers see this score only, so that nothing is selected on the scored split.
+    """
+    check_settings(cfg)
+    set_matmul_precision(cfg.matmul_precision)
+    for key in ("model", "teacher", "tokenizer"):
+        if cfg[key] is not None and Path(cfg[key]).expanduser().is_dir():
+            cfg[key] = str(Path(cfg[key]).expanduser())
+    if cfg.task.get("device") == "auto" and cfg.trainer.accelerator == "cpu":
+        cfg.task.device = "cpu"
+    task: Task = instantiate(cfg.task)
+    if cfg.trust_remote_code and not task.trains:
+        raise UserError(f"trust_remote_code=true, but task={task.name} runs no code of a model; set it to false")
+    name = cfg.name or model_name(cfg.model)
+    model_id = weights_id(cfg.model, revision=cfg.revision)
+    teacher_id = None if cfg.teacher is None else weights_id(cfg.teacher, revision="main")
+    key = job_id(cfg, teacher_id=teacher_id, model_id=model_id)
+    folder = (Path(cfg.output_dir).expanduser() / name / task.name / f"seed{cfg.seed}-{key}").resolve()
+    lacks_model = task.trains and cfg.save_model and cfg.finetune.epochs and not (folder / "model").is_dir()
+    if (folder / FILE).is_file() and not lacks_model:
+        log.info("already scored; delete %s to score it again", folder)
+        results = read_file(folder / FILE)
+    else:
+        cfg.output_dir, cfg.name = str(folder), name  # where loggers write
+        given = {key: cfg[key] for key in ("model", "revision", "tokenizer", "seed")}
+        job = Job(**given, sha256=model_id, name=name, folder=folder, cfg=cfg)
+        measured = task.measure(job)
+        results = [replace(result, settings={**result.settings, **product_precision(cfg)}) for result in measured]
+        write_results(folder, results)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # they were for resuming
+        mine = [result for result in read_results([folder.parents[1]]) if result.sha256 == model_id]
+        add_scores(Path(cfg.model), results_markdown(mine))
+    _show(results, folder)
+    return results[0].held_out
+
+
+def _show(results: Sequence[Result], folder: Path) -> None:
+    rows = [
+        [metric, *(f"{result.scores[metric]:,.4g}" if metric in result.scores else "-" for result in results)]
+        for metric in results[0].scores
+    ]
+    print_table(results[0].task, ["metric", *(result.name for result in results)], rows)
+    Console().print(f"results: {folder / FILE}", soft_wrap=True, highlight=False)
