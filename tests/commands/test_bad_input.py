@@ -1,4 +1,4 @@
-"""What a user gets wrong ends in one message with value, limit and cure, in exit status 1, and in nothing half-made."""
+"""A wrong input gives one message with value, limit and cure, exit status 1, and no partial output."""
 
 import json
 import shutil
@@ -22,13 +22,13 @@ Attempt = Callable[..., Outcome]
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One token cache for all that gets as far as that."""
+    """Share one token cache between the runs of this file."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture
 def settings(text_file: Path, cache: Path, save_teacher: Callable[..., Path]) -> tuple[str, ...]:
-    """A run that goes well; later overrides spoil it."""
+    """Return the overrides of a run that succeeds; the tests add a wrong one."""
     return (
         "teacher=hf",
         f"teacher.name={save_teacher('bert')}",
@@ -42,7 +42,7 @@ def settings(text_file: Path, cache: Path, save_teacher: Callable[..., Path]) ->
 
 
 def assert_refused(outcome: Outcome, *facts: str) -> None:
-    """The command failed with one message that states these facts, and without a traceback."""
+    """Check that the command failed with one message that states these facts, and without a traceback."""
     assert outcome.code == 1, outcome.err
     assert "Traceback" not in outcome.err, outcome.err
     for fact in facts:
@@ -50,7 +50,7 @@ def assert_refused(outcome: Outcome, *facts: str) -> None:
 
 
 def assert_nothing_half_made(*folders: Path) -> None:
-    """No student was written, and each cache or tokenizer that can be found is whole."""
+    """Check that no student was written, and that each cache and tokenizer is complete."""
     for folder in folders:
         assert list(folder.glob("**/student")) == []
         assert [path for path in folder.rglob("*") if path.is_dir() and ".tmp" in path.name] == []
@@ -62,7 +62,7 @@ def assert_nothing_half_made(*folders: Path) -> None:
 
 @pytest.fixture
 def refused(settings: tuple[str, ...], tmp_path: Path, cache: Path) -> Callable[..., None]:
-    """Train with these overrides in this process; it has to be refused with these facts."""
+    """Train with these overrides in this process, and check the refusal."""
 
     def attempt(*overrides: str, facts: list[str]) -> None:
         assert_refused(call(distilkit.train.main, *settings, *overrides, cwd=tmp_path), *facts)
@@ -313,7 +313,7 @@ def test_a_cache_that_was_cut_short_is_refused_with_the_cure_and_prepared_again_
 
 @pytest.fixture
 def finished(settings: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one step, once for this file."""
+    """Train one step, once for this file."""
     folder = tmp_path_factory.getbasetemp() / "finished-run"
     if not folder.exists():
         done = call(distilkit.train.main, *settings, f"hydra.run.dir={folder}", cwd=folder.parent)

@@ -1,4 +1,4 @@
-"""The command lines from end to end: what a run leaves behind, how it goes on, and that it is the same on two ranks."""
+"""The command lines from end to end: what a run writes, how it resumes, and that two ranks give the same."""
 
 import json
 import os
@@ -59,7 +59,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One token cache for the runs of this file."""
+    """Share one token cache between the runs of this file."""
     return tmp_path_factory.mktemp("cache")
 
 
@@ -439,7 +439,7 @@ def test_the_last_checkpoint_is_that_of_the_newest_run_of_the_name(tmp_path: Pat
         os.utime(file, (index, index))
     found = distilkit.train.find_checkpoint("last", tmp_path / "new")
     assert found == (tmp_path / "2026-01-01" / "checkpoints" / "last.ckpt").resolve()
-    with pytest.raises(UserError, match="ckpt_path=last names no run of a sweep"):
+    with pytest.raises(UserError, match="ckpt_path=last is not defined in a sweep"):
         distilkit.train.find_checkpoint("last", tmp_path / "new", in_sweep=True)
     assert distilkit.train.find_checkpoint(None, tmp_path / "new") is None
 
@@ -610,7 +610,7 @@ TWO_RANKS = "trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=dd
 
 @pytest.fixture
 def deterministic(save_teacher: Callable[..., Path], text_file: Path, cache: Path) -> tuple[str, ...]:
-    """Four steps without dropout, so that the loss does not depend on who drew what."""
+    """Four steps without dropout, so that the loss does not depend on the ranks' random numbers."""
     teacher = save_teacher("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     return (
         "teacher=hf",
@@ -814,7 +814,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Install the wheel beside the environment, in a folder that comes before the checkout on the path."""
+    """Install the wheel next to the environment, in a folder that comes before the checkout on the path."""
     target = tmp_path_factory.mktemp("installed")
     done = spawn("-m", "pip", "install", "--no-deps", "--no-index", "--target", str(target), str(wheel), cwd=target)
     assert done.code == 0, done.err
