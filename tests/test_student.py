@@ -224,7 +224,7 @@ def test_a_new_model_has_no_special_id_outside_its_vocabulary(tokenizer: PreTrai
     "model_type, config, message",
     [
         ("bart-large", {}, r"student.model_type='bart-large' is unknown to transformers; try bert, roberta or gpt2"),
-        ("bert", {"hiden_size": 16}, r"student.config has hiden_size, which a bert config does not have"),
+        ("bert", {"hiden_size": 16}, r"student.config has hiden_size, but a bert config does not; remove it"),
     ],
 )
 def test_a_wrong_new_model_is_an_error(
@@ -253,6 +253,6 @@ def test_an_existing_student_needs_the_vocabulary_of_its_teacher_but_for_padding
     other.add_tokens(["other"])
     other.save_pretrained(tmp_path)
     with pytest.raises(
-        UserError, match="has 126 words and the teacher 128, and their tokenizers differ; .* give a student"
+        UserError, match="has 126 words and the teacher 128, and their tokenizers differ; give a student"
     ):
         load(128)

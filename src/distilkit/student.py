@@ -188,7 +188,7 @@ def new_student(
         built = AutoConfig.for_model(model_type)
     except ValueError as error:
         raise UserError(
-            f"student.model_type={model_type!r} is unknown to transformers; use a known one such as bert, roberta or gpt2"
+            f"student.model_type={model_type!r} is unknown to transformers; try bert, roberta or gpt2"
         ) from error
     unknown = sorted(key for key in config or {} if not hasattr(built, key))
     if unknown:
