@@ -125,7 +125,7 @@ def test_an_unknown_key_is_refused_with_the_known_ones(
         (["data.global_batch_size=0"], ["data.global_batch_size=0", "at least 1"]),
         (
             ["data.global_batch_size=5000"],
-            ["training blocks of 32 tokens", "data.global_batch_size=5000", "give more text or set a smaller batch"],
+            ["training blocks of 32 tokens", "data.global_batch_size=5000", "add more text or set a smaller batch"],
         ),
         (["data.val_share=0"], ["data.val_share=0", "above 0 and below 1"]),
         (
@@ -352,7 +352,7 @@ def test_other_batch_sizes_do_not_resume_within_an_epoch(finished: Path, refused
     refused(
         f"ckpt_path={finished}/checkpoints/last.ckpt",
         "data.micro_batch_size=4",
-        facts=["2 micro-batches a step", "this run has", "resume with the same data, batch sizes"],
+        facts=["2 micro-batches per step", "this run has", "resume with the same data, batch sizes"],
     )
 
 

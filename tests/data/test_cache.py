@@ -20,7 +20,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from distilkit.data import cache as tokens
+from distilkit.data import cache
 from distilkit.data.cache import cache_key, open_cache, prepare, separator_id, split_of, tokenize
 from distilkit.data.text_files import TextFiles
 from distilkit.data.tokenizer import tokenizer_hash
@@ -80,18 +80,16 @@ def test_a_cache_holds_the_tokens_of_each_document_on_one_side_in_order(
 def test_the_cache_does_not_depend_on_how_the_corpus_is_cut_into_batches(
     tmp_path: Path,
     tokenizer: PreTrainedTokenizerBase,
-    monkeypatch: pytest.MonkeyPatch,
     documents: int,
     characters: int,
 ) -> None:
-    def prepared(cache_dir: Path) -> dict[str, bytes]:
-        folder = prepare(Texts(make_documents(60)), tokenizer, cache_dir=cache_dir, val_share=0.3)
+    def prepared(cache_dir: Path, **limits: int) -> dict[str, bytes]:
+        folder = prepare(Texts(make_documents(60)), tokenizer, cache_dir=cache_dir, val_share=0.3, **limits)
         return {file.name: file.read_bytes() for file in folder.iterdir()}
 
     whole = prepared(tmp_path / "whole")
-    monkeypatch.setattr(tokens, "_BATCH_DOCUMENTS", documents)
-    monkeypatch.setattr(tokens, "_BATCH_CHARACTERS", characters)
-    assert prepared(tmp_path / "parts") == whole
+    parts = prepared(tmp_path / "parts", batch_documents=documents, batch_characters=characters)
+    assert parts == whole
 
 
 @pytest.mark.parametrize("val_share", [0.05, 0.5, 0.95])
@@ -171,7 +169,7 @@ def test_the_key_changes_with_corpus_tokenizer_share_and_format(monkeypatch: pyt
         cache_key(texts, first, val_share=0.2),
     ]
     assert cache_key(texts, small_tokenizer(["a", "b"], sep_token="a"), val_share=0.1) == keys[0]
-    monkeypatch.setattr(tokens, "FORMAT", tokens.FORMAT + 1)
+    monkeypatch.setattr(cache, "FORMAT", cache.FORMAT + 1)
     keys.append(cache_key(texts, first, val_share=0.1))
     assert len(set(keys)) == len(keys)
 
@@ -190,9 +188,8 @@ def test_a_tokenizers_hash_is_that_of_its_saved_copy_and_blind_to_calls_before(
 
 @pytest.mark.parametrize("failure", [RuntimeError("corpus"), KeyboardInterrupt(), OSError(errno.EIO, "corpus")])
 def test_an_interrupted_preparation_leaves_nothing_and_the_next_one_succeeds(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, failure: BaseException
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, failure: BaseException
 ) -> None:
-    monkeypatch.setattr(tokens, "_BATCH_DOCUMENTS", 5)
     documents = make_documents(20)
 
     def interrupted() -> Iterator[str]:
@@ -200,7 +197,7 @@ def test_an_interrupted_preparation_leaves_nothing_and_the_next_one_succeeds(
         raise failure
 
     with pytest.raises(type(failure), match="corpus" if failure.args else None):
-        prepare(Texts(interrupted()), tokenizer, cache_dir=tmp_path, val_share=0.2)
+        prepare(Texts(interrupted()), tokenizer, cache_dir=tmp_path, val_share=0.2, batch_documents=5)
     assert folders(tmp_path) == []
     folder = prepare(Texts(documents), tokenizer, cache_dir=tmp_path, val_share=0.2)
     total = sum(len(stream) for stream in open_cache(folder, tokenizer).tokens.values())
@@ -235,16 +232,15 @@ import sys, time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
-from distilkit.data import cache as tokens
+from distilkit.data.cache import prepare
 from transformers import PreTrainedTokenizerFast
 
 {helpers}
 folder, until, documents = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
-tokens._BATCH_DOCUMENTS = 1
 tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
 (folder / "child").touch()
 texts = WaitingTexts(documents, folder=folder, reader="child", until=until)
-tokens.prepare(texts, tokenizer, cache_dir=folder / "cache", val_share=0.2)
+prepare(texts, tokenizer, cache_dir=folder / "cache", val_share=0.2, batch_documents=1)
 """
 
 StartChild = Callable[[str, list[str]], subprocess.Popen[bytes]]
@@ -319,7 +315,7 @@ def test_a_file_of_a_cache_that_was_cut_short_is_an_error(
     file = cache_folder / f"{name}.bin"
     size = file.stat().st_size
     os.truncate(file, size - 2)
-    message = f"{file} has {size - 2:,} bytes instead of {size:,}: .* delete {cache_folder}, and it will be prepared"
+    message = f"{file} has {size - 2:,} bytes instead of {size:,}: .* delete {cache_folder} to prepare it again"
     with pytest.raises(UserError, match=message):
         open_cache(cache_folder, tokenizer)
     file.unlink()
@@ -334,7 +330,9 @@ def rewrite(folder: Path, **fields: Any) -> None:
 
 def test_a_folder_without_meta_is_no_cache(cache_folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     (cache_folder / "meta.json").unlink()
-    with pytest.raises(UserError, match=rf"{cache_folder} is not a token cache \(FileNotFoundError.*; delete it, and"):
+    with pytest.raises(
+        UserError, match=rf"{cache_folder} is not a token cache \(FileNotFoundError.*; delete it to prep"
+    ):
         open_cache(cache_folder, tokenizer)
 
 
@@ -343,13 +341,13 @@ def test_a_folder_with_a_broken_meta_is_no_cache(
     cache_folder: Path, tokenizer: PreTrainedTokenizerBase, meta: str
 ) -> None:
     (cache_folder / "meta.json").write_text(meta, "utf-8")
-    with pytest.raises(UserError, match=f"{cache_folder} is not a token cache .*; delete it, and it will be prepared"):
+    with pytest.raises(UserError, match=f"{cache_folder} is not a token cache .*; delete it to prepare it again"):
         open_cache(cache_folder, tokenizer)
 
 
 def test_a_cache_of_another_format_is_an_error(cache_folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     rewrite(cache_folder, format=0)
-    with pytest.raises(UserError, match=r"is a token cache of format 0 .*\(wanted: format 1\); delete it, and it will"):
+    with pytest.raises(UserError, match=r"is a token cache of format 0 .*, but format 1 is needed; delete it to"):
         open_cache(cache_folder, tokenizer)
 
 
@@ -383,12 +381,12 @@ def test_a_split_without_a_document_is_an_empty_stream(tmp_path: Path, tokenizer
 def test_an_empty_corpus_is_an_error_and_leaves_nothing(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     (tmp_path / "a.txt").write_text("\n \n", "utf-8")
     corpus = TextFiles(paths=str(tmp_path / "a.txt"))
-    with pytest.raises(UserError, match=r"the corpus is empty: it has no document with text in it; check data\.corpus"):
+    with pytest.raises(UserError, match=r"the corpus is empty: it has no document with text; check data\.corpus"):
         prepare(corpus, tokenizer, cache_dir=tmp_path / "cache", val_share=0.2)
     assert folders(tmp_path / "cache") == []
 
 
-NO_SPACE = r"no space left on the disk of {} .*; free some, or set cache_dir to another disk \(2 bytes a token, 4 above"
+NO_SPACE = r"no space left on the disk of {} .*; free some, or set cache_dir to another disk \(2 bytes per token, or 4"
 
 
 @pytest.mark.parametrize("name", ["train.bin", "val.bin", "counts.bin", "meta.json"])
@@ -459,10 +457,9 @@ def test_a_corpus_may_be_larger_than_memory(
     documents: int,
     characters: int,
 ) -> None:
-    monkeypatch.setattr(tokens, "_BATCH_DOCUMENTS", documents)
-    monkeypatch.setattr(tokens, "_BATCH_CHARACTERS", characters)
     monkeypatch.setattr(CountedText, "most", 0)
     texts = Texts(CountedText("ba be bi b") for _ in range(500))
-    folder = prepare(texts, tokenizer, cache_dir=tmp_path, val_share=0.5)
+    limits = {"batch_documents": documents, "batch_characters": characters}
+    folder = prepare(texts, tokenizer, cache_dir=tmp_path, val_share=0.5, **limits)
     assert sum(open_cache(folder, tokenizer).meta["documents"].values()) == 500
     assert 10 <= CountedText.most <= 21  # the batch that is read and the one before it

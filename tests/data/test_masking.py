@@ -342,7 +342,7 @@ def test_a_tokenizer_without_a_mask_token_is_an_error(causal_tokenizer: PreTrain
         ({"mask_share": -0.1}, r"mask_share=-0\.1 and random_share=0\.1, but both must be at least 0 and their sum at"),
         ({"random_share": -0.1}, r"mask_share=0\.8 and random_share=-0\.1, but both must be at least 0"),
         ({"random_share": 0.3}, r"mask_share=0\.8 and random_share=0\.3, but both .* their sum at most 1"),
-        ({"smoothing": -0.7}, r"smoothing=-0\.7, but it must be at least 0 \(the original: 0\.7\)"),
+        ({"smoothing": -0.7}, r"smoothing=-0\.7, but it must be at least 0 \(DistilBERT: 0\.7\)"),
     ],
 )
 def test_a_share_out_of_range_is_an_error(make: MakeMasker, fields: dict[str, float], message: str) -> None:

@@ -9,7 +9,7 @@ __all__ = ["DistillationDataModule"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the data module when it is asked for: the pure files of this room do not need Lightning."""
+    """Import the data module on first use, because the pure files of this package do not need Lightning."""
     if name == "DistillationDataModule":
         from distilkit.data.batches import DistillationDataModule
 

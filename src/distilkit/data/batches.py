@@ -1,4 +1,4 @@
-"""From the token cache to batches: blocks, masks, optimizer steps and micro-batches."""
+"""From blocks to optimizer steps and micro-batches, and the data module that serves them."""
 
 import logging
 import math
@@ -25,51 +25,53 @@ log = logging.getLogger(__name__)
 
 
 class StepSampler(Sampler[Draw]):
-    """Draw, for each optimizer step, the blocks of one rank: a fresh permutation each epoch, the same on all ranks.
+    """Split each batch over ranks: yield the blocks of one rank for each optimizer step.
 
-    A step takes ``global_batch_size`` blocks over all ranks. The last step of an epoch is smaller, not dropped; of
-    its blocks at most ``world_size`` - 1 are left out, so that all ranks take the same number.
+    1. Each epoch has a new permutation of the blocks, which is the same on all ranks.
+    2. A step takes the next ``global_batch_size`` blocks. The last step of an epoch may be smaller.
+    3. Rank r takes blocks r, r + ``world_size``, ... of the step. Up to ``world_size`` - 1 blocks of an epoch are
+       dropped, so that all ranks take equally many.
     """
 
     def __init__(self, *, num_blocks: int, global_batch_size: int, rank: int, world_size: int, seed: int) -> None:
-        """Take this process's rank among ``world_size``."""
+        """Store the sizes and the rank of this process."""
         self.num_blocks = num_blocks - num_blocks % world_size
         self.global_batch_size = global_batch_size
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Follow the trainer, which calls this before each epoch."""
+        """Set the epoch; the trainer calls this before each one."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        """Count the optimizer steps of an epoch."""
+        """Return the number of optimizer steps in an epoch."""
         return math.ceil(self.num_blocks / self.global_batch_size)
 
     def __iter__(self) -> Iterator[Draw]:
-        """Yield this rank's share of each step."""
+        """Yield this rank's blocks of each step."""
         return self.starting_at(0)
 
     def starting_at(self, step: int) -> Iterator[Draw]:
-        """Yield the steps from ``step`` on, as after a resume."""
+        """Yield the steps from ``step`` on, for a resumed run."""
         key = mix(mix(np.array([self.seed % 2**64], dtype=np.uint64)) ^ np.uint64(self.epoch))
-        order = np.random.default_rng(int(key[0])).permutation(self.num_blocks)
+        order = np.random.default_rng(int(key[0])).permutation(self.num_blocks)  # (num_blocks,)
         for begin in range(step * self.global_batch_size, self.num_blocks, self.global_batch_size):
-            chunk = order[begin : begin + self.global_batch_size]
-            yield self.epoch, chunk[self.rank :: self.world_size]
+            step_blocks = order[begin : begin + self.global_batch_size]
+            yield self.epoch, step_blocks[self.rank :: self.world_size]
 
 
 class MicroBatches:
-    """Split each optimizer step into micro-batches that know the token counts of the whole step.
+    """Split the optimizer steps of one rank into micro-batches, with the token counts of the whole step.
 
-    Lightning drives it as a stateful loader: ``len`` counts micro-batches, ``sampler`` is told the epoch, and the
-    state says how many were handed out, so that a run resumes within an epoch.
+    Lightning treats it as a stateful loader. ``len`` counts micro-batches, and ``sampler.set_epoch`` receives the epoch.
+    The state is the number of micro-batches yielded so far, so that a run can resume within an epoch.
     """
 
     def __init__(
         self, blocks: Blocks, *, sampler: StepSampler, micro_batch_size: int, num_workers: int, pin_memory: bool
     ) -> None:
-        """Take the blocks and the order in which to draw them."""
+        """Store the blocks and the sampler that orders them."""
         self.blocks, self.sampler, self.micro_batch_size = blocks, sampler, micro_batch_size
         self.num_workers, self.pin_memory = num_workers, pin_memory
         self.per_step = math.ceil(sampler.global_batch_size / sampler.world_size / micro_batch_size)
@@ -77,17 +79,17 @@ class MicroBatches:
         self.resume_at = 0
 
     def __len__(self) -> int:
-        """Count the micro-batches of an epoch on this rank."""
+        """Return the number of micro-batches in an epoch on this rank."""
         full_steps, rest = divmod(self.sampler.num_blocks, self.sampler.global_batch_size)
         return full_steps * self.per_step + math.ceil(rest / self.sampler.world_size / self.micro_batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield ``input_ids``, ``labels`` (micro-batch, block_size) and what ``split_step`` adds, on this rank."""
+        """Yield micro-batches: tensors of (micro-batch, block_size), and what ``split_step`` adds."""
         self.position, self.resume_at = self.resume_at, 0
-        # The sampler is read when the first batch is asked for: by then Lightning has told it the epoch.
+        # This body runs when the first batch is requested, after Lightning has called sampler.set_epoch.
         loader = DataLoader(
             self.blocks,
-            sampler=_Steps(self.sampler, self.position // self.per_step),
+            sampler=self.sampler.starting_at(self.position // self.per_step),
             batch_size=None,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
@@ -95,68 +97,56 @@ class MicroBatches:
         for step in loader:
             for micro_batch in split_step(step, self.micro_batch_size):
                 self.position += 1
-                if self.pin_memory:  # what the split has added; the rest is pinned already
-                    pinned = {
-                        name: value.pin_memory() if isinstance(value, Tensor) else value
-                        for name, value in micro_batch.items()
-                    }
-                    micro_batch = cast(Batch, pinned)
-                yield micro_batch
+                yield _pinned(micro_batch) if self.pin_memory else micro_batch
 
     def state_dict(self) -> dict[str, int]:
-        """Return how many micro-batches of this epoch were handed out."""
+        """Return the number of micro-batches of this epoch yielded so far, and the sizes it depends on."""
         return {"position": self.position, "per_step": self.per_step, "num_blocks": self.sampler.num_blocks}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on after the optimizer step where the state was taken."""
+        """Continue after the optimizer step at which the state was saved."""
         now = self.state_dict()
         if any(state[name] != now[name] for name in ("per_step", "num_blocks")):
             raise UserError(
-                f"the checkpoint is in an epoch of {state['num_blocks']} blocks and {state['per_step']} micro-batches a "
-                f"step, this run has {now['num_blocks']} and {now['per_step']}; resume with the same data, batch sizes "
+                f"the checkpoint is in an epoch of {state['num_blocks']} blocks and {state['per_step']} micro-batches per "
+                f"step, but this run has {now['num_blocks']} and {now['per_step']}; resume with the same data, batch sizes "
                 "and number of processes"
             )
         if state["position"] < len(self) and state["position"] % self.per_step:
             raise UserError(
-                f"the checkpoint was taken after micro-batch {state['position'] % self.per_step} of {self.per_step} of one "
-                "optimizer step, and holds no part of its gradient; give best.ckpt or last.ckpt of the run"
+                f"the checkpoint was saved after micro-batch {state['position'] % self.per_step} of {self.per_step} of an "
+                "optimizer step, but without the gradient; resume from best.ckpt or last.ckpt of the run"
             )
         self.resume_at = state["position"] if state["position"] < len(self) else 0
 
 
-class _Steps(Sampler[Draw]):
-    """The tail of an epoch's steps."""
-
-    def __init__(self, sampler: StepSampler, first: int) -> None:
-        self.sampler, self.first = sampler, first
-
-    def __iter__(self) -> Iterator[Draw]:
-        return self.sampler.starting_at(self.first)
+def _pinned(batch: Batch) -> Batch:
+    """Pin the tensors that ``split_step`` has added; the others are pinned already."""
+    pinned = {name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in batch.items()}
+    return cast(Batch, pinned)
 
 
 def split_step(step: Batch, micro_batch_size: int) -> list[Batch]:
-    """Split one optimizer step into micro-batches that know where their labelled and real tokens are.
+    """Split one optimizer step of one rank, tensors of (blocks, block_size), into micro-batches.
 
-    Each gets ``labelled`` (rows,), the sorted indices of its labelled tokens among its micro_batch * block_size. Where
-    there is padding it also gets ``real`` (tokens,). ``num_tokens`` and ``num_labels`` count over the whole step.
-    All are found here, on the host, so that a device need not report how many there are.
+    1. Find ``labelled`` (rows,), the flat indices of tokens with a label, and with padding also ``real`` (tokens,).
+       This happens on the host, so that a device need not report how many there are.
+    2. Count both over the whole step, before the split: ``num_labels`` and ``num_tokens``.
+    3. Split the tensors, and the indices at the same blocks. Indices count from the start of their micro-batch.
     """
-    size, block_size = step["input_ids"].shape
+    num_blocks, block_size = step["input_ids"].shape
     found = {"labelled": np.flatnonzero(step["labels"].numpy() != IGNORE_INDEX)}
     if "attention_mask" in step:
         found["real"] = np.flatnonzero(step["attention_mask"].numpy())
     counts = {
-        "num_tokens": torch.tensor(len(found["real"]) if "real" in found else size * block_size),
+        "num_tokens": torch.tensor(len(found["real"]) if "real" in found else num_blocks * block_size),
         "num_labels": torch.tensor(len(found["labelled"])),
     }
-    begins = range(0, size, micro_batch_size)
     pieces = {name: cast(Tensor, tensor).split(micro_batch_size) for name, tensor in step.items()}
+    begins = np.arange(0, num_blocks, micro_batch_size) * block_size  # (micro-batches,), flat indices
     for name, indices in found.items():
-        cuts = np.searchsorted(indices, [begin * block_size for begin in begins[1:]])
-        pieces[name] = tuple(
-            torch.from_numpy(piece - begin * block_size)  # from the start of the micro-batch
-            for begin, piece in zip(begins, np.split(indices, cuts), strict=True)
-        )
+        parts = np.split(indices, np.searchsorted(indices, begins[1:]))
+        pieces[name] = tuple(torch.from_numpy(part - begin) for part, begin in zip(parts, begins, strict=True))
     last = len(begins) - 1
     micro_batches = (
         {name: piece[index] for name, piece in pieces.items()}
@@ -167,17 +157,17 @@ def split_step(step: Batch, micro_batch_size: int) -> list[Batch]:
     return [cast(Batch, micro_batch) for micro_batch in micro_batches]
 
 
-def whole_step(batch: Any) -> Batch:
-    """Take a batch as a step of one micro-batch, as validation does."""
+def _whole_step(batch: Any) -> Batch:
+    """Make a step of one micro-batch, for validation."""
     return split_step(batch, len(batch["input_ids"]))[0]
 
 
 class DistillationDataModule(LightningDataModule):
     """Serve a corpus as packed blocks with dynamic masks.
 
-    An optimizer step takes ``global_batch_size`` blocks over all processes and nodes; the trainer's accumulation
-    follows from it and from ``micro_batch_size``, the blocks that go through the models at once. The share
-    ``val_share`` of the documents is held out, at most ``max_val_blocks`` blocks of it are used.
+    An optimizer step takes ``global_batch_size`` blocks over all processes and nodes. A forward pass takes
+    ``micro_batch_size`` blocks, which sets the trainer's gradient accumulation. A share ``val_share`` of the documents
+    is held out, of which at most ``max_val_blocks`` blocks are used.
 
     Raises:
         UserError: a size is out of range, or the corpus is smaller than one batch.
@@ -201,7 +191,7 @@ class DistillationDataModule(LightningDataModule):
         seed: int,
         description: str = "",
     ) -> None:
-        """Take the corpus and the sizes (``description`` is for people); nothing is read before ``prepare_data``."""
+        """Check and store the settings. Nothing is read before ``prepare_data``; ``description`` is for the records."""
         super().__init__()
         opening, closing = special_tokens_around(tokenizer)
         smallest = len(opening) + len(closing) + 1
@@ -230,13 +220,13 @@ class DistillationDataModule(LightningDataModule):
         self.prepare()
 
     def prepare(self) -> Path:
-        """Tokenize the corpus into the cache unless it is there, and return its folder."""
+        """Tokenize the corpus into the cache, unless it is cached already, and return the cache's folder."""
         return prepare(self.corpus, self.tokenizer, cache_dir=self.cache_dir, val_share=self.val_share)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the cache, and set the trainer's accumulation from the global batch size."""
+        """Open the cache, and set the trainer's gradient accumulation from the batch sizes."""
         if self.cache is None:
-            self.cache = open_cache(self.prepare(), self.tokenizer)  # the other ranks find it ready
+            self.cache = open_cache(self.prepare(), self.tokenizer)  # cached by prepare_data
             self.train_blocks, self.val_blocks = self._blocks("train"), self._blocks("val")
             self._check_sizes(len(self.train_blocks), len(self.val_blocks))
             if self.trainer is not None and self.trainer.global_rank == 0:
@@ -245,7 +235,7 @@ class DistillationDataModule(LightningDataModule):
             world_size = self.trainer.world_size
             if self.global_batch_size % world_size:
                 raise UserError(
-                    f"data.global_batch_size={self.global_batch_size} does not divide over {world_size} processes; "
+                    f"data.global_batch_size={self.global_batch_size} is not divisible by the {world_size} processes; "
                     f"set a multiple of {world_size}"
                 )
             per_rank = self.global_batch_size // world_size
@@ -269,16 +259,16 @@ class DistillationDataModule(LightningDataModule):
     def _check_sizes(self, num_train: int, num_val: int) -> None:
         if num_train < self.global_batch_size:
             raise UserError(
-                f"the corpus has {num_train} training blocks of {self.block_size} tokens, less than one batch of "
-                f"data.global_batch_size={self.global_batch_size}; give more text or set a smaller batch"
+                f"the corpus has {num_train} training blocks of {self.block_size} tokens, fewer than one batch of "
+                f"data.global_batch_size={self.global_batch_size}; add more text or set a smaller batch"
             )
         if num_val == 0:
             raise UserError(
-                f"data.val_share={self.val_share} held out no document; give more text or set a larger share"
+                f"data.val_share={self.val_share} held out no document; add more text or set a larger share"
             )
 
     def decoded_sample(self) -> str:
-        """Decode the first masked training block, to be looked at."""
+        """Decode the first training block with its masks, for inspection."""
         assert self.train_blocks is not None
         ids = self.train_blocks[(0, np.array([0]))]["input_ids"][0]
         return str(self.tokenizer.decode(ids))
@@ -305,32 +295,32 @@ class DistillationDataModule(LightningDataModule):
         return self.train_loader
 
     def state_dict(self) -> dict[str, int]:
-        """Return where in its epoch the training loader is.
+        """Return the position of the training loader in its epoch.
 
-        Lightning restores a loader's own state only when it makes the loader, which is before it reads a checkpoint's:
-        the schedule asks for the number of steps. So the state travels with the data module.
+        The loader's own state would not be restored: Lightning creates the loader before it reads the checkpoint,
+        because the schedule needs the number of steps.
         """
         return self.train_loader.state_dict() if self.train_loader else {}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on within the epoch where the state was taken; the loader is made before or after, as the strategy has it."""
+        """Continue within the epoch of the state. The strategy decides whether the loader is created before or after."""
         self.resume_state = state_dict
         if self.train_loader is not None and state_dict:
             self.train_loader.load_state_dict(state_dict)
             self.resume_state = {}
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """Serve the held-out blocks in order, with the same masks every time."""
+        """Serve the held-out blocks of this rank in order, with the same masks at each validation."""
         assert self.val_blocks is not None
         rank, world_size, _ = self._process()
         count = min(len(self.val_blocks), self.max_val_blocks)
-        # Spread over all held-out documents; too few to share, every rank takes all, for none may stay away.
+        # Spread over all held-out documents. With fewer blocks than ranks every rank takes all, because none may idle.
         mine = np.linspace(0, len(self.val_blocks) - 1, count).round().astype(np.int64)
         if count >= world_size:
             mine = mine[: count - count % world_size][rank::world_size]
         batches = [mine[begin : begin + self.micro_batch_size] for begin in range(0, len(mine), self.micro_batch_size)]
         draws = [(VALIDATION_EPOCH, blocks) for blocks in batches]
-        return DataLoader(self.val_blocks, sampler=draws, batch_size=None, collate_fn=whole_step)
+        return DataLoader(self.val_blocks, sampler=draws, batch_size=None, collate_fn=_whole_step)
 
     def _process(self) -> tuple[int, int, bool]:
         if self.trainer is None:

@@ -1,4 +1,4 @@
-"""Cut a token stream into blocks, and make batches of them, masked or shifted."""
+"""Cut a token stream into blocks, and make masked or causal batches of them."""
 
 from typing import Any
 
@@ -13,14 +13,14 @@ from distilkit.data.masking import Ids, Masker
 from distilkit.language_model import Batch
 from distilkit.losses import IGNORE_INDEX
 
-Draw = tuple[int, Ids]  # an epoch and the blocks to take from it: what a sampler gives to the data set
+Draw = tuple[int, Ids]  # an epoch and block indices: what a sampler passes to the dataset
 
 
 class Blocks(Dataset[Batch]):
-    """Cut a token stream into full blocks and make batches of them, masked or shifted.
+    """Cut a token stream into blocks of equal length, and make batches of them.
 
-    Each block is the tokenizer's opening tokens, a piece of the stream, and its closing tokens. No token is lost or
-    repeated. Only the last block may be padded.
+    A block is the tokenizer's opening tokens, a piece of the stream, and its closing tokens. Each token of the stream is
+    in exactly one block. Only the last block may be padded.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Blocks(Dataset[Batch]):
         masker: Masker | None,
         attend_across_documents: bool,
     ) -> None:
-        """Take a stream (tokens,) and a masker, or None for causal models."""
+        """Take a stream (tokens,), and a masker or None for causal models."""
         self.masker = masker
         self.block_size = block_size
         self.attend_across_documents = attend_across_documents
@@ -41,19 +41,19 @@ class Blocks(Dataset[Batch]):
         self.stride = block_size - len(self.opening) - len(self.closing)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.separator
         num_full = len(tokens) // self.stride
-        stream = np.asarray(tokens)  # slices of a memory map are slow to make
-        self.full = stream[: num_full * self.stride].reshape(num_full, self.stride)
-        self.rest = stream[num_full * self.stride :]
+        stream = np.asarray(tokens)  # slicing a memory map is slow
+        self.full = stream[: num_full * self.stride].reshape(num_full, self.stride)  # (full blocks, stride)
+        self.rest = stream[num_full * self.stride :]  # (fewer than stride,)
 
     def __len__(self) -> int:
-        """Count the blocks, the padded last one included."""
+        """Return the number of blocks, including the padded last one."""
         return len(self.full) + bool(len(self.rest))
 
     def __getitem__(self, draw: Draw) -> Batch:
-        """Make the batch of these blocks in this epoch: tensors of (blocks, block_size)."""
+        """Make the batch of these blocks in this epoch: tensors of (batch, block_size)."""
         epoch, blocks = draw
         input_ids, lengths = self.input_ids(blocks)
-        real = np.arange(self.block_size) < lengths[:, None]
+        real = np.arange(self.block_size) < lengths[:, None]  # (batch, block_size)
         if self.masker is not None:
             model_ids, labels = self.masker(input_ids, epoch=epoch, samples=blocks, lengths=lengths)
         else:
@@ -68,7 +68,7 @@ class Blocks(Dataset[Batch]):
         return batch
 
     def input_ids(self, blocks: Ids) -> tuple[Ids, Ids]:
-        """Gather unmasked blocks: ids (blocks, block_size) and the number of real tokens of each (blocks,)."""
+        """Gather unmasked blocks (batch,): ids (batch, block_size) and the number of real tokens of each (batch,)."""
         begin, end = len(self.opening), len(self.opening) + self.stride
         ids = np.empty((len(blocks), self.block_size), dtype=np.int64)
         ids[:, :begin], ids[:, end:] = self.opening, self.closing
@@ -81,21 +81,26 @@ class Blocks(Dataset[Batch]):
             last = np.concatenate([self.rest, self.closing]).astype(np.int64)
             lengths[~is_full] = begin + len(last)
             ids[~is_full, begin:] = self.pad_id
-            ids[~is_full, begin : begin + len(last)] = last
+            ids[~is_full, begin : begin + len(last)] = last  # its closing tokens come before the padding
         return ids, lengths
 
     def document_ids(self, input_ids: Ids, real: NDArray[np.bool_]) -> Ids:
-        """Number the documents within each block from 0; a separator belongs to the one it closes; padding is -1."""
-        after_separator = np.zeros_like(input_ids)
-        after_separator[:, 1:] = input_ids[:, :-1] == self.separator
-        after_separator[:, 1 : len(self.opening) + 1] = 0  # an opening token may be the separator's twin
-        ends = real.sum(axis=1, keepdims=True) - len(self.closing)
-        after_separator[np.arange(self.block_size) >= ends] = 0  # the closing tokens go with the last document
-        return np.where(real, np.cumsum(after_separator, axis=1), -1)
+        """Number the documents of each block from 0, (batch, block_size); padding is -1.
+
+        1. A document starts after a separator, which belongs to the document before it.
+        2. Opening tokens start none: the first one may have the separator's id.
+        3. Closing tokens start none: they belong to the last document.
+        """
+        starts = np.zeros_like(input_ids)  # (batch, block_size)
+        starts[:, 1:] = input_ids[:, :-1] == self.separator
+        starts[:, 1 : len(self.opening) + 1] = 0
+        ends = real.sum(axis=1, keepdims=True) - len(self.closing)  # (batch, 1), where closing tokens begin
+        starts[np.arange(self.block_size) >= ends] = 0
+        return np.where(real, np.cumsum(starts, axis=1), -1)
 
 
 def special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Return what the tokenizer puts before and after one sequence: [CLS] and [SEP], <s> and </s>, or nothing."""
+    """Return the ids that the tokenizer puts before and after a sequence: [CLS] and [SEP], <s> and </s>, or none."""
     inner = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     start = next(i for i in range(len(whole)) if whole[i : i + len(inner)] == inner)

@@ -1,7 +1,7 @@
-"""The token cache: a corpus tokenized once, each split one flat memory-mapped file of ids.
+"""The token cache: a corpus tokenized once, with one flat memory-mapped file of ids for each split.
 
-Documents stand one after the other, each closed by a separator. Blocks are cut when they are read, so that one cache
-serves every block size. A cache is written beside its place and renamed into it, so a half-written one is never found.
+Documents are concatenated, each followed by a separator. Blocks are cut at reading time, so that one cache serves every
+block size. A cache is written to a temporary folder and then renamed, so that a partial cache is never found.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -32,25 +32,21 @@ from distilkit.errors import UserError
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # raise it when the files change their meaning
-Split = Literal["train", "val"]
-
-_BATCH_CHARACTERS = 2_000_000  # text in memory at a time; large enough to keep all cores of the tokenizer busy
-_BATCH_DOCUMENTS = 4096
+FORMAT = 1  # increase it when the meaning of the files changes
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenCache:
-    """A finished cache: ``tokens[split]`` is (tokens,) on disk, ``token_counts`` (vocabulary,) of the training split."""
+    """A complete cache, memory-mapped."""
 
     folder: Path
-    tokens: dict[str, NDArray[np.uint16] | NDArray[np.uint32]]
-    token_counts: NDArray[np.int64]
+    tokens: dict[str, NDArray[np.uint16] | NDArray[np.uint32]]  # by split, (tokens,)
+    token_counts: NDArray[np.int64]  # (vocabulary,), of the training split
     meta: dict[str, Any]
 
 
 def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id that closes a document: [SEP], </s> or <|endoftext|>."""
+    """Return the id that ends a document: [SEP], </s> or <|endoftext|>."""
     for token_id in (tokenizer.sep_token_id, tokenizer.eos_token_id):
         if token_id is not None:
             return int(token_id)
@@ -61,7 +57,7 @@ def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def cache_key(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, val_share: float) -> str:
-    """Return the fingerprint of everything that decides the content of a cache."""
+    """Return a hash of everything that determines the content of a cache."""
     inputs = {
         "format": FORMAT,
         "corpus": corpus.fingerprint(),
@@ -72,10 +68,19 @@ def cache_key(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, val_share: 
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def prepare(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, cache_dir: str | Path, val_share: float) -> Path:
-    """Tokenize a corpus into the cache, unless it is there, and return its folder.
+def prepare(
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    cache_dir: str | Path,
+    val_share: float,
+    batch_documents: int = 4096,
+    batch_characters: int = 2_000_000,
+) -> Path:
+    """Tokenize a corpus into the cache, unless it is cached already, and return the cache's folder.
 
-    Processes that prepare the same cache wait for the first one.
+    Concurrent processes wait for the first one. ``batch_documents`` and ``batch_characters`` limit the text in memory;
+    the defaults keep all cores of the tokenizer busy.
     """
     if not 0 < val_share < 1:
         raise UserError(f"data.val_share={val_share}, but it must be above 0 and below 1, for example 0.01")
@@ -86,18 +91,19 @@ def prepare(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, cache_dir: st
             log.debug("token cache %s is ready", folder)
             return folder
         for left_over in folder.parent.glob(f"{folder.name}.tmp*"):
-            shutil.rmtree(left_over)  # of a process that was killed: we hold the lock, so nobody writes there
+            shutil.rmtree(left_over)  # of a killed process: this process holds the lock, so no other writes here
         temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp", dir=folder.parent))
         try:
-            _write(temporary, corpus, tokenizer, val_share=val_share, key=folder.name)
+            batches = _batches(corpus.documents(), max_documents=batch_documents, max_characters=batch_characters)
+            _write(temporary, corpus, batches, tokenizer, val_share=val_share, key=folder.name)
             temporary.chmod(0o755)
             temporary.rename(folder)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise UserError(
-                f"no space left on the disk of {folder.parent} (or in your quota) while preparing the token cache; free "
-                "some, or set cache_dir to another disk (2 bytes a token, 4 above 65,536 words)"
+                f"no space left on the disk of {folder.parent} (or in your quota) for the token cache; free some, or set "
+                "cache_dir to another disk (2 bytes per token, or 4 if the vocabulary exceeds 65,536)"
             ) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -105,28 +111,25 @@ def prepare(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, cache_dir: st
 
 
 def open_cache(folder: Path, tokenizer: PreTrainedTokenizerBase) -> TokenCache:
-    """Map a finished cache into memory."""
+    """Map a complete cache into memory, after checking its format, tokenizer and file sizes."""
     try:
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
         sizes = {name: int(meta["bytes"][name]) for name in ("train", "val", "counts")}
         dtype, found = np.dtype(meta["dtype"]), int(meta["format"])
-        vocabulary = str(meta["tokenizer"])
+        same_tokenizer = str(meta["tokenizer"]) == tokenizer_hash(tokenizer)
     except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} is not a token cache ({error!r}); delete it to prepare it again") from error
+    if found != FORMAT or not same_tokenizer:
         raise UserError(
-            f"{folder} is not a token cache ({error!r}); delete it, and it will be prepared again"
-        ) from error
-    if found != FORMAT or vocabulary != tokenizer_hash(tokenizer):
-        raise UserError(
-            f"{folder} is a token cache of format {found} and another tokenizer or version (wanted: format {FORMAT}); "
-            "delete it, and it will be prepared again"
+            f"{folder} is a token cache of format {found} and another tokenizer or version, but format {FORMAT} is needed; "
+            "delete it to prepare it again"
         )
     for name, size in sizes.items():
         file = folder / f"{name}.bin"
         actual = file.stat().st_size if file.exists() else 0
         if actual != size:
             raise UserError(
-                f"{file} has {actual:,} bytes instead of {size:,}: the cache was cut short; delete {folder}, and it will "
-                "be prepared again"
+                f"{file} has {actual:,} bytes instead of {size:,}: the cache is truncated; delete {folder} to prepare it again"
             )
     tokens = {
         split: np.memmap(folder / f"{split}.bin", dtype=dtype, mode="r") if sizes[split] else np.empty(0, dtype)
@@ -136,29 +139,16 @@ def open_cache(folder: Path, tokenizer: PreTrainedTokenizerBase) -> TokenCache:
     return TokenCache(folder=folder, tokens=tokens, token_counts=counts, meta=meta)
 
 
-def split_of(document: str, *, val_share: float) -> Split:
-    """Choose the split of a document by a hash of its text, so that equal documents are on one side."""
+def split_of(document: str, *, val_share: float) -> Literal["train", "val"]:
+    """Choose the split of a document by a hash of its text, so that duplicates are in the same split."""
     digest = blake2b(document.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return "val" if int.from_bytes(digest) < val_share * 2**64 else "train"
 
 
-def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document)
-        if characters >= _BATCH_CHARACTERS or len(batch) == _BATCH_DOCUMENTS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
 def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase, *, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Tokenize documents on all cores and join them, each closed by the separator: (tokens,).
+    """Tokenize documents on all cores and join them, each followed by the separator: (tokens,).
 
-    Text that spells a special token ("[MASK]" in a tutorial) is split like any other text.
+    Text that spells a special token, such as "[MASK]" in a tutorial, is split like any other text.
     """
     encoded = tokenizer(
         documents,
@@ -166,53 +156,43 @@ def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase, *, dtype:
         split_special_tokens=True,
         return_attention_mask=False,
         return_token_type_ids=False,
-        verbose=False,  # documents may well be longer than the model's limit: they are cut into blocks
+        verbose=False,  # documents may exceed the model's limit: they are cut into blocks later
     )["input_ids"]
-    closing = [separator_id(tokenizer)]
+    separator = [separator_id(tokenizer)]
     joined = itertools.chain.from_iterable(
-        itertools.chain(ids, closing) for ids in cast(list[list[int]], encoded) if ids
+        itertools.chain(ids, separator) for ids in cast(list[list[int]], encoded) if ids
     )
     return np.fromiter(joined, dtype=dtype)
 
 
-def _write(folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, val_share: float, key: str) -> None:
+def _batches(documents: Iterator[str], *, max_documents: int, max_characters: int) -> Iterator[list[str]]:
+    batch: list[str] = []
+    num_characters = 0
+    for document in documents:
+        batch.append(document)
+        num_characters += len(document)
+        if num_characters >= max_characters or len(batch) == max_documents:
+            yield batch
+            batch, num_characters = [], 0
+    if batch:
+        yield batch
+
+
+def _write(
+    folder: Path,
+    corpus: Corpus,
+    batches: Iterator[list[str]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    val_share: float,
+    key: str,
+) -> None:
+    """Write the token files, and then meta.json."""
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
-    counts = np.zeros(len(tokenizer), dtype=np.int64)
-    num_documents = {"train": 0, "val": 0}
-    num_tokens = {"train": 0, "val": 0}
-    progress = Progress(
-        SpinnerColumn(),
-        TextColumn("[progress.description]{task.description}"),
-        TextColumn(
-            "{task.fields[documents]:,} documents, {task.completed:,.0f} tokens, {task.fields[rate]:,.0f} tokens/s"
-        ),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-    )
-    with contextlib.ExitStack() as stack:
-        files = {split: stack.enter_context((folder / f"{split}.bin").open("wb")) for split in ("train", "val")}
-        bar = stack.enter_context(progress)
-        task = bar.add_task("tokenizing", total=None, documents=0, rate=0.0)
-        start = time.perf_counter()
-        for batch in _batches(corpus.documents()):
-            by_split: dict[str, list[str]] = {"train": [], "val": []}
-            for document in batch:
-                by_split[split_of(document, val_share=val_share)].append(document)
-            for split, documents in by_split.items():
-                if not documents:
-                    continue
-                ids = tokenize(documents, tokenizer, dtype=dtype)
-                files[split].write(ids.tobytes())
-                num_documents[split] += len(documents)
-                num_tokens[split] += len(ids)
-                if split == "train":
-                    counts += np.bincount(ids, minlength=len(counts))
-            done = sum(num_tokens.values())
-            rate = done / (time.perf_counter() - start)
-            bar.update(task, completed=done, documents=sum(num_documents.values()), rate=rate)
-    if not sum(num_documents.values()):
-        raise UserError("the corpus is empty: it has no document with text in it; check data.corpus")
-    (folder / "counts.bin").write_bytes(counts.tobytes())  # tofile would not notice a full disk
+    num_documents, num_tokens = _write_tokens(folder, batches, tokenizer, val_share=val_share, dtype=dtype)
+    total = sum(num_documents.values())
+    if not total:
+        raise UserError("the corpus is empty: it has no document with text; check data.corpus")
     meta = {
         "format": FORMAT,
         "key": key,
@@ -226,5 +206,54 @@ def _write(folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, 
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
     log.info(
-        "tokenized %s documents into %s tokens at %s", f"{sum(num_documents.values()):,}", f"{done:,}", folder.parent
+        "tokenized %s documents into %s tokens at %s", f"{total:,}", f"{sum(num_tokens.values()):,}", folder.parent
     )
+
+
+def _write_tokens(
+    folder: Path,
+    batches: Iterator[list[str]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    val_share: float,
+    dtype: np.dtype[Any],
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Write train.bin, val.bin and counts.bin; return the numbers of documents and of tokens by split."""
+    num_documents, num_tokens = {"train": 0, "val": 0}, {"train": 0, "val": 0}
+    counts = np.zeros(len(tokenizer), dtype=np.int64)  # (vocabulary,)
+    with _progress() as show, (folder / "train.bin").open("wb") as train, (folder / "val.bin").open("wb") as val:
+        files = {"train": train, "val": val}
+        for batch in batches:
+            for split, documents in _by_split(batch, val_share=val_share).items():
+                ids = tokenize(documents, tokenizer, dtype=dtype)  # (tokens,)
+                files[split].write(ids.tobytes())
+                num_documents[split] += len(documents)
+                num_tokens[split] += len(ids)
+                if split == "train":
+                    counts += np.bincount(ids, minlength=len(counts))
+            show(sum(num_documents.values()), sum(num_tokens.values()))
+    (folder / "counts.bin").write_bytes(counts.tobytes())  # ndarray.tofile does not report a full disk
+    return num_documents, num_tokens
+
+
+def _by_split(batch: list[str], *, val_share: float) -> dict[str, list[str]]:
+    by_split: dict[str, list[str]] = {}
+    for document in batch:
+        by_split.setdefault(split_of(document, val_share=val_share), []).append(document)
+    return by_split
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """Show a progress line on stderr; the yielded function updates it with the numbers of documents and tokens."""
+    counts = "{task.fields[documents]:,} documents, {task.completed:,.0f} tokens, {task.fields[rate]:,.0f} tokens/s"
+    columns = SpinnerColumn(), TextColumn("tokenizing"), TextColumn(counts), TimeElapsedColumn()
+    start = time.perf_counter()
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=None, documents=0, rate=0.0)
+
+        def show(documents: int, tokens: int) -> None:
+            rate = tokens / (time.perf_counter() - start)
+            bar.update(task, completed=tokens, documents=documents, rate=rate)
+
+        yield show

@@ -1,30 +1,30 @@
-"""A corpus: raw text as a stream of documents. Its kinds are in text_files, hub and docstrings."""
+"""The interface of a corpus: raw text as a stream of documents. See text_files, hub and docstrings for sources."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 
 class Corpus(Protocol):
-    """Raw text as a stream of documents that may be read again, and may be larger than memory."""
+    """A stream of documents that can be read repeatedly and may be larger than memory."""
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return what identifies the text, as JSON: a change of it means another cache."""
+        """Return what identifies the text, as JSON. A changed fingerprint leads to a new token cache."""
         ...
 
     def documents(self) -> Iterator[str]:
-        """Yield the documents in a fixed order, without empty ones."""
+        """Yield the non-empty documents in a fixed order."""
         ...
 
 
 class Concatenation:
-    """Read several corpora one after the other, as Wikipedia and then books."""
+    """Read several corpora one after the other, for example Wikipedia and then books."""
 
     def __init__(self, *, parts: Sequence[Corpus]) -> None:
-        """Take the parts in order."""
+        """Store the corpora in reading order."""
         self.parts = list(parts)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Name the parts in order."""
+        """Return the fingerprints of the parts in order."""
         return {"parts": [part.fingerprint() for part in self.parts]}
 
     def documents(self) -> Iterator[str]:
@@ -34,12 +34,12 @@ class Concatenation:
 
 
 def nonempty(documents: Iterable[str]) -> Iterator[str]:
-    """Strip documents, and drop the empty ones."""
+    """Strip documents and drop the empty ones."""
     return (text for document in documents if (text := document.strip()))
 
 
 def has_surrogate(text: str) -> bool:
-    """Tell whether a text holds half of a surrogate pair, which UTF-8 cannot write and tokenizers refuse."""
+    """Return whether a text holds an unpaired surrogate, which UTF-8 cannot encode and tokenizers reject."""
     try:
         text.encode()
     except UnicodeEncodeError:

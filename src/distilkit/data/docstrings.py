@@ -1,4 +1,4 @@
-"""Text that every machine with this package has: the docstrings of installed packages."""
+"""A corpus that needs no download: the docstrings of installed packages."""
 
 import ast
 import importlib.util
@@ -16,12 +16,14 @@ from typing import Any
 from distilkit.data.corpus import has_surrogate, nonempty
 from distilkit.errors import UserError
 
+_NOT_PROSE = {"site-packages", "test", "tests", "idlelib", "__pycache__"}
+
 
 class Docstrings:
-    """Read the docstrings of installed packages: English technical prose that every machine with this package has.
+    """Read the docstrings of installed packages, which are English technical prose.
 
-    ``packages`` are import names; ``stdlib`` is Python's own library. A document is the docstrings of one module;
-    a docstring that occurred before is dropped, since copies are common.
+    ``packages`` are import names; ``stdlib`` is the standard library. A document holds the docstrings of one module.
+    Repeated docstrings are dropped.
 
     Raises:
         UserError: a package is not installed.
@@ -33,7 +35,7 @@ class Docstrings:
         self.roots = {name: _package_folder(name) for name in packages}
 
     def fingerprint(self) -> dict[str, Any]:
-        """Name each package and its version."""
+        """Return the version of each package."""
         distributions = packages_distributions()
         versions = {}
         for name in self.roots:
@@ -44,17 +46,16 @@ class Docstrings:
         return {"docstrings": versions}
 
     def files(self) -> list[Path]:
-        """List the Python files, in a fixed order."""
-        skipped = {"site-packages", "test", "tests", "idlelib", "__pycache__"}
+        """List the Python files in a fixed order."""
         return [
             file
             for root in self.roots.values()
             for file in sorted(root.rglob("*.py"))
-            if not skipped.intersection(file.relative_to(root).parts)
+            if not _NOT_PROSE.intersection(file.relative_to(root).parts)
         ]
 
     def documents(self) -> Iterator[str]:
-        """Yield one document for each module that has docstrings, parsed in parallel."""
+        """Yield one document for each module with docstrings. Modules are parsed in parallel."""
         seen: set[bytes] = set()
         for docstrings in self._parsed():
             fresh = []
@@ -70,12 +71,12 @@ class Docstrings:
         if len(files) < 1000:  # starting processes would take longer than parsing
             yield from map(module_docstrings, files)
             return
-        # Spawned, not forked: torch and tokenizers hold threads that do not survive a fork.
+        # Spawned, not forked: the threads of torch and tokenizers do not survive a fork.
         pool = ProcessPoolExecutor(self.num_workers, mp_context=get_context("spawn"))
         try:
             yield from pool.map(module_docstrings, files, chunksize=128)
         finally:
-            pool.shutdown(cancel_futures=True)  # a reader may stop early
+            pool.shutdown(cancel_futures=True)  # the caller may stop early
 
 
 def _package_folder(name: str) -> Path:
@@ -83,32 +84,29 @@ def _package_folder(name: str) -> Path:
         return Path(sysconfig.get_path("stdlib"))
     try:
         spec = importlib.util.find_spec(name)
-    except (ImportError, ValueError):  # of a parent, or of a module without a spec
+    except (ImportError, ValueError):  # no parent package, or a module without a spec
         spec = None
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
-            f"data.corpus.packages: {name!r} is not an installed package; install it or drop it from the list"
+            f"data.corpus.packages: {name!r} is not an installed package; install it or remove it from the list"
         )
     return Path(next(iter(spec.submodule_search_locations)))
 
 
 def module_docstrings(file: Path) -> list[str]:
-    """Parse one Python file and list its docstrings, outermost first; a file that does not parse has none."""
+    """Return the docstrings of a Python file, outermost first, or none if the file cannot be parsed."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in other people's code
+            warnings.simplefilter("ignore")  # invalid escapes
             tree = ast.parse(file.read_bytes())
     except (SyntaxError, ValueError, OSError, RecursionError):
         return []
-    found: list[str] = []
+    return [docstring for docstring in _docstrings(tree) if not has_surrogate(docstring)]
 
-    def visit(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> None:
-        docstring = ast.get_docstring(node)
-        if docstring:
-            found.append(docstring)
-        for child in node.body:
-            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                visit(child)
 
-    visit(tree)
-    return [docstring for docstring in found if not has_surrogate(docstring)]
+def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
+    if docstring := ast.get_docstring(node):
+        yield docstring
+    for child in node.body:
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _docstrings(child)

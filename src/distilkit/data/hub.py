@@ -1,4 +1,4 @@
-"""Text from data sets of the Hugging Face hub, streamed while it is tokenized."""
+"""Corpora from the Hugging Face hub, streamed while they are tokenized."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -9,10 +9,10 @@ from distilkit.errors import UserError
 
 
 class HubDataset:
-    """Stream a data set of the Hugging Face hub.
+    """Stream a dataset of the Hugging Face hub.
 
-    A row is a document, unless rows are smaller than documents: then ``rows_per_document`` joins so many, or a row that
-    matches the pattern ``document_start`` begins the next (WikiText's headings).
+    By default each row is a document. ``rows_per_document`` joins that many rows. With ``document_start``, a row that
+    matches this pattern starts a new document, for example a heading of WikiText.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class HubDataset:
         rows_per_document: int = 1,
         document_start: str | None = None,
     ) -> None:
-        """Take the arguments of ``datasets.load_dataset``; nothing is fetched yet."""
+        """Store the arguments of ``datasets.load_dataset``. Nothing is downloaded yet."""
         if rows_per_document < 1:
             raise UserError(f"data.corpus.rows_per_document={rows_per_document}, but it must be at least 1")
         self.path, self.name, self.split, self.column, self.revision = path, name, split, column, revision
@@ -34,11 +34,29 @@ class HubDataset:
         self.document_start = document_start
 
     def fingerprint(self) -> dict[str, Any]:
-        """Name the data set; pin ``revision`` where the hub's copy may change."""
+        """Return the arguments. Pin ``revision`` if the dataset on the hub may change."""
         return {"hub": vars(self)}
 
-    def stream(self) -> Any:
-        """Open the data set in streaming mode."""
+    def documents(self) -> Iterator[str]:
+        """Yield the documents as they are downloaded."""
+        start = re.compile(self.document_start) if self.document_start else None
+        texts: list[str] = []  # of the rows of one document
+        for row in self._rows():
+            text = row[self.column] or ""
+            if not isinstance(text, str):
+                raise UserError(
+                    f"dataset {self.path!r}: column {self.column!r} holds {type(text).__name__}, not text; set "
+                    "data.corpus.column to the text column"
+                )
+            complete = start.match(text) if start else len(texts) == self.rows_per_document
+            if complete and texts:
+                yield from nonempty(["\n".join(texts)])
+                texts = []
+            texts.append(text)
+        yield from nonempty(["\n".join(texts)])
+
+    def _rows(self) -> Any:
+        """Open the dataset in streaming mode, with only the text column."""
         import datasets
 
         try:
@@ -46,65 +64,46 @@ class HubDataset:
             columns = rows.column_names or list(next(iter(rows), {}))
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(
-                f"cannot open data set {self.path!r} (config {self.name!r}, split {self.split!r}): "
-                f"{(str(error) or repr(error)).splitlines()[0]}; check the names, and that the hub can be reached"
+                f"cannot open dataset {self.path!r} (config {self.name!r}, split {self.split!r}): "
+                f"{(str(error) or repr(error)).splitlines()[0]}; check the names and the connection to the hub"
             ) from error
         if self.column not in columns:
             raise UserError(
-                f"data set {self.path!r} has no column {self.column!r}; it has {', '.join(columns) or 'none'}: set "
+                f"dataset {self.path!r} has no column {self.column!r}; it has {', '.join(columns) or 'none'}: set "
                 "data.corpus.column"
             )
         return rows.select_columns([self.column])
 
-    def documents(self) -> Iterator[str]:
-        """Yield the documents as they arrive."""
-        starts = re.compile(self.document_start) if self.document_start else None
-        rows: list[str] = []
-        for row in self.stream():
-            text = row[self.column] or ""
-            if not isinstance(text, str):
-                raise UserError(
-                    f"data set {self.path!r}: column {self.column!r} holds {type(text).__name__}, not text; name the text "
-                    "column with data.corpus.column"
-                )
-            full = starts.match(text) if starts else len(rows) == self.rows_per_document
-            if full and rows:
-                yield from nonempty(["\n".join(rows)])
-                rows = []
-            rows.append(text)
-        yield from nonempty(["\n".join(rows)])
-
 
 class MultilingualWikipedia:
-    """Sample Wikipedias in proportion to size ** exponent, small ones oversampled.
+    """Sample Wikipedias in proportion to size ** exponent, which oversamples small languages.
 
-    mBERT's exponent is 0.7 (google-research/bert, multilingual.md). The stream ends when every language was read whole.
+    mBERT uses an exponent of 0.7 (google-research/bert, multilingual.md). The stream ends when every language has been
+    read completely.
     """
 
     def __init__(
         self, *, languages: Sequence[str], date: str, exponent: float, seed: int, path: str = "wikimedia/wikipedia"
     ) -> None:
-        """Take language codes and the date of the dump."""
+        """Store the language codes and the date of the dump."""
         if not languages:
-            raise UserError("data.corpus.languages is empty; list at least one, as [en,de]")
+            raise UserError("data.corpus.languages is empty; list at least one, for example [en,de]")
         if not 0 <= exponent <= 1:
-            raise UserError(f"data.corpus.exponent={exponent}, but it must be between 0 (all alike) and 1 (by size)")
+            raise UserError(f"data.corpus.exponent={exponent}, but it must be between 0 (equal) and 1 (by size)")
         self.languages, self.date, self.exponent, self.seed, self.path = list(languages), date, exponent, seed, path
 
     def fingerprint(self) -> dict[str, Any]:
-        """Name the dump, the languages and how they are sampled."""
+        """Return the dump, the languages and the sampling settings."""
         return {"wikipedia": vars(self)}
 
     def documents(self) -> Iterator[str]:
-        """Yield articles, the language of each drawn at random."""
+        """Yield articles, each from a randomly drawn language."""
         import datasets
 
-        streams, sizes = [], []
-        for language in self.languages:
-            part = HubDataset(path=self.path, name=f"{self.date}.{language}")
-            streams.append(part.stream())
-            info = datasets.load_dataset_builder(self.path, part.name).info
-            sizes.append(info.splits["train"].num_examples)
+        configs = [f"{self.date}.{language}" for language in self.languages]
+        streams = [HubDataset(path=self.path, name=config)._rows() for config in configs]
+        builders = [datasets.load_dataset_builder(self.path, config) for config in configs]
+        sizes = [builder.info.splits["train"].num_examples for builder in builders]
         mixed = datasets.interleave_datasets(
             streams,
             probabilities=sampling_probabilities(sizes, self.exponent),

@@ -15,6 +15,22 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from distilkit.data.corpus import Corpus
 from distilkit.errors import UserError
 
+# Special tokens in the order of their ids.
+_BERT_TOKENS = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+_ROBERTA_TOKENS = {
+    "bos_token": "<s>",
+    "pad_token": "<pad>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "mask_token": "<mask>",
+}
+
 
 def load_tokenizer(
     *, name: str | None, revision: str = "main", tokenizer_type: str | None = None, trust_remote_code: bool = False
@@ -35,22 +51,22 @@ def load_tokenizer(
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"cannot load a tokenizer from {name!r}: {str(error).strip().splitlines()[0]} "
-            "A hub id needs the network (and HF_HUB_OFFLINE unset) or a filled Hugging Face cache; a folder needs its "
-            "tokenizer's files, or tokenizer.tokenizer_type for a bare vocabulary"
+            "A hub id needs the network (and HF_HUB_OFFLINE unset) or a filled Hugging Face cache; a folder needs the "
+            "files of its tokenizer, or tokenizer.tokenizer_type for a bare vocabulary"
         ) from error
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a folder without its files
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers loads this from a folder without files
         raise UserError(
             f"{name!r} has no tokenizer: there is no vocabulary in it; add the tokenizer's files (tokenizer.save_pretrained)"
         )
     if not tokenizer.is_fast:
-        raise UserError(f"the tokenizer of {name!r} is not a fast one; save it once with a fast tokenizer class")
+        raise UserError(f"the tokenizer of {name!r} is not a fast tokenizer; save it with a fast tokenizer class first")
     return tokenizer
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the SHA-256 of everything that decides how text becomes ids."""
+    """Return the SHA-256 of everything that determines how text becomes ids."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    del backend["truncation"], backend["padding"]  # of the last call; the cache uses neither
+    del backend["truncation"], backend["padding"]  # left over from the last call; the cache uses neither
     state = [backend, sorted(tokenizer.all_special_tokens)]
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
@@ -64,12 +80,12 @@ def train_tokenizer(
     lowercase: bool,
     max_documents: int,
 ) -> PreTrainedTokenizerBase:
-    """Train BERT's WordPiece or GPT-2's byte-level BPE on the first documents of a corpus, once.
+    """Train BERT's WordPiece or GPT-2's byte-level BPE on the first documents of a corpus, or load it from the cache.
 
-    The result is kept in the cache under the fingerprint of corpus and settings. BPE follows RoBERTa's special tokens.
+    The cache key is a hash of the corpus fingerprint and the settings. BPE has RoBERTa's special tokens.
     """
     if model not in ("wordpiece", "bpe"):
-        raise UserError(f"tokenizer.model is {model!r}; it takes wordpiece or bpe")
+        raise UserError(f"tokenizer.model is {model!r}, but it must be wordpiece or bpe")
     settings = [corpus.fingerprint(), model, vocab_size, lowercase, max_documents]
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(cache_dir).expanduser() / "tokenizers" / f"{model}-{vocab_size}-{key}"
@@ -83,8 +99,40 @@ def train_tokenizer(
             temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp", dir=folder.parent))
             trained.save_pretrained(temporary)
             temporary.chmod(0o755)
-            temporary.rename(folder)  # whole or not at all
+            temporary.rename(folder)  # atomic: a partial tokenizer is never found
     return load_tokenizer(name=str(folder))
+
+
+def _wordpiece(documents: Iterator[str], vocab_size: int, lowercase: bool) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    special = list(_BERT_TOKENS.values())
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
+    _train(tokenizer, documents, trainer)
+    tokenizer.post_processor = processors.BertProcessing(
+        ("[SEP]", special.index("[SEP]")), ("[CLS]", special.index("[CLS]"))
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **_BERT_TOKENS)
+
+
+def _bpe(documents: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = list(_ROBERTA_TOKENS.values())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    _train(tokenizer, documents, trainer)
+    tokenizer.post_processor = processors.RobertaProcessing(
+        ("</s>", special.index("</s>")), ("<s>", special.index("<s>")), add_prefix_space=False
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **_ROBERTA_TOKENS, cls_token="<s>", sep_token="</s>")
 
 
 def _train(tokenizer: Tokenizer, documents: Iterator[str], trainer: trainers.Trainer) -> None:
@@ -92,52 +140,3 @@ def _train(tokenizer: Tokenizer, documents: Iterator[str], trainer: trainers.Tra
     if first is None:
         raise UserError("the corpus is empty: no tokenizer can be trained on it; check data.corpus")
     tokenizer.train_from_iterator(itertools.chain([first], documents), trainer=trainer)
-
-
-def _wordpiece(documents: Iterator[str], vocab_size: int, lowercase: bool) -> PreTrainedTokenizerFast:
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    _train(
-        tokenizer,
-        documents,
-        trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False),
-    )
-    ids = {token: index for index, token in enumerate(special)}  # the trainers put them first
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", ids["[SEP]"]), ("[CLS]", ids["[CLS]"]))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
-    )
-
-
-def _bpe(documents: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    _train(tokenizer, documents, trainer)
-    ids = {token: index for index, token in enumerate(special)}  # the trainers put them first
-    tokenizer.post_processor = processors.RobertaProcessing(
-        ("</s>", ids["</s>"]), ("<s>", ids["<s>"]), add_prefix_space=False
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        cls_token="<s>",
-        pad_token="<pad>",
-        eos_token="</s>",
-        sep_token="</s>",
-        unk_token="<unk>",
-        mask_token="<mask>",
-    )

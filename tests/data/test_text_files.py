@@ -1,0 +1,265 @@
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from distilkit.data.text_files import TextFiles
+from distilkit.errors import UserError
+
+DOCUMENTS = ["One line.", "Two\nlines, of one document.", 'Quotes "here", commas; ünïcode 語 🙂.', "[MASK] is text."]
+
+
+def as_txt(documents: list[str]) -> bytes:
+    return "\n\n".join(documents).encode()
+
+
+def as_jsonl(documents: list[str], column: str = "text") -> bytes:
+    return "".join(json.dumps({"id": 0, column: document}) + "\n" for document in documents).encode()
+
+
+def as_csv(documents: list[str], column: str = "text") -> bytes:
+    stream = io.StringIO(newline="")
+    csv.writer(stream).writerows([["id", column], *(["0", document] for document in documents)])
+    return stream.getvalue().encode()
+
+
+def as_parquet(documents: list[str], column: str = "text") -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"id": [0] * len(documents), column: documents}), sink)
+    return sink.getvalue()
+
+
+def zst(data: bytes) -> bytes:
+    return bytes(pa.compress(data, codec="zstd", asbytes=True))
+
+
+FORMATS: dict[str, Callable[[list[str]], bytes]] = {
+    ".txt": as_txt,
+    ".jsonl": as_jsonl,
+    ".csv": as_csv,
+    ".parquet": as_parquet,
+}
+COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".xz": lzma.compress,
+    ".zst": zst,
+    ".bz2": bz2.compress,
+}
+COMPRESSED = [kind + suffix for kind in FORMATS for suffix in COMPRESSIONS if kind != ".parquet" or not suffix]
+
+
+def read(*paths: Path, **options: Any) -> list[str]:
+    return list(TextFiles(paths=[str(path) for path in paths], **options).documents())
+
+
+def write(file: Path, data: bytes | str) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(data.encode() if isinstance(data, str) else data)
+    return file
+
+
+@pytest.mark.parametrize("suffix", COMPRESSED)
+def test_every_format_and_compression_holds_the_same_documents(tmp_path: Path, suffix: str) -> None:
+    kind = re.match(r"\.[a-z]+", suffix)[0]
+    data = COMPRESSIONS[suffix.removeprefix(kind)](FORMATS[kind](DOCUMENTS))
+    assert read(write(tmp_path / f"corpus{suffix}", data)) == DOCUMENTS
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst", ".bz2"])
+def test_a_file_compressed_in_several_parts_is_read_to_its_end(tmp_path: Path, suffix: str) -> None:
+    documents = [f"{number} " + os.urandom(50_000).hex() for number in range(4)]
+    parts = [COMPRESSIONS[suffix](f"{document}\n\n".encode()) for document in documents]
+    assert read(write(tmp_path / f"a.txt{suffix}", b"".join(parts))) == documents
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst", ".bz2"])
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.999])
+def test_a_compressed_file_that_was_cut_short_is_an_error_and_not_less_text(
+    tmp_path: Path, suffix: str, share: float
+) -> None:
+    whole = COMPRESSIONS[suffix](os.urandom(200_000).hex().encode())
+    file = write(tmp_path / f"a.txt{suffix}", whole[: int(share * len(whole))])
+    with pytest.raises(UserError, match=rf"cannot read {file}: .*; the file may be cut short"):
+        read(file)
+
+
+def test_a_parquet_file_that_was_cut_short_is_an_error(tmp_path: Path) -> None:
+    whole = as_parquet(DOCUMENTS)
+    file = write(tmp_path / "a.parquet", whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=rf"cannot read {file}: .*; the file may be cut short"):
+        read(file)
+
+
+def test_files_folders_and_globs_are_read_in_the_order_given(tmp_path: Path) -> None:
+    write(tmp_path / "folder/deep/b.csv", as_csv(["fourth"]))
+    write(tmp_path / "folder/a.txt.gz", gzip.compress(b"third"))
+    write(tmp_path / "folder/notes.md", "a folder may hold files of other kinds")
+    write(tmp_path / "globbed/2.jsonl", as_jsonl(["second"]))
+    write(tmp_path / "globbed/1.txt", "first")
+    write(tmp_path / "globbed/deep/3.txt", "not matched")
+    write(tmp_path / "last [1].txt", "fifth")
+    paths = [tmp_path / "globbed/?.*", tmp_path / "folder", tmp_path / "last [1].txt"]
+    assert read(*paths) == ["first", "second", "third", "fourth", "fifth"]
+
+
+def test_a_double_star_searches_to_any_depth(tmp_path: Path) -> None:
+    write(tmp_path / "a/b/c.txt", "deep")
+    write(tmp_path / "d.txt", "shallow")
+    assert read(tmp_path / "**/*.txt") == ["deep", "shallow"]
+
+
+@pytest.mark.parametrize(
+    ("document", "expected"),
+    [
+        ("blank_line", ["a\nb", "c", "d"]),
+        ("line", ["a", "b", "c", "d"]),
+        ("file", ["a\nb\n  \nc\n\n\nd"]),
+    ],
+)
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_a_text_document_ends_where_it_was_asked_to(
+    tmp_path: Path, document: str, expected: list[str], newline: str
+) -> None:
+    text = "\n\na\nb\n  \nc\n\n\nd\n\n".replace("\n", newline)
+    assert read(write(tmp_path / "a.txt", text), document=document) == expected
+
+
+@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".csv"])
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path, kind: str) -> None:
+    assert read(write(tmp_path / f"a{kind}", b"\xef\xbb\xbf" + FORMATS[kind](DOCUMENTS))) == DOCUMENTS
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".csv", ".parquet"])
+def test_the_text_column_may_have_another_name_and_empty_rows(tmp_path: Path, kind: str) -> None:
+    writer: Callable[[list[str], str], bytes] = {".jsonl": as_jsonl, ".csv": as_csv, ".parquet": as_parquet}[kind]
+    assert read(write(tmp_path / f"a{kind}", writer(["a", "", " \n", "b"], "body")), column="body") == ["a", "b"]
+
+
+def test_a_cell_of_a_csv_file_keeps_its_line_ends(tmp_path: Path) -> None:
+    documents = ["one\r\ntwo\n\nthree", "four"]
+    assert read(write(tmp_path / "a.csv", as_csv(documents))) == documents
+
+
+def test_a_null_is_an_empty_document(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["a", None, "b"]}), file)
+    jsonl = write(tmp_path / "b.jsonl", '{"text": "c"}\n\n{"text": null}\n{"text": "d"}')
+    assert read(file, jsonl) == ["a", "b", "c", "d"]
+
+
+def test_a_file_is_streamed_and_an_error_comes_only_where_it_stands(tmp_path: Path) -> None:
+    documents = TextFiles(paths=str(write(tmp_path / "a.jsonl", '{"text": "first"}\nbroken'))).documents()
+    assert next(documents) == "first"
+    with pytest.raises(UserError, match=r"a\.jsonl, line 2 is not a JSON object; fix or drop that line"):
+        next(documents)
+
+
+def test_documents_may_be_read_again(tmp_path: Path) -> None:
+    files = TextFiles(paths=str(write(tmp_path / "a.txt", as_txt(DOCUMENTS))))
+    assert list(files.documents()) == list(files.documents()) == DOCUMENTS
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nothing.txt", "'{path}' matches no file; known formats are .txt, .jsonl, .csv, .parquet, plain or with .gz,"),
+        ("empty", "'{path}' matches no file"),
+        ("*.jsonl", "'{path}' matches no file"),
+        (
+            "a.pdf",
+            "{path} has an unknown format; known are .txt, .jsonl, .csv, .parquet, the first three also with .gz",
+        ),
+        ("a.parquet.gz", "{path} has an unknown format"),
+        ("a.gz", "{path} has an unknown format"),
+    ],
+)
+def test_a_wrong_path_is_an_error_at_once(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    for file in ("a.pdf", "a.parquet.gz", "a.gz"):
+        write(tmp_path / file, "")
+    path = tmp_path / name
+    with pytest.raises(UserError, match=re.escape(message.format(path=path))):
+        TextFiles(paths=str(path))
+
+
+def test_one_wrong_path_among_good_ones_is_an_error(tmp_path: Path) -> None:
+    good = write(tmp_path / "a.txt", "a")
+    with pytest.raises(UserError, match=r"missing' matches no file"):
+        TextFiles(paths=[str(good), str(tmp_path / "missing")])
+
+
+def test_an_unknown_end_of_documents_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="document is 'page'; it takes blank_line, line or file"):
+        TextFiles(paths=str(write(tmp_path / "a.txt", "a")), document="page")
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".csv", ".parquet"])
+def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path, kind: str) -> None:
+    file = write(tmp_path / f"a{kind}", FORMATS[kind](DOCUMENTS))
+    with pytest.raises(UserError, match=rf"{file} has no column 'body'; it has id, text: set data.corpus.column"):
+        read(file, column="body")
+
+
+def test_a_line_that_is_no_object_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="line 1 is not a JSON object; fix or drop that line"):
+        read(write(tmp_path / "a.jsonl", '["text"]\n'))
+
+
+def test_a_column_without_text_is_an_error_that_names_the_row(tmp_path: Path) -> None:
+    message = r"a\.{}, row {}: column '{}' holds {}, not text; name the text column with data\.corpus\.column"
+    jsonl = write(tmp_path / "a.jsonl", '{"text": "a"}\n{"text": ["b"]}\n')
+    with pytest.raises(UserError, match=message.format("jsonl", 2, "text", "list")):
+        read(jsonl)
+    rows: list[int | None] = [None] * 2000
+    rows[1499] = 7  # in the second batch of rows
+    pq.write_table(pa.table({"id": rows}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=message.format("parquet", 1500, "id", "int")):
+        read(tmp_path / "a.parquet", column="id")
+
+
+def test_an_unpaired_surrogate_is_an_error_before_it_reaches_the_tokenizer(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", '{"text": "\\ud83d\\ude42"}\n{"text": "a \\ud83d b"}\n')
+    documents = TextFiles(paths=str(file)).documents()
+    assert next(documents) == "🙂"
+    with pytest.raises(UserError, match=rf"{file}, row 2: unpaired surrogate; fix or drop that row"):
+        next(documents)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".txt.gz", ".txt.zst"])
+def test_text_that_is_not_utf8_is_an_error(tmp_path: Path, suffix: str) -> None:
+    kind, compression = re.match(r"(\.[a-z]+)(.*)", suffix).groups()
+    latin = FORMATS[kind](["cafe"]).replace(b"cafe", "café".encode("latin1"))
+    file = write(tmp_path / f"a{suffix}", COMPRESSIONS[compression](latin))
+    with pytest.raises(UserError, match=rf"{file} is not UTF-8: .* at byte \d+ of its chunk; convert it .*iconv"):
+        read(file)
+
+
+def test_the_fingerprint_changes_with_a_file_and_not_otherwise(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.txt", "text")
+
+    def fingerprint(**options: Any) -> str:
+        return json.dumps(TextFiles(paths=str(tmp_path), **options).fingerprint())
+
+    first = fingerprint()
+    file.read_text()
+    write(tmp_path / "notes.md", "no part of the corpus")
+    assert fingerprint() == first
+    write(file, "more text")
+    longer = fingerprint()
+    os.utime(file, ns=(0, 0))
+    older = fingerprint()
+    write(tmp_path / "b.txt", "another file")
+    variants = [first, longer, older, fingerprint(), fingerprint(column="body"), fingerprint(document="line")]
+    assert len(set(variants)) == len(variants)
