@@ -154,7 +154,7 @@ def main(cfg: DictConfig) -> None:
     """Report on all results and runs below the folders ``runs``."""
     if cfg.runs is None or not cfg.runs:
         raise UserError("runs is not set: python -m distilkit.report 'runs=[outputs/evaluate,outputs/demo]'")
-    given = list(cfg.runs) if isinstance(cfg.runs, ListConfig) else [cfg.runs]
+    given = cfg.runs if isinstance(cfg.runs, ListConfig) else [cfg.runs]
     folders = distinct(Path(str(folder)).expanduser() for folder in given)
     results, trained = read_results(folders), find_runs(folders)
     options: dict[str, Any] = {name: cfg[name] for name in ("teacher", "baseline", "title", "wandb")}

@@ -69,6 +69,7 @@ def scatter(panels: Mapping[str, Sequence[Point]], scores: Scores, *, x: str, y:
         axis.margins(x=0.1, y=0.1)
         axis.set(xlabel=x, ylabel=y, title=plain(title))
         axis.set_xlim(left=max(0.0, axis.get_xlim()[0]))
+    figure.get_layout_engine().set(h_pad=0.12)  # type: ignore[union-attr, call-arg]  # of the constrained layout
     handles = {line.get_label(): line for axis in figure.axes for line in axis.get_lines()}
     labels = [plain(scores.label(name)) for name in names]
     figure.legend([handles[label] for label in labels], labels, loc="outside lower center", ncols=2, frameon=False)

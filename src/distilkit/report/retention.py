@@ -137,22 +137,27 @@ def retention_plot(scores: Scores) -> Plot | None:
     if not ours:
         return None
     drawn = drawn_rows(ours, scores.baseline) + theirs
-    height = 0.9 / len(drawn)  # of one bar; a group of bars is 1 high
-    picture = Figure(figsize=(WIDTH, 2 + len(groups) * (0.2 + 0.17 * len(drawn))), layout="constrained")
+    number = sum(not math.isnan(value) for row in drawn for value in series[row])
+    picture = Figure(figsize=(WIDTH, 2 + 0.19 * (number + 0.8 * len(groups))), layout="constrained")
     axis = picture.subplots()
+    present = [[row for row in drawn if not math.isnan(series[row][index])] for index in range(len(groups))]
+    tops = [sum(map(len, present[:index])) + 0.8 * index for index in range(len(groups))]  # each bar is 1 high
     for index, row in enumerate(drawn):
         colour = COLOURS[7 if row == scores.baseline else index] if row not in theirs else _GRAYS[theirs.index(row)]
-        places = [group + (index - (len(drawn) - 1) / 2) * height for group in range(len(groups))]
-        bars = axis.barh(places, series[row], height=0.9 * height, color=colour, label=plain(row))
-        marks = ["" if math.isnan(value) else f"{value:.1f}" for value in series[row]]
-        for mark in axis.bar_label(bars, marks, padding=3, fontsize=8):
+        mine = [group for group in range(len(groups)) if row in present[group]]
+        places, values = (
+            [tops[group] + present[group].index(row) for group in mine],
+            [series[row][group] for group in mine],
+        )
+        bars = axis.barh(places, values, height=0.85, color=colour, label=plain(row))
+        for mark in axis.bar_label(bars, fmt="%.1f", padding=3, fontsize=8):
             mark.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.4})  # over the line at 100 %
     axis.axvline(100, color="black", linestyle="--", linewidth=1, label=plain(f"{scores.teacher} (teacher)"), zorder=0)
-    axis.set_yticks(range(len(groups)), [plain(group) for group in groups])
+    middles = [top + (len(rows) - 1) / 2 for top, rows in zip(tops, present, strict=True)]
+    axis.set_yticks(middles, [plain(group) for group in groups])
     highest = max((value for row in drawn for value in series[row] if not math.isnan(value)), default=100.0)
-    axis.set(
-        xlabel="share of the teacher's score (%)", xlim=(0, max(115, 1.1 * highest)), ylim=(len(groups) - 0.4, -0.6)
-    )
+    axis.set(xlabel="share of the teacher's score (%)", xlim=(0, max(115, 1.1 * highest)))
+    axis.set_ylim(number + 0.8 * len(groups) - 0.8, -0.8)
     finish(axis)
     axis.grid(visible=False, axis="y")
     picture.legend(loc="outside upper center", ncols=2, frameon=False)
