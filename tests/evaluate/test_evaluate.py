@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_module
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 import distilkit.evaluate.__main__
 from distilkit.evaluate.finetune import Batches, FinetuningModule, hold_out
+from distilkit.evaluate.job import job_id
 from distilkit.records import read_results
 from jobs import Outcome, call, only, write_rows
 from tiny import build_model
@@ -272,6 +274,19 @@ def test_every_family_is_finetuned(
     done = score("finetune.epochs=1", model=save_teacher(model_type, num_layers=2))
     assert done.code == 0, done.err
     assert result(tmp_path).model_type == model_type
+
+
+def test_the_id_of_a_job_survives_a_move_of_its_classes() -> None:
+    def id_of(*overrides: str) -> str:
+        with initialize_config_module("distilkit.conf.evaluate", version_base="1.3"):
+            cfg = compose("evaluate", ["model=m", "task=rte", *overrides])
+        return job_id(cfg, teacher_id=None, model_id="0")
+
+    before = id_of()
+    for same in ("task._target_=elsewhere.TextTask", "trainer._target_=Trainer", "trainer.accelerator=cpu", "seed=7"):
+        assert id_of(same) == before
+    for other in ("task._target_=elsewhere.MyTask", "finetune.lr=1e-3", "task.max_length=9", "matmul_precision=high"):
+        assert id_of(other) != before
 
 
 def test_batches_hold_like_lengths_and_every_row_once_an_epoch(tokenizer: PreTrainedTokenizerBase) -> None:

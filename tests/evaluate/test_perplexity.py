@@ -325,6 +325,8 @@ def test_a_table_without_the_column_is_told_with_the_key_of_this_task(
     file.write_text('{"content": "ba"}\n', "utf-8")
     with pytest.raises(UserError, match="has no column 'text'; it has content: set task.column"):
         measure(file, save_teacher("bert"))
+    with pytest.raises(UserError, match="has no column 'text'; it has content: set task.column"):
+        scorer(file).check_data()  # without a model
 
 
 def test_a_tokenizer_that_does_not_fit_the_model_is_an_error(

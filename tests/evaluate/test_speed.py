@@ -301,7 +301,7 @@ def test_sentences_of_the_hub_are_stsbs_validation(monkeypatch: pytest.MonkeyPat
 
 def test_sentences_that_cannot_be_read_are_refused(glue: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="task.data_dir=nowhere does not exist; give GLUE's folder, or a .txt file"):
-        build_speed(data_dir="nowhere").sentences()
+        build_speed(data_dir="nowhere").check_data()
     empty = tmp_path / "empty.txt"
     empty.write_text("\n\n", "utf-8")
     with pytest.raises(UserError, match="empty.txt has no sentence; give a file with one a line"):

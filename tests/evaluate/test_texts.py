@@ -2,9 +2,11 @@
 
 import copy
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import scipy.stats
 import sklearn.metrics
@@ -73,11 +75,11 @@ def test_correlations_are_scipys() -> None:
     said = torch.randn(50, 1, generator=generator)
     targets = (said[:, 0] + torch.randn(50, generator=generator)).round(decimals=1).tolist()  # with ties
     measured = task(**NUMBERS).scores([(row,) for row in said], [{"target": target} for target in targets], [])
-    assert measured["pearson"] == pytest.approx(scipy.stats.pearsonr(said[:, 0], targets).statistic, abs=1e-5)
-    assert measured["spearman"] == pytest.approx(scipy.stats.spearmanr(said[:, 0], targets).statistic, abs=1e-5)
+    assert measured["pearson"] == pytest.approx(scipy.stats.pearsonr(said[:, 0], targets).statistic, abs=1e-12)
+    assert measured["spearman"] == pytest.approx(scipy.stats.spearmanr(said[:, 0], targets).statistic, abs=1e-12)
 
 
-def test_one_number_alone_said_is_a_correlation_of_zero() -> None:
+def test_one_number_alone_predicted_is_a_correlation_of_zero() -> None:
     same = [(torch.tensor([0.5]),)] * 5
     assert task(**NUMBERS).scores(same, [{"target": float(n)} for n in range(5)], []) == {
         "pearson": 0.0,
@@ -116,13 +118,23 @@ def test_special_tokens_that_a_text_spells_are_text(tokenizer: PreTrainedTokeniz
     assert feature["input_ids"].tolist().count(tokenizer.sep_token_id) == 2
 
 
-def test_one_class_alone_said_is_a_matthews_of_zero() -> None:
-    logits = torch.tensor([[1.0, 0.0]] * 6)
-    targets = [{"target": index % 2} for index in range(6)]
-    assert task(metrics=["matthews", "f1"]).scores([(row,) for row in logits], targets, []) == {
-        "matthews": 0.0,
-        "f1": 0.0,
-    }
+def test_one_class_alone_predicted_is_a_matthews_of_zero() -> None:
+    logits = [(torch.tensor([1.0, 0.0]),)] * 6
+    for num_positive in (3, 1, 6, 0):
+        targets = [{"target": int(index < num_positive)} for index in range(6)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            scores = task(metrics=["matthews", "f1"]).scores(logits, targets, [])
+        assert scores == {"matthews": 0.0, "f1": 0.0}
+
+
+def test_a_correlation_of_large_numbers_keeps_its_digits() -> None:
+    rng = np.random.default_rng(0)
+    targets = 1e7 + rng.normal(size=200)
+    said = [(torch.tensor([value]),) for value in (targets - 1e7) + rng.normal(size=200)]
+    measured = task(**NUMBERS).scores(said, [{"target": float(target)} for target in targets], [])
+    values = torch.cat([each for (each,) in said]).double().numpy()
+    assert measured["pearson"] == pytest.approx(np.corrcoef(targets, values)[0, 1], abs=1e-9)
 
 
 def test_the_longest_text_is_cut_first(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -225,4 +237,4 @@ def test_where_the_rows_are_must_be_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="task 'mine' has no data set on the hub; set task.data_dir"):
         task().train_examples()
     with pytest.raises(UserError, match="is no folder; give the folder of the task's files"):
-        task(data_dir=str(tmp_path / "nothing")).train_examples()
+        task(data_dir=str(tmp_path / "nothing")).check_data()

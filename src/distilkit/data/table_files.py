@@ -27,7 +27,7 @@ _DAMAGED = (OSError, EOFError, lzma.LZMAError, zlib.error, csv.Error, pyarrow.Ar
 
 
 @contextmanager
-def errors_name(file: Path) -> Iterator[None]:
+def name_errors(file: Path) -> Iterator[None]:
     """Turn the errors of a missing or damaged file into a ``UserError`` that names the file."""
     try:
         yield
@@ -44,7 +44,7 @@ def errors_name(file: Path) -> Iterator[None]:
 def open_text(file: Path, *, newline: str | None = None) -> Iterator[TextIO]:
     """Open UTF-8 text, plain or compressed as its last suffix says, without a byte order mark."""
     with (
-        errors_name(file),
+        name_errors(file),
         io.TextIOWrapper(OPENERS.get(file.suffix, open)(file, "rb"), "utf-8-sig", newline=newline) as stream,
     ):
         yield stream

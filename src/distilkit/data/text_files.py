@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distilkit.data.corpus import has_surrogate, nonempty
-from distilkit.data.table_files import OPENERS, delimited_rows, errors_name, json_rows, open_text
+from distilkit.data.table_files import OPENERS, delimited_rows, json_rows, name_errors, open_text
 from distilkit.errors import UserError
 
 _FORMATS = (".txt", ".jsonl", ".csv", ".parquet")
@@ -85,7 +85,7 @@ class TextFiles:
         import pyarrow.parquet as pq
 
         row = 0
-        with errors_name(file):
+        with name_errors(file):
             table = pq.ParquetFile(file)
             self._check_column(file, table.schema_arrow.names)
             for batch in table.iter_batches(batch_size=1024, columns=[self.column]):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from pytorch_lightning import LightningDataModule, LightningModule
@@ -27,7 +27,7 @@ class FinetuningTask(Protocol):
 
     name: str
     max_length: int
-    auto_class: Any
+    auto_class: ClassVar[Any]
 
     @property
     def head(self) -> dict[str, Any]:
@@ -199,18 +199,15 @@ class FinetuningModule(LightningModule):
             self.log("train/loss", loss.detach())
         return loss
 
-    def on_validation_epoch_start(self) -> None:
-        """Forget the logits of the last validation."""
-        self.collected = {}
-
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Collect the logits of the held-out features."""
         self.collected |= self.predict_step(batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
-        """Score the held-out examples, to choose by."""
+        """Score the held-out examples, to choose by, and forget their logits."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         logits = [self.collected[row] for row in range(len(self.collected))]
+        self.collected = {}
         scores = self.task.scores(logits, data.held_out, data.held_out_examples)
         self.log("held_out", sum(scores.values()) / len(scores), prog_bar=True)
 

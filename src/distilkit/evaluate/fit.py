@@ -45,8 +45,7 @@ def finetune_and_score(task: FinetuningTask, job: Job) -> Result:
     timer = Timer()  # it counts across resumed runs
     trainer = build_trainer(cfg, folder=job.folder, timer=timer)
     if trains:
-        takes_best = cfg.finetune.patience is not None
-        fit(trainer, module, data, checkpoints=job.folder / "checkpoints", takes_best=takes_best)
+        fit(trainer, module, data, checkpoints=job.folder / "checkpoints")
 
     start, num_scored, scores, held_out_score = time.perf_counter(), 0, {}, None
     model.eval()
@@ -142,13 +141,13 @@ def build_trainer(cfg: DictConfig, *, folder: Path, timer: Timer) -> Trainer:
     return trainer
 
 
-def fit(trainer: Trainer, module: FinetuningModule, data: Batches, *, checkpoints: Path, takes_best: bool) -> None:
-    """Fine-tune, from where a broken run stopped; ``takes_best`` ends with the weights of the best epoch."""
+def fit(trainer: Trainer, module: FinetuningModule, data: Batches, *, checkpoints: Path) -> None:
+    """Fine-tune, from where a broken run stopped; early stopping ends with the weights of the best epoch."""
     last = checkpoints / "last.ckpt"
     if last.is_file():
         log.info("resuming from %s", last)
     trainer.fit(module, datamodule=data, ckpt_path=last if last.is_file() else None, weights_only=False)
-    if takes_best:
+    if trainer.early_stopping_callback is not None:
         best = torch.load(checkpoints / "best.ckpt", map_location="cpu", weights_only=True)
         module.load_state_dict(best["state_dict"], strict=False)  # the teacher is in no checkpoint
 

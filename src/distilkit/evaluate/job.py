@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -65,7 +65,7 @@ class Task(Protocol):
     """What the configs of conf/evaluate/task build; ``trains`` is true where models are fine-tuned."""
 
     name: str
-    trains: bool
+    trains: ClassVar[bool]
 
     def check_data(self) -> None:
         """Read the data, so that an error in it shows before models are trained."""

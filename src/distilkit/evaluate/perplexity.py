@@ -36,7 +36,6 @@ from distilkit.losses import score as score_rows
 from distilkit.records import Result, cost
 from distilkit.student import check_vocabulary
 
-_PARAGRAPH = "\n\n"
 _MAX_BLOCK_SIZE = 512  # tokens, as most encoders have
 
 
@@ -344,7 +343,7 @@ class LanguageScore:
     def _causal(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, block_size: int) -> Scored:
         """Slide a window over the whole text; return scores, settings and counts."""
         with self._own_keys():
-            text = read_text(self.corpus, tokenizer, max_tokens=self.max_tokens, separator=_PARAGRAPH)
+            text = read_text(self.corpus, tokenizer, max_tokens=self.max_tokens, separator="\n\n")
         ids = np.concatenate(text.documents)
         if len(ids) < 2:
             raise UserError(

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from distilkit.data.table_files import delimited_rows, errors_name, json_rows
+from distilkit.data.table_files import delimited_rows, json_rows, name_errors
 from distilkit.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ def _read_folder(path: Path, *, columns: Sequence[str]) -> Iterator[tuple[str, R
     text, label = columns
     for folder in sorted(item for item in path.iterdir() if item.is_dir() and item.name != "unsup"):
         for file in sorted(folder.glob("*.txt")):
-            with errors_name(file):
+            with name_errors(file):
                 yield f"{folder.name}/{file.name}", {text: file.read_text("utf-8"), label: folder.name}
 
 

@@ -29,22 +29,20 @@ def _zero_if_constant(measure: Callable[..., Any]) -> Callable[..., float]:
     """Let a correlation be 0 where it is not defined: on a constant side, or one that is not finite."""
 
     def measured(targets: Any, predictions: Any) -> float:
-        varies = np.ptp(targets) and np.ptp(predictions)
+        varies = bool(np.ptp(targets) and np.ptp(predictions))
         return float(np.nan_to_num(measure(targets, predictions))) if varies else 0.0
 
     return measured
 
 
-_OF_NUMBERS = {
-    "pearson": _zero_if_constant(lambda targets, predictions: pearsonr(targets, predictions).statistic),
-    "spearman": _zero_if_constant(lambda targets, predictions: spearmanr(targets, predictions).statistic),
-}
 _METRICS: dict[str, Callable[..., float]] = {
     "accuracy": accuracy_score,
     "f1": partial(f1_score, zero_division=0.0),  # of class 1, as in GLUE
     "matthews": _zero_if_constant(matthews_corrcoef),
-    **_OF_NUMBERS,
+    "pearson": _zero_if_constant(lambda targets, predictions: pearsonr(targets, predictions).statistic),
+    "spearman": _zero_if_constant(lambda targets, predictions: spearmanr(targets, predictions).statistic),
 }
+_OF_NUMBERS = ("pearson", "spearman")
 
 
 @dataclass(kw_only=True)
