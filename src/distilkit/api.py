@@ -136,6 +136,7 @@ def _write_documents(text: Iterable[str], folder: Path) -> tuple[str, int]:
                 stream.write(line)
         file = folder / f"{digest.hexdigest()[:32]}.jsonl"
         if not file.exists():  # the token cache knows a file by its time, so that an old one is not replaced
+            Path(temporary).chmod(0o644)  # mkstemp makes it private
             Path(temporary).rename(file)
     finally:
         Path(temporary).unlink(missing_ok=True)

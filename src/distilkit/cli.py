@@ -149,7 +149,10 @@ def ranks_on_config(config_file: Path) -> Iterator[None]:
             yield
     finally:
         if "LOCAL_RANK" in unset:  # the ranks were started here
-            _leave_process_group()
+            import torch
+
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
             for name in unset:
                 os.environ.pop(name, None)
 
@@ -172,10 +175,3 @@ def _command_line(config_file: Path) -> Iterator[None]:
         sys.argv[1:] = arguments
         with flag_override(hydra, "readonly", False):
             hydra.run.dir = run_dir
-
-
-def _leave_process_group() -> None:
-    import torch
-
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()

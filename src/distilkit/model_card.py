@@ -14,34 +14,7 @@ log = logging.getLogger(__name__)
 _TAGS = ["knowledge-distillation", "distilkit"]
 _PIPELINES = {"mlm": "fill-mask", "clm": "text-generation"}
 _BEGIN, _END = "<!-- scores of distilkit.evaluate -->", "<!-- end of scores -->"
-_TEMPLATE = """---
-{{ card_data }}
----
-# {{ name }}
-
-A {{ architecture }} of {{ num_params }} parameters, {{ origin }} with distilkit {{ version }}{{ method }}.
-
-```python
-from transformers import pipeline
-
-pipeline("{{ pipeline }}", "path/to/this/folder")("The capital of France is{{ blank }}")
-```
-
-| | |
-|---|---|
-{% for label, value in facts -%}
-| {{ label }} | {{ value }} |
-{% endfor %}
-{%- if results %}
-Results on the held-out documents (nats per token, shares of labelled tokens):
-
-| metric | value |
-|---|---|
-{% for metric, value in results -%}
-| {{ metric }} | {{ "%.4f" | format(value) }} |
-{% endfor %}
-{%- endif %}
-"""
+_TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 
 
 def teacher_metadata(name: str) -> dict[str, Any]:
@@ -66,53 +39,28 @@ def student_card(
     mask_token: str = "[MASK]",
 ) -> ModelCard:
     """Build the card of a student from the record of its run, and its ``results`` on held-out documents."""
-    teacher = record["teacher"]
-    is_local = teacher is not None and Path(teacher["name"]).exists()
-    origin, method = "trained without a teacher", ""
-    if teacher:
-        revision = "" if is_local else f"revision `{teacher['revision']}`, "
-        origin = f"distilled from `{teacher['name']}` ({revision}{teacher['parameters']:,} parameters)"
-        method = ", by the method of [DistilBERT](https://arxiv.org/abs/1910.01108)"
-    scores = [
-        EvalResult(
-            task_type=_PIPELINES[lm],
-            dataset_type="held-out",
-            dataset_name=f"held-out documents: {record['data']}",
-            metric_type=name,
-            metric_value=round(results[f"val/{name}"], 4),
-        )
-        for name in ("nll", "perplexity", "accuracy")
-        if f"val/{name}" in results
-    ]
+    teacher, pipeline, data = record["teacher"], _PIPELINES[lm], f"held-out documents: {record['data']}"
+    base_model = teacher["name"] if teacher and not Path(teacher["name"]).exists() else None
+    named = {"task_type": pipeline, "dataset_type": "held-out", "dataset_name": data}
+    scores = {name: results.get(f"val/{name}") for name in ("nll", "perplexity", "accuracy")}
     metadata = ModelCardData(
-        base_model=teacher["name"] if teacher and not is_local else None,
+        base_model=base_model,
         library_name="transformers",
-        pipeline_tag=_PIPELINES[lm],
+        pipeline_tag=pipeline,
         tags=_TAGS,
         model_name=record["name"],
-        eval_results=scores or None,
+        eval_results=[
+            EvalResult(**named, metric_type=name, metric_value=round(value, 4))
+            for name, value in scores.items()
+            if value is not None
+        ]
+        or None,
         **record.get("metadata", {}),
     )
-    layers = record["layers"]
+    facts = {"record": record, "results": results, "tokens_seen": tokens_seen, "num_params": num_params}
+    blank = f" {mask_token}." if lm == "mlm" else ""
     card: ModelCard = ModelCard.from_template(
-        metadata,
-        template_str=_TEMPLATE,
-        name=record["name"],
-        architecture=record["architecture"],
-        num_params=f"{num_params:,}",
-        origin=origin,
-        method=method,
-        version=record["version"],
-        pipeline=_PIPELINES[lm],
-        blank=f" {mask_token}." if lm == "mlm" else "",
-        facts=[
-            ("layers kept", "none: random init" if layers is None else layers),
-            ("objective", ", ".join(f"{name} {value}" for name, value in record["objective"].items())),
-            ("data", record["data"]),
-            ("block size", f"{record['block_size']} tokens, {record['global_batch_size']} blocks a step"),
-            ("tokens seen", f"{tokens_seen:,}"),
-        ],
-        results=sorted(results.items()),
+        metadata, template_path=str(_TEMPLATE), **facts, base_model=base_model, pipeline=pipeline, blank=blank
     )
     return card
 

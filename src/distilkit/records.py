@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import platform
+import re
 import resource
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -86,9 +87,8 @@ def peak_memory_mb(device: torch.device) -> dict[str, float]:
 def cpu_name() -> str:
     """Return the name of the CPU's model, or of its architecture if the system has no model name."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text("utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text("utf-8") if info.exists() else "", re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def processor(device: str) -> str:
@@ -126,36 +126,24 @@ def write_results(folder: Path, results: Sequence[Result]) -> None:
 
 
 def read_file(file: Path) -> list[Result]:
-    """Read the results of one job.
-
-    Raises:
-        UserError: the file was not written by ``write_results``.
-    """
+    """Read the results of one job."""
     try:
         content = json.loads(file.read_text("utf-8"))
         if content["format"] != FORMAT:
-            raise UserError(
-                f"{file} has format {content['format']}, this distilkit reads {FORMAT}; score the model again"
-            )
+            found = content["format"]
+            raise UserError(f"{file} has format {found}, this distilkit reads {FORMAT}; score the model again")
         return [Result(**record) for record in content["results"]]
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not a result of distilkit.evaluate ({error}); delete it") from error
 
 
 def read_results(folders: Iterable[Path]) -> list[Result]:
-    """Read all results below some folders, in the order of their paths.
-
-    Raises:
-        UserError: a folder does not exist, or a file is damaged.
-    """
+    """Read all results below some folders, in the order of their paths."""
     results = []
     for folder in folders:
         if not folder.exists():
-            raise UserError(
-                f"{folder} does not exist; give the folder of a run, a sweep or an evaluation below outputs/"
-            )
-        for file in sorted(folder.rglob(FILE)):
-            results.extend(read_file(file))
+            raise UserError(f"{folder} does not exist; give the folder of a run, a sweep or an evaluation in outputs/")
+        results += [result for file in sorted(folder.rglob(FILE)) for result in read_file(file)]
     return results
 
 
@@ -176,15 +164,13 @@ def _overrides(folder: Path) -> list[str]:
     return [str(item) for item in OmegaConf.load(file)] if file.is_file() else []
 
 
-def _short(override: str) -> str:
-    """Drop the plus of an added key, and the group of an added option: +experiment/demo=teacher is the stage teacher."""
-    key, _, value = override.partition("=")
-    return value if key.startswith("+") and "/" in key else override.lstrip("+")
-
-
 def run_label(folder: Path, common: set[str]) -> str:
-    """Label a run by the overrides that not all runs share, or else by its folder's name."""
-    return ", ".join(_short(item) for item in _overrides(folder) if item not in common) or folder.name
+    """Label a run by the overrides that not all runs share, or else by its folder's name.
+
+    Added keys lose their plus and added options their group: +experiment/demo=teacher is labelled teacher.
+    """
+    own = [item for item in _overrides(folder) if item not in common]
+    return ", ".join(re.sub(r"^\+[^=]*/[^=]*=|^\++", "", item) for item in own) or folder.name
 
 
 def read_runs(sweep: Path, *, only: Collection[str] | None = None) -> list[dict[str, Any]]:
@@ -209,11 +195,7 @@ def distinct(folders: Iterable[Path]) -> list[Path]:
 
 
 def find_runs(folders: Iterable[Path]) -> list[dict[str, Any]]:
-    """Read the summaries of all training runs below some folders, each with its ``label`` and ``folder``.
-
-    Raises:
-        UserError: a summary is damaged, or distilkit.train did not write it.
-    """
+    """Read the summaries of all training runs below some folders, each with its ``label`` and ``folder``."""
     runs = []
     for folder in folders:
         found = {str(file.parent) for file in folder.rglob("summary.json")}

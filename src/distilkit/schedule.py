@@ -21,11 +21,7 @@ _GIVEN = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
 def build_schedule(
     optimizer: Optimizer, *, name: str, warmup_share: float, kwargs: Mapping[str, Any], num_steps: int
 ) -> LambdaLR:
-    """Build a schedule over ``num_steps`` optimizer steps; ``kwargs`` are the arguments of this schedule alone.
-
-    Raises:
-        UserError: ``name`` or one of ``kwargs`` is unknown, or a required one is missing or has a wrong value.
-    """
+    """Build a schedule over ``num_steps`` optimizer steps; ``kwargs`` are the arguments of this schedule alone."""
     if name not in _SCHEDULES:
         raise UserError(f"scheduler.name={name} is unknown; it takes {', '.join(sorted(_SCHEDULES))}")
     takes = {key: each for key, each in inspect.signature(_SCHEDULES[name]).parameters.items() if key not in _GIVEN}

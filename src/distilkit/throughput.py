@@ -1,6 +1,7 @@
 """Tokens per second, floating-point operations (FLOPs) of a step, and model FLOPs utilization (MFU)."""
 
 import time
+import timeit
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,12 +65,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Measure the FLOP/s of a large matrix product, because data sheets assume sparse products or other clock rates."""
     side = _SIDE.get(device.type, 1024)
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    seconds = []
-    for _ in range(_REPEATS):
-        start = time.perf_counter()
-        product = left @ right
-        product[0, 0].item()  # wait for the device
-        seconds.append(time.perf_counter() - start)
+    # ``item`` waits for the device.
+    seconds = timeit.repeat(lambda: (left @ right)[0, 0].item(), number=1, repeat=_REPEATS)
     return 2.0 * side**3 / min(seconds)
 
 

@@ -49,11 +49,7 @@ class Job:
 
 
 def build(cfg: DictConfig) -> Job:
-    """Check the config and build models, data and trainer from it; write nothing into the run's folder.
-
-    Raises:
-        UserError: a setting is wrong, or the folder holds a finished run.
-    """
+    """Check the config and build models, data and trainer from it; write nothing into the run's folder."""
     _check_config(cfg)
     out = Path(cfg.output_dir).resolve()
     if (out / "student").exists():
@@ -86,22 +82,11 @@ def build(cfg: DictConfig) -> Job:
         seed=cfg.seed,
         record=describe(cfg, objective=objective, teacher=teacher, student=student, corpus=data.corpus),
     )
-    return Job(
-        cfg=cfg,
-        out=out,
-        checkpoint=checkpoint,
-        module=module,
-        data=data,
-        trainer=_build_trainer(cfg),
-    )
+    return Job(cfg=cfg, out=out, checkpoint=checkpoint, module=module, data=data, trainer=_build_trainer(cfg))
 
 
 def run(job: Job) -> float:
-    """Fit, validate and export a job; return the student's held-out cross-entropy in nats per labelled token.
-
-    Raises:
-        UserError: the loss is not finite, or the checkpoint does not belong to this job.
-    """
+    """Fit, validate and export a job; return the student's held-out cross-entropy in nats per labelled token."""
     trainer, module = job.trainer, job.module
     _record_config(job)
     if torch.cuda.is_initialized():  # by an earlier job in this process
@@ -153,8 +138,7 @@ def _check_config(cfg: DictConfig) -> None:
 
 def _apply_options(cfg: DictConfig, *, teacher: Teacher | None, student: PreTrainedModel) -> None:
     """Check that the blocks fit both models, then compile them and checkpoint activations as the config says."""
-    models = [(student, "the student"), *([(teacher.model, teacher.name)] if teacher else [])]
-    for model, name in models:
+    for model, name in [(student, "the student"), *([(teacher.model, teacher.name)] if teacher else [])]:
         check_positions(model, cfg.data.block_size, key="data.block_size", name=name)
         if cfg.compile:
             compile_backbone(model)
@@ -163,11 +147,7 @@ def _apply_options(cfg: DictConfig, *, teacher: Teacher | None, student: PreTrai
 
 
 def _build_trainer(cfg: DictConfig) -> Trainer:
-    """Build the trainer with its callbacks and loggers.
-
-    Raises:
-        UserError: training would never end, or FSDP would never score the student.
-    """
+    """Build the trainer with its callbacks and loggers."""
     callbacks = [callback for callback in instantiate(cfg.callbacks).values() if callback is not None]
     trainer: Trainer = instantiate(
         cfg.trainer,
@@ -177,8 +157,7 @@ def _build_trainer(cfg: DictConfig) -> Trainer:
     )
     if trainer.max_epochs == trainer.max_steps == -1:
         raise UserError("trainer.max_epochs and trainer.max_steps are both -1, without end; set one of them above 0")
-    validates = any(isinstance(callback, ValidateEvery) for callback in callbacks)
-    if isinstance(trainer.strategy, FSDPStrategy) and not validates:
+    if isinstance(trainer.strategy, FSDPStrategy) and not any(isinstance(each, ValidateEvery) for each in callbacks):
         raise UserError(
             "callbacks.validation=null, but with trainer=fsdp the student is scored in training or never; "
             "leave callbacks.validation as it is"
