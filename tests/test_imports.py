@@ -1,25 +1,38 @@
-"""Imports go in one direction: from room to room, and without a cycle from file to file."""
+"""Hold the layout: three rules of import between rooms, no cycle between files, and the rooms' budgets of lines."""
 
 import ast
 import graphlib
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 import distilkit
 
 SOURCE = Path(distilkit.__file__).parent
-PURE = {  # what knows neither Hydra nor Lightning
+ROOMS = ("data", "evaluate", "report")
+BUDGETS = {"core": 3000, "data": 1600, "evaluate": 2400, "report": 1300}
+REPORT_TAKES = {"records", "cli", "errors", "tracking", "timing", "language_model.lm_of"}
+PURE = {  # files that know neither Hydra nor Lightning
     *("attention", "errors", "fused", "language_model", "losses", "objective", "student", "teacher"),
-    *("data.masking",),
+    *("data.blocks", "data.masking"),
 }
 
 
 def modules() -> dict[str, Path]:
-    """Return each module of the package by its dotted name below distilkit."""
+    """Return each module of the package by its dotted name below distilkit; the package itself is ``""``."""
     found = {}
     for file in SOURCE.rglob("*.py"):
         parts = file.relative_to(SOURCE).with_suffix("").parts
         found[".".join(parts).removesuffix("__init__").rstrip(".")] = file
     return found
+
+
+def room(module: str) -> str:
+    """Return the room of a module: data, evaluate, report, or core."""
+    first = module.partition(".")[0]
+    return first if first in ROOMS else "core"
 
 
 def imports(file: Path) -> set[str]:
@@ -34,35 +47,55 @@ def imports(file: Path) -> set[str]:
     return found
 
 
-def own_imports() -> dict[str, set[str]]:
-    """Return for each module of the package the modules of the package that it imports."""
-    known = modules()
-    graph: dict[str, set[str]] = {}
-    for name, file in known.items():
-        graph[name] = set()
-        for dotted in imports(file):
-            below = dotted.removeprefix("distilkit.")
-            if below != dotted:  # a module, or a name in one
-                graph[name].add(below if below in known else below.rpartition(".")[0])
-        graph[name].discard(name)
-    return graph
+def own_imports(module: str) -> set[str]:
+    """List what a module imports of the package: as ``module.name``, or ``module`` for a whole one."""
+    dotted = {name for name in imports(modules()[module]) if name.split(".")[0] == "distilkit"}
+    return {name.removeprefix("distilkit").lstrip(".") for name in dotted}
+
+
+def module_of(name: str) -> str:
+    """Return the module that an imported name is, or stands in."""
+    return name if name in modules() else name.rpartition(".")[0]
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_the_core_and_the_data_import_neither_evaluation_nor_report(module: str) -> None:
+    if room(module) in ("core", "data"):
+        assert {name for name in own_imports(module) if room(module_of(name)) in ("evaluate", "report")} == set()
+
+
+@pytest.mark.parametrize("module", [module for module in sorted(modules()) if room(module) == "report"])
+def test_the_report_imports_little_of_the_core_and_nothing_of_the_other_rooms(module: str) -> None:
+    others = {name for name in own_imports(module) if room(module_of(name)) != "report"}
+    assert {name for name in others if module_of(name) not in REPORT_TAKES and name not in REPORT_TAKES} == set()
 
 
 def test_imports_have_no_cycles() -> None:
-    graph = own_imports()
-    del graph[""], graph["data"]  # they import what they offer when it is asked for
+    graph = {module: {module_of(name) for name in own_imports(module)} - {module} for module in modules()}
+    del graph[""], graph["data"]  # these import what they offer when it is asked for
     order = list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
-    assert {"train", "losses", "errors"} <= set(order)
+    assert {"train", "losses", "errors", "data.blocks", "report.frame", "evaluate.__main__"} <= set(order)
     assert graph["train"] >= {"module", "summary"}
+    assert "evaluate.fit" in graph["evaluate.texts"] | graph["evaluate.__main__"]
 
 
-def test_losses_students_and_their_kin_know_neither_hydra_nor_lightning() -> None:
-    known = modules()
-    assert set(known) >= PURE
-    heavy = {
-        f"{name} imports {dotted}"
-        for name in PURE
-        for dotted in imports(known[name])
-        if dotted.split(".")[0] in ("hydra", "omegaconf", "pytorch_lightning", "lightning")
-    }
-    assert heavy == set()
+@pytest.mark.parametrize("module", sorted(PURE))
+def test_losses_students_and_their_kin_know_neither_hydra_nor_lightning(module: str) -> None:
+    heavy = ("hydra", "omegaconf", "pytorch_lightning", "lightning")
+    assert {name for name in imports(modules()[module]) if name.split(".")[0] in heavy} == set()
+
+
+@pytest.mark.parametrize("target", ["distilkit", "distilkit.report.__main__", "distilkit.records", "distilkit.cli"])
+def test_what_must_start_fast_imports_no_torch(target: str) -> None:
+    heavy = "{'torch', 'transformers', 'pytorch_lightning', 'wandb'}"
+    code = f"import sys, {target}; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_a_room_keeps_its_budget_of_lines(name: str) -> None:
+    lines = {module: len(file.read_text("utf-8").splitlines()) for module, file in modules().items()}
+    found = sum(count for module, count in lines.items() if room(module) == name)
+    print(f"{name}: {found:,} of {BUDGETS[name]:,} lines")
+    assert found <= BUDGETS[name]
