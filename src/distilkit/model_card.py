@@ -41,7 +41,7 @@ def student_card(
     """Build the card of a student from the record of its run, and its ``results`` on held-out documents."""
     teacher, pipeline, data = record["teacher"], _PIPELINES[lm], f"held-out documents: {record['data']}"
     base_model = teacher["name"] if teacher and not Path(teacher["name"]).exists() else None
-    named = {"task_type": pipeline, "dataset_type": "held-out", "dataset_name": data}
+    named: Any = {"task_type": pipeline, "dataset_type": "held-out", "dataset_name": data}
     scores = {name: results.get(f"val/{name}") for name in ("nll", "perplexity", "accuracy")}
     metadata = ModelCardData(
         base_model=base_model,
@@ -57,7 +57,7 @@ def student_card(
         or None,
         **record.get("metadata", {}),
     )
-    facts = {"record": record, "results": results, "tokens_seen": tokens_seen, "num_params": num_params}
+    facts: Any = {"record": record, "results": results, "tokens_seen": tokens_seen, "num_params": num_params}
     blank = f" {mask_token}." if lm == "mlm" else ""
     card: ModelCard = ModelCard.from_template(
         metadata, template_path=str(_TEMPLATE), **facts, base_model=base_model, pipeline=pipeline, blank=blank
