@@ -138,7 +138,12 @@ def loss_plot(runs: Sequence[Run]) -> Plot | None:
     axis = figure.subplots()
     for index, (label, found) in enumerate(curves.items()):
         row, column = divmod(index, len(COLOURS))
-        style = {"linestyle": ("-", "--", "-.", ":")[row % 4], "color": COLOURS[column], "marker": "o", "markersize": 4}
+        style: dict[str, Any] = {
+            "linestyle": ("-", "--", "-.", ":")[row % 4],
+            "color": COLOURS[column],
+            "marker": "o",
+            "markersize": 4,
+        }
         axis.plot(*zip(*found["val/nll"], strict=True), label=plain(label), **style)
     levels = {round(found["val/teacher_nll"][-1][1], 3) for found in curves.values() if "val/teacher_nll" in found}
     for index, level in enumerate(sorted(levels)):
