@@ -11,7 +11,7 @@ import wandb
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from pytorch_lightning.loggers import WandbLogger
-from requests.utils import get_netrc_auth  # type: ignore[import-untyped]
+from requests.utils import get_netrc_auth
 
 log = logging.getLogger(__name__)
 
