@@ -488,7 +488,7 @@ def test_a_corpus_smaller_than_one_batch_is_an_error(make_module: MakeModule, bl
 
 
 def test_a_share_that_holds_out_nothing_is_an_error(make_module: MakeModule) -> None:
-    with pytest.raises(UserError, match=r"val_share=1e-09 held out no document; add more text or set a larger share"):
+    with pytest.raises(UserError, match=r"val_share=1e-09 held out no document; add text or set a larger share"):
         ready(make_module(val_share=1e-9))
 
 

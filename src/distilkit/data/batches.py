@@ -97,7 +97,10 @@ class MicroBatches:
         for step in loader:
             for micro_batch in split_step(step, self.micro_batch_size):
                 self.position += 1
-                yield _pinned(micro_batch) if self.pin_memory else micro_batch
+                if self.pin_memory:  # the tensors that split_step has added; the others are pinned already
+                    pinned = {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in micro_batch.items()}
+                    micro_batch = cast(Batch, pinned)
+                yield micro_batch
 
     def state_dict(self) -> dict[str, int]:
         """Return the number of micro-batches of this epoch yielded so far, and the sizes it depends on."""
@@ -118,12 +121,6 @@ class MicroBatches:
                 "optimizer step, but without the gradient; resume from best.ckpt or last.ckpt of the run"
             )
         self.resume_at = state["position"] if state["position"] < len(self) else 0
-
-
-def _pinned(batch: Batch) -> Batch:
-    """Pin the tensors that ``split_step`` has added; the others are pinned already."""
-    pinned = {name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in batch.items()}
-    return cast(Batch, pinned)
 
 
 def split_step(step: Batch, micro_batch_size: int) -> list[Batch]:
@@ -263,9 +260,7 @@ class DistillationDataModule(LightningDataModule):
                 f"data.global_batch_size={self.global_batch_size}; add more text or set a smaller batch"
             )
         if num_val == 0:
-            raise UserError(
-                f"data.val_share={self.val_share} held out no document; add more text or set a larger share"
-            )
+            raise UserError(f"data.val_share={self.val_share} held out no document; add text or set a larger share")
 
     def decoded_sample(self) -> str:
         """Decode the first training block with its masks, for inspection."""
@@ -314,12 +309,12 @@ class DistillationDataModule(LightningDataModule):
         assert self.val_blocks is not None
         rank, world_size, _ = self._process()
         count = min(len(self.val_blocks), self.max_val_blocks)
-        # Spread over all held-out documents. With fewer blocks than ranks every rank takes all, because none may idle.
+        # Spread over all held-out documents. With fewer blocks than ranks, each rank takes all: none may idle.
         mine = np.linspace(0, len(self.val_blocks) - 1, count).round().astype(np.int64)
         if count >= world_size:
             mine = mine[: count - count % world_size][rank::world_size]
-        batches = [mine[begin : begin + self.micro_batch_size] for begin in range(0, len(mine), self.micro_batch_size)]
-        draws = [(VALIDATION_EPOCH, blocks) for blocks in batches]
+        begins = range(0, len(mine), self.micro_batch_size)
+        draws = [(VALIDATION_EPOCH, mine[begin : begin + self.micro_batch_size]) for begin in begins]
         return DataLoader(self.val_blocks, sampler=draws, batch_size=None, collate_fn=_whole_step)
 
     def _process(self) -> tuple[int, int, bool]:

@@ -188,15 +188,14 @@ def _write(
     key: str,
 ) -> None:
     """Write the token files, and then meta.json."""
-    dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
-    num_documents, num_tokens = _write_tokens(folder, batches, tokenizer, val_share=val_share, dtype=dtype)
+    num_documents, num_tokens = _write_tokens(folder, batches, tokenizer, val_share=val_share)
     total = sum(num_documents.values())
     if not total:
         raise UserError("the corpus is empty: it has no document with text; check data.corpus")
     meta = {
         "format": FORMAT,
         "key": key,
-        "dtype": dtype.name,
+        "dtype": _dtype(tokenizer).name,
         "tokenizer": tokenizer_hash(tokenizer),
         "separator": separator_id(tokenizer),
         "corpus": corpus.fingerprint(),
@@ -210,13 +209,12 @@ def _write(
     )
 
 
+def _dtype(tokenizer: PreTrainedTokenizerBase) -> np.dtype[Any]:
+    return np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+
+
 def _write_tokens(
-    folder: Path,
-    batches: Iterator[list[str]],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    val_share: float,
-    dtype: np.dtype[Any],
+    folder: Path, batches: Iterator[list[str]], tokenizer: PreTrainedTokenizerBase, *, val_share: float
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Write train.bin, val.bin and counts.bin; return the numbers of documents and of tokens by split."""
     num_documents, num_tokens = {"train": 0, "val": 0}, {"train": 0, "val": 0}
@@ -224,8 +222,11 @@ def _write_tokens(
     with _progress() as show, (folder / "train.bin").open("wb") as train, (folder / "val.bin").open("wb") as val:
         files = {"train": train, "val": val}
         for batch in batches:
-            for split, documents in _by_split(batch, val_share=val_share).items():
-                ids = tokenize(documents, tokenizer, dtype=dtype)  # (tokens,)
+            by_split: dict[str, list[str]] = {}
+            for document in batch:
+                by_split.setdefault(split_of(document, val_share=val_share), []).append(document)
+            for split, documents in by_split.items():
+                ids = tokenize(documents, tokenizer, dtype=_dtype(tokenizer))  # (tokens,)
                 files[split].write(ids.tobytes())
                 num_documents[split] += len(documents)
                 num_tokens[split] += len(ids)
@@ -234,13 +235,6 @@ def _write_tokens(
             show(sum(num_documents.values()), sum(num_tokens.values()))
     (folder / "counts.bin").write_bytes(counts.tobytes())  # ndarray.tofile does not report a full disk
     return num_documents, num_tokens
-
-
-def _by_split(batch: list[str], *, val_share: float) -> dict[str, list[str]]:
-    by_split: dict[str, list[str]] = {}
-    for document in batch:
-        by_split.setdefault(split_of(document, val_share=val_share), []).append(document)
-    return by_split
 
 
 @contextlib.contextmanager

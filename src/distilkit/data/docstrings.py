@@ -58,12 +58,9 @@ class Docstrings:
         """Yield one document for each module with docstrings. Modules are parsed in parallel."""
         seen: set[bytes] = set()
         for docstrings in self._parsed():
-            fresh = []
-            for docstring in docstrings:
-                digest = blake2b(docstring.encode(), digest_size=8).digest()
-                if digest not in seen:
-                    seen.add(digest)
-                    fresh.append(docstring)
+            by_digest = {blake2b(text.encode(), digest_size=8).digest(): text for text in docstrings}
+            fresh = [text for digest, text in by_digest.items() if digest not in seen]
+            seen.update(by_digest)
             yield from nonempty(["\n\n".join(fresh)])
 
     def _parsed(self) -> Iterator[list[str]]:

@@ -107,7 +107,9 @@ class Masker:
         self.is_special = np.zeros(len(tokenizer), dtype=bool)
         self.is_special[tokenizer.all_special_ids] = True
         self.words = np.flatnonzero(~self.is_special)
-        self.rarity = np.maximum(token_counts, 1).astype(np.float64) ** masking.smoothing if masking.smoothing else None
+        self.inverse_weights = None  # (vocabulary,); a token that never occurred counts as one
+        if masking.smoothing:
+            self.inverse_weights = np.maximum(token_counts, 1).astype(np.float64) ** masking.smoothing
         self.continues = continues_word(tokenizer) if masking.whole_word else None
 
     def __call__(self, input_ids: Ids, *, epoch: int, samples: Ids, lengths: Ids | None = None) -> tuple[Ids, Ids]:
@@ -145,14 +147,11 @@ class Masker:
         return _smallest_words(keys, budget, self._word_starts(input_ids, special))
 
     def _keys(self, input_ids: Ids, bits: _Random) -> _Random:
-        """Draw a key for each token, (batch, length). The smallest keys win in proportion to the token weights.
-
-        This is an exponential race: -log(uniform) / weight, with weight = 1 / rarity.
-        """
-        if self.rarity is None:
+        """Draw a key for each token, (batch, length): -log(uniform) / weight, so that the smallest keys are a draw by weight."""
+        if self.inverse_weights is None:
             return bits.copy()
         keys = np.log(to_uniform(bits))
-        keys *= self.rarity.take(input_ids)
+        keys *= self.inverse_weights.take(input_ids)
         return np.negative(keys, out=keys).view(np.uint64)  # positive floats have the order of their bits
 
     def _word_starts(self, input_ids: Ids, special: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -16,20 +16,8 @@ from distilkit.data.corpus import Corpus
 from distilkit.errors import UserError
 
 # Special tokens in the order of their ids.
-_BERT_TOKENS = {
-    "pad_token": "[PAD]",
-    "unk_token": "[UNK]",
-    "cls_token": "[CLS]",
-    "sep_token": "[SEP]",
-    "mask_token": "[MASK]",
-}
-_ROBERTA_TOKENS = {
-    "bos_token": "<s>",
-    "pad_token": "<pad>",
-    "eos_token": "</s>",
-    "unk_token": "<unk>",
-    "mask_token": "<mask>",
-}
+_BERT = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+_ROBERTA = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}
 
 
 def load_tokenizer(
@@ -92,10 +80,8 @@ def train_tokenizer(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
-            documents = itertools.islice(corpus.documents(), max_documents)
-            trained = (
-                _wordpiece(documents, vocab_size, lowercase) if model == "wordpiece" else _bpe(documents, vocab_size)
-            )
+            texts = itertools.islice(corpus.documents(), max_documents)
+            trained = _wordpiece(texts, vocab_size, lowercase) if model == "wordpiece" else _bpe(texts, vocab_size)
             temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp", dir=folder.parent))
             trained.save_pretrained(temporary)
             temporary.chmod(0o755)
@@ -108,31 +94,27 @@ def _wordpiece(documents: Iterator[str], vocab_size: int, lowercase: bool) -> Pr
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    special = list(_BERT_TOKENS.values())
+    special = list(_BERT.values())
     trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
     _train(tokenizer, documents, trainer)
-    tokenizer.post_processor = processors.BertProcessing(
-        ("[SEP]", special.index("[SEP]")), ("[CLS]", special.index("[CLS]"))
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **_BERT_TOKENS)
+    sep, cls = ("[SEP]", special.index("[SEP]")), ("[CLS]", special.index("[CLS]"))
+    tokenizer.post_processor = processors.BertProcessing(sep, cls)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **_BERT)
 
 
 def _bpe(documents: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = list(_ROBERTA_TOKENS.values())
+    special = list(_ROBERTA.values())
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     _train(tokenizer, documents, trainer)
-    tokenizer.post_processor = processors.RobertaProcessing(
-        ("</s>", special.index("</s>")), ("<s>", special.index("<s>")), add_prefix_space=False
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **_ROBERTA_TOKENS, cls_token="<s>", sep_token="</s>")
+    sep, cls = ("</s>", special.index("</s>")), ("<s>", special.index("<s>"))
+    tokenizer.post_processor = processors.RobertaProcessing(sep, cls, add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **_ROBERTA, cls_token="<s>", sep_token="</s>")
 
 
 def _train(tokenizer: Tokenizer, documents: Iterator[str], trainer: trainers.Trainer) -> None:
