@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 import yaml
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import ModelCard
+from omegaconf import OmegaConf
 
 from distilkit.data.corpus import Concatenation
 from distilkit.data.docstrings import Docstrings
 from distilkit.data.hub import HubDataset, MultilingualWikipedia
 from distilkit.model_card import add_scores, student_card, teacher_metadata
-from distilkit.summary import _hub_datasets
+from distilkit.summary import _hub_datasets, card_metadata
 
 RECORD: dict[str, Any] = {
     "name": "demo",
@@ -100,20 +101,10 @@ def test_the_datasets_are_the_hub_ids_that_the_corpus_reads() -> None:
     assert _hub_datasets(Docstrings(packages=["yaml"]).fingerprint()) == []
 
 
-def rte(value: float) -> EvalResult:
-    return EvalResult(
-        task_type="text-classification",
-        dataset_type="rte",
-        dataset_name="RTE",
-        metric_type="accuracy",
-        metric_value=value,
-    )
-
-
 def test_new_scores_replace_the_old_ones_in_the_text_and_in_the_metadata(tmp_path: Path) -> None:
     card().save(tmp_path / "README.md")
-    assert add_scores(tmp_path, "| task | 60.0 |\n", [rte(0.6)])
-    assert add_scores(tmp_path, "| task | 70.0 |\n", [rte(0.7)])
+    assert add_scores(tmp_path, "| task | 60.0 |\n", {"rte": {"accuracy": 0.6}})
+    assert add_scores(tmp_path, "| task | 70.0 |\n", {"rte": {"accuracy": 0.7}})
     found = ModelCard.load(tmp_path / "README.md")
     assert found.text.count("## Scores") == 1
     assert "70.0" in found.text and "60.0" not in found.text
@@ -133,6 +124,15 @@ def test_a_card_that_cannot_be_written_keeps_its_old_table(
         raise PermissionError("read-only file system")
 
     monkeypatch.setattr(ModelCard, "save", refuse)
-    assert not add_scores(tmp_path, "| task | 60.0 |\n", [rte(0.6)])
+    assert not add_scores(tmp_path, "| task | 60.0 |\n", {"rte": {"accuracy": 0.6}})
     assert "was not updated: read-only file system" in caplog.text
     assert (tmp_path / "README.md").read_text("utf-8") == before
+
+
+def test_the_cards_own_keys_come_before_those_of_the_teachers_card() -> None:
+    given = OmegaConf.create({"card": {"license": "mit", "language": None}})
+    assert card_metadata(given.card, teacher={"license": "apache-2.0", "language": "en"}, datasets=["a/b"]) == {
+        "license": "mit",
+        "language": "en",
+        "datasets": ["a/b"],
+    }

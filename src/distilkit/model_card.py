@@ -2,7 +2,7 @@
 
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +65,10 @@ def student_card(
     return card
 
 
-def add_scores(folder: Path, table: str, scores: Sequence[EvalResult] = ()) -> bool:
-    """Write task scores into the card of a student and its metadata, in place of older ones.
+def add_scores(folder: Path, table: str, medians: Mapping[str, Mapping[str, float]]) -> bool:
+    """Write a table of task scores into the card of a student, and the medians of each task into its metadata.
 
-    Returns False, and writes nothing, unless distilkit wrote the card.
+    Older ones are replaced. Returns False, and writes nothing, unless distilkit wrote the card.
     """
     file = folder / "README.md"
     if not table or not file.is_file():
@@ -80,8 +80,14 @@ def add_scores(folder: Path, table: str, scores: Sequence[EvalResult] = ()) -> b
     after = rest.partition(_END)[2] if begin and _END in rest else "\n"
     intro = "After fine-tuning on each task; medians over seeds, in percent where they are shares."
     card.text = f"{before.rstrip()}\n\n" + "\n".join([_BEGIN, "## Scores", "", intro, "", table, _END]) + after
-    theirs = {result.dataset_type for result in scores}
-    kept = [result for result in card.data.eval_results or [] if result.dataset_type not in theirs]
+    scores = [
+        EvalResult(
+            task_type="other", dataset_type=task, dataset_name=task, metric_type=name, metric_value=round(value, 4)
+        )
+        for task, metrics in medians.items()
+        for name, value in metrics.items()
+    ]
+    kept = [result for result in card.data.eval_results or [] if result.dataset_type not in medians]
     card.data.eval_results = [*kept, *scores] or None
     card.data.model_name = card.data.model_name or folder.resolve().name
     try:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -71,6 +71,13 @@ def _hub_datasets(node: Any) -> list[str]:
     return []
 
 
+def card_metadata(own: DictConfig, *, teacher: Mapping[str, Any], datasets: list[str]) -> dict[str, Any]:
+    """Return the hub's metadata of a student: the config's ``card``, else what the teacher's own card says."""
+    given = cast(dict[str, Any], OmegaConf.to_container(own, resolve=True))
+    found = {**teacher, **{key: value for key, value in given.items() if value is not None}}
+    return found | ({"datasets": datasets} if datasets else {})
+
+
 def describe(
     cfg: DictConfig, *, objective: Objective, teacher: Teacher | None, student: PreTrainedModel, corpus: Corpus
 ) -> dict[str, Any]:
@@ -78,13 +85,10 @@ def describe(
     # Each rank of torchrun or srun has its own folder, but all ranks must have the same config.
     folder = json.dumps(cfg.output_dir)[:-1]
     config = json.dumps(OmegaConf.to_container(cfg, resolve=True)).replace(folder, '".')
-    origin, metadata = None, {}
+    origin = None
     if teacher is not None:
         origin = {name: getattr(teacher, name) for name in ("name", "revision", "sha256")}
         origin["parameters"] = num_parameters(teacher.model)
-        metadata = teacher_metadata(teacher.name)
-    if datasets := _hub_datasets(corpus.fingerprint()):
-        metadata["datasets"] = datasets
     terms: dict[str, Any] = {f"alpha_{name}": alpha for name, alpha in objective.weights.items()}
     if objective.reads_teacher_logits:
         terms |= {"temperature": objective.temperature, "soft_targets": objective.soft_targets}
@@ -98,7 +102,11 @@ def describe(
         "data": cfg.data.description,
         "block_size": cfg.data.block_size,
         "global_batch_size": cfg.data.global_batch_size,
-        "metadata": metadata,
+        "metadata": card_metadata(
+            cfg.card,
+            teacher=teacher_metadata(teacher.name) if teacher else {},
+            datasets=_hub_datasets(corpus.fingerprint()),
+        ),
         "config": json.loads(config),
     }
 

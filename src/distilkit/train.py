@@ -134,6 +134,7 @@ def _check_config(cfg: DictConfig) -> None:
         name = "constant_with_warmup" if cfg.scheduler == "constant" else cfg.scheduler
         raise UserError(f"scheduler={cfg.scheduler}, but it is no group of options; set scheduler.name={name}")
     check_names(cfg.scheduler, ("name", "warmup_share", "kwargs"), path="scheduler")
+    check_names(cfg.card, ("license", "language"), path="card")
 
 
 def _apply_options(cfg: DictConfig, *, teacher: Teacher | None, student: PreTrainedModel) -> None:

@@ -99,13 +99,13 @@ def test_composing_an_evaluation_leaves_the_configs_in_use_as_they_were() -> Non
 
 def test_scores_come_into_the_card_once_and_only_into_our_cards(tmp_path: Path) -> None:
     card = tmp_path / "README.md"
-    assert not add_scores(tmp_path, results_markdown(scored(rte=[0.6])))
+    assert not add_scores(tmp_path, results_markdown(scored(rte=[0.6])), {})
     card.write_text("# Someone else's\n", "utf-8")
-    assert not add_scores(tmp_path, results_markdown(scored(rte=[0.6])))
+    assert not add_scores(tmp_path, results_markdown(scored(rte=[0.6])), {})
     assert card.read_text("utf-8") == "# Someone else's\n"
     card.write_text("---\ntags: [knowledge-distillation, distilkit]\n---\n# mine\n\nText.\n", "utf-8")
-    assert add_scores(tmp_path, results_markdown(scored(rte=[0.6])))
-    assert add_scores(tmp_path, results_markdown(scored(rte=[0.7, 0.7], sst2=[0.9])))
+    assert add_scores(tmp_path, results_markdown(scored(rte=[0.6])), {})
+    assert add_scores(tmp_path, results_markdown(scored(rte=[0.7, 0.7], sst2=[0.9])), {})
     text = card.read_text("utf-8")
     assert text.count("## Scores") == 1
     assert "70.0" in text and "90.0" in text and "60.0" not in text

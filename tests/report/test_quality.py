@@ -116,3 +116,14 @@ def test_plots_and_tables_show_the_same_number_of_parameters(monkeypatch: pytest
     table = quality.quality_table(gathered(results))
     assert table is not None
     assert table.rows[0][1] == "1,000"
+
+
+def test_the_medians_for_a_model_card_are_those_of_its_own_fine_tunings() -> None:
+    results = [each for each in glue() if each.name == "student" and each.task in ("rte", "cola")]
+    second = result("student", "rte", 0.9, teacher={"name": "bert"})
+    failed = result("student", "sst2", float("nan"))
+    assert quality.medians([*results, second, failed, perplexity("student", 21.0)]) == {
+        "cola": {"accuracy": pytest.approx(0.51)},
+        "rte": {"accuracy": pytest.approx(0.59)},
+        "perplexity": {"perplexity": 21.0, "word_perplexity": 42.0},
+    }

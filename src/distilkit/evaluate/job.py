@@ -20,7 +20,7 @@ from distilkit.evaluate.models import weights_id
 from distilkit.model_card import add_scores
 from distilkit.records import FILE, Result, model_name, read_file, read_results, write_results
 from distilkit.report.page import print_table
-from distilkit.report.quality import results_markdown
+from distilkit.report.quality import medians, results_markdown
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +161,7 @@ def evaluate(cfg: DictConfig) -> float | None:
         write_results(folder, results)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # they were for resuming
         mine = [result for result in read_results([folder.parents[1]]) if result.sha256 == model_id]
-        add_scores(Path(cfg.model), results_markdown(mine))
+        add_scores(Path(cfg.model), results_markdown(mine), medians(mine))
     _show(results, folder)
     return results[0].held_out
 

@@ -110,6 +110,13 @@ def results_markdown(results: Sequence[Result]) -> str:
     return markdown_table(header, lines) if lines else ""
 
 
+def medians(results: Sequence[Result]) -> dict[str, dict[str, float]]:
+    """Return the median of each metric of each task for one model, without its second distillations."""
+    frame = gather([result for result in results if result.teacher is None]).frame
+    lines = frame[(frame["metric"] != "") & frame["median"].notna()].drop_duplicates(["task", "metric"])
+    return {str(task): dict(zip(own.metric, own["median"], strict=True)) for task, own in lines.groupby("task")}
+
+
 def score_axis(scores: Scores) -> tuple[str, dict[str, float]]:
     """Return an axis label and each row's value in percent: the first average that at least two rows have."""
     for label, tasks in scores.averages().items():
