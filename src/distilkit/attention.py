@@ -20,9 +20,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+# Model types whose layers pass keyword arguments to the attention function; others keep their own attention.
 FAMILIES = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "gpt2", "modernbert")
-"""Model types whose layers pass keyword arguments to the attention function; others keep their own attention."""
-
 _NAME = "distilkit"
 _DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")  # each family has one of them
 
@@ -30,44 +29,29 @@ Mask = Tensor | BlockMask | None
 
 
 class _Visible(NamedTuple):
-    """The keys that a query sees: a boolean (batch or 1, 1, length, length), a block mask of that shape, or None.
-
-    None means all keys, or all keys up to the query in a causal layer.
-    """
+    """Visible keys: a boolean or block mask (batch or 1, 1, length, length), or None for all that the layer allows."""
 
     full: Mask  # for layers of full attention
     sliding: Mask  # for layers with a sliding window
 
 
 def _attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    visible: _Visible,
-    sliding_window: int | None = None,
-    **kwargs: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _: Tensor | None, *, visible: _Visible, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """Attend with torch's kernels: (batch, heads, length, width) three times -> (batch, length, heads, width).
 
     ``visible`` comes from the hook of ``use_attention``, which reads the padding mask. It has no default: without the
     hook, the call fails instead of attending to padding.
     """
-    mask = visible.full if sliding_window is None else visible.sliding
+    mask = visible.full if kwargs.pop("sliding_window", None) is None else visible.sliding
     if isinstance(mask, BlockMask):
         return flex_attention_forward(module, query, key, value, mask, **kwargs)
-
-    def attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, None]:
-        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
-
+    attention: Callable[..., tuple[Tensor, None]] = functools.partial(sdpa_attention_forward, **kwargs)
     if kwargs.get("dropout") and query.device.type == "cpu" and not torch.compiler.is_compiling():
         # With dropout, torch's CPU kernels keep several (batch, heads, length, length) tensors for backward, a sixth of
         # the memory of a BERT step. Recomputing them with the same dropout costs little time.
-        output: tuple[Tensor, None] = checkpoint(attention, query, key, value, use_reentrant=False)
-        return output
-    return attention(query, key, value)
+        attention = functools.partial(checkpoint, attention, use_reentrant=False)
+    return attention(module, query, key, value, mask)
 
 
 AttentionInterface.register(_NAME, _attend)
@@ -79,9 +63,7 @@ def _rule(segments: Tensor | None, *, causal: bool, reach: int) -> Callable[...,
         seen = (query - key).abs() <= reach
         if causal:
             seen = seen & (query >= key)
-        if segments is not None:
-            seen = seen & (segments[batch, query] == segments[batch, key])
-        return seen
+        return seen if segments is None else seen & (segments[batch, query] == segments[batch, key])
 
     return sees
 
@@ -89,8 +71,7 @@ def _rule(segments: Tensor | None, *, causal: bool, reach: int) -> Callable[...,
 def dense_mask(segments: Tensor | None, *, length: int, causal: bool, reach: int, device: torch.device) -> Tensor:
     """Return a boolean (batch or 1, 1, length, length), true where a query sees a key.
 
-    A query sees keys of its own segment in ``segments`` (batch, length), if given, at most ``reach`` positions away. If
-    ``causal``, it sees no later key.
+    It sees keys of its segment in ``segments`` (batch, length), at most ``reach`` away, and no later one if ``causal``.
     """
     batch = torch.arange(1 if segments is None else len(segments), device=device)[:, None, None, None]
     key = torch.arange(length, device=device)  # (length,)
@@ -98,9 +79,7 @@ def dense_mask(segments: Tensor | None, *, length: int, causal: bool, reach: int
     return mask.expand(len(batch), 1, length, length)
 
 
-def _visible(
-    backbone: PreTrainedModel, segments: Tensor | None, *, tokens: Tensor, causal: bool, flex: bool
-) -> _Visible:
+def _masks(backbone: PreTrainedModel, segments: Tensor | None, tokens: Tensor, *, causal: bool, flex: bool) -> _Visible:
     length, device = tokens.shape[1], tokens.device
     window = backbone.config.sliding_window if backbone.config.model_type == "modernbert" else length
 
@@ -132,19 +111,16 @@ def _give_visible(
     arguments = dict(zip(names, args, strict=False)) | kwargs
     padding, documents = arguments.pop("attention_mask", None), arguments.pop("document_ids", None)
     segments = padding if documents is None else documents
-    tokens = arguments.get("input_ids")
-    if tokens is None:
-        tokens = arguments["inputs_embeds"]
+    tokens = arguments["inputs_embeds"] if arguments.get("input_ids") is None else arguments["input_ids"]
     cache = arguments.get("past_key_values")
     if cache is not None and tokens.shape[1] > 1 and cache.get_seq_length():
-        raise ValueError(
-            f"{tokens.shape[1]} tokens follow a cache, but this attention supports 1; export the model, and load it again"
-        )
+        found = f"{tokens.shape[1]} tokens follow a cache"
+        raise ValueError(f"{found}, but this attention supports 1; export the model, and load it again")
     if segments is not None and segments.shape != tokens.shape[:2]:
         raise ValueError(f"the attention mask is {tuple(segments.shape)}, but it must be (batch, length)")
     # Only the last batch of an epoch is padded, which does not justify compiling a kernel.
     flex = _can_flex(backbone, tokens) and padding is None
-    arguments["visible"] = _visible(backbone, segments, tokens=tokens, causal=causal, flex=flex)
+    arguments["visible"] = _masks(backbone, segments, tokens, causal=causal, flex=flex)
     return (), arguments
 
 

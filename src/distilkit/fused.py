@@ -1,9 +1,8 @@
-"""The vocabulary-wide terms of the objective and their gradients, without the full logits.
+"""The vocabulary-wide terms of the objective and their gradients, without the full logits; formulas in ``losses.py``.
 
 The rows are processed in chunks. For each chunk, two matrix products compute the logits of both models. One elementwise
 function replaces the student's logits by the gradient of all terms. Two more products propagate it to the hidden states
-and to the output embeddings. Backward only scales the stored gradients, so memory does not grow with the number of rows.
-The plain formulas are in ``losses.py``.
+and to the output embeddings. Backward only scales the stored gradients, so memory does not grow with the rows.
 """
 
 import functools
@@ -49,9 +48,8 @@ def fused_losses(
     """
     if not torch.is_grad_enabled():  # inside the function, ``needs_input_grad`` would still be true
         student = Head(*(tensor if tensor is None else tensor.detach() for tensor in student))  # type: ignore[arg-type]
-    targets = teacher if teacher is not None else (None, None, None)
     row_weights, limits = (soft_weights, hard_weights, mse_weights), (logit_bytes, min_rows, compile_from)
-    return VocabularyLosses(*_Fused.apply(*student, *targets, labels, row_weights, temperature, limits))
+    return VocabularyLosses(*_Fused.apply(*student, teacher, labels, row_weights, temperature, limits))
 
 
 class _Projection:
@@ -92,9 +90,7 @@ class _Fused(torch.autograd.Function):
         features: Tensor,  # (rows, width)
         weight: Tensor,  # (vocabulary, width)
         bias: Tensor | None,  # (vocabulary,)
-        teacher_features: Tensor | None,
-        teacher_weight: Tensor | None,
-        teacher_bias: Tensor | None,
+        teacher: Head | None,  # in a tuple, which autograd does not look into
         labels: Tensor,  # (rows,)
         row_weights: tuple[Tensor | None, ...],  # three times (rows,)
         temperature: float,
@@ -103,9 +99,7 @@ class _Fused(torch.autograd.Function):
         device, rows, (logit_bytes, min_rows, compile_from) = features.device.type, len(features), limits
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
         exact = torch.promote_types(features.dtype, torch.float32)
-        models = [Head(features, weight, bias)]
-        if teacher_features is not None and teacher_weight is not None:
-            models.append(Head(teacher_features, teacher_weight, teacher_bias))
+        models = [Head(features, weight, bias), *([] if teacher is None else [teacher])]
         vocabulary = min(len(model.weight) for model in models)
         budget = _LOGIT_BYTES.get(device, _LOGIT_BYTES["cuda"]) if logit_bytes is None else logit_bytes
         most = max(min_rows, budget // (vocabulary * dtype.itemsize * len(models)))
@@ -160,20 +154,14 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         unit, *gradients = ctx.saved_tensors
         scale = upstream * unit
-        return (*(None if gradient is None else gradient * scale for gradient in gradients), *[None] * 7)
+        return (*(None if gradient is None else gradient * scale for gradient in gradients), *[None] * 5)
 
 
 def _core(
-    student: Tensor,
-    teacher: Tensor | None,
-    labels: Tensor,
-    soft_weights: Tensor | None,
-    hard_weights: Tensor | None,
-    mse_weights: Tensor | None,
-    *,
-    temperature: float,
+    student: Tensor, teacher: Tensor | None, labels: Tensor, *row_weights: Tensor | None, temperature: float
 ) -> Tensor:
     """Replace the student's logits (rows, vocabulary) by their gradient, and return the three weighted sums (3,)."""
+    soft_weights, hard_weights, mse_weights = row_weights  # (rows,) each
     logits = student.to(torch.promote_types(student.dtype, torch.float32))
     gradient = torch.zeros_like(logits)
     soft = hard = mse = logits.new_zeros(())
@@ -201,13 +189,12 @@ def _core(
     return torch.stack([soft, hard, mse])
 
 
-def _core_in_parts(*tensors: Tensor | None, temperature: float, min_rows: int = _MIN_ROWS) -> Tensor:
+def _core_in_parts(student: Tensor, *others: Tensor | None, temperature: float, min_rows: int = _MIN_ROWS) -> Tensor:
     """Run the eager core on an eighth of the rows at a time, because it holds eight float32 copies of them."""
-    logits = tensors[0]
-    assert logits is not None
-    size = max(min_rows, math.ceil(len(logits) / 8))
-    parts = zip(*(itertools.repeat(None) if tensor is None else tensor.split(size) for tensor in tensors), strict=False)
-    return torch.stack([_core(*part, temperature=temperature) for part in parts]).sum(dim=0)
+    size = max(min_rows, math.ceil(len(student) / 8))
+    parts = (itertools.repeat(None) if tensor is None else tensor.split(size) for tensor in others)
+    sums = [_core(*part, temperature=temperature) for part in zip(student.split(size), *parts, strict=False)]
+    return torch.stack(sums).sum(dim=0)
 
 
 def _add(total: Tensor, part: Tensor) -> None:
@@ -235,9 +222,8 @@ def _elementwise(device: str) -> tuple[Callable[..., Tensor], Callable[..., None
 
     def core_of_any_size(*tensors: Any, temperature: float) -> Tensor:
         nonlocal core
-        for tensor in tensors:
-            if tensor is not None:
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)  # one compilation for all numbers of rows
+        for tensor in filter(torch.is_tensor, tensors):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)  # one compilation for all numbers of rows
         try:
             return core(*tensors, temperature=temperature)
         except TorchDynamoException as error:  # raised by the compiler, before anything has run

@@ -1,7 +1,4 @@
-"""Load a Hugging Face language model, and run its backbone and its head separately.
-
-With this split, the objective computes vocabulary-wide logits for selected tokens only.
-"""
+"""Load a Hugging Face language model, and run its head separately, so that only chosen tokens need logits."""
 
 import hashlib
 from pathlib import Path
@@ -49,37 +46,26 @@ def lm_of(model_type: str, architectures: list[str] | None = None) -> LM:
     masked = MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(model_type)
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
     if masked is None and causal is None:
-        raise UserError(
-            f"model type {model_type!r} has neither a masked nor a causal language-model class; choose another model"
-        )
-    if masked is None or (architectures and causal in architectures):
-        return "clm"
-    return "mlm"
+        found = f"model type {model_type!r} has neither a masked nor a causal language-model class"
+        raise UserError(f"{found}; choose another model")
+    return "clm" if masked is None or (architectures and causal in architectures) else "mlm"
 
 
 def load_language_model(
     name: str, *, revision: str = "main", lm: LM | None = None, trust_remote_code: bool = False, needs_head: bool = True
 ) -> tuple[PreTrainedModel, LM]:
-    """Load a masked or causal language model from the hub or a folder, from safetensors, in float32.
-
-    The kind is read from the config if ``lm`` is None.
-    """
+    """Load a language model from the hub or a folder, from safetensors, in float32; ``lm=None`` reads its config."""
+    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(name, **source)
         lm = lm or lm_of(config.model_type, config.architectures)
         model, info = _AUTO_CLASS[lm].from_pretrained(
-            name,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            dtype=torch.float32,
-            output_loading_info=True,
+            name, **source, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
     except UserError:
         raise
     except (OSError, ValueError) as error:
-        where = "folder" if Path(name).is_dir() else "hub id"
-        reason = str(error).strip().splitlines()[0]
+        where, reason = "folder" if Path(name).is_dir() else "hub id", str(error).strip().splitlines()[0]
         raise UserError(
             f"cannot load {where} {name!r} at revision {revision!r}: {reason} "
             "A hub id needs the network or the Hugging Face cache; a folder needs config.json and model.safetensors "
@@ -87,10 +73,9 @@ def load_language_model(
         ) from error
     missing = sorted(key for key in info["missing_keys"] if not key.endswith("position_ids"))
     if missing and needs_head:
-        raise UserError(
-            f"{name!r} has no trained language-model head: {', '.join(missing)} are missing from its files; "
-            "use a checkpoint saved with its head, or set objective.alpha_ce=0 and objective.alpha_mse=0"
-        )
+        found = f"{name!r} has no trained language-model head: {', '.join(missing)} are missing from its files"
+        cure = "use a checkpoint saved with its head, or set objective.alpha_ce=0 and objective.alpha_mse=0"
+        raise UserError(f"{found}; {cure}")
     return model, lm
 
 
@@ -116,17 +101,12 @@ def _restarting_positions(model: PreTrainedModel, document_ids: Tensor) -> Tenso
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     # The running maximum carries each start to the end of its document, without a loop that waits for the device.
     positions = index - torch.where(starts, index, 0).cummax(dim=1).values
-    if model.config.model_type in _POSITIONS_AFTER_PAD:
-        positions = positions + model.config.pad_token_id + 1
-    return positions
+    after_pad = model.config.model_type in _POSITIONS_AFTER_PAD
+    return positions + model.config.pad_token_id + 1 if after_pad else positions
 
 
 def last_hidden_state(
-    model: PreTrainedModel,
-    input_ids: Tensor,
-    *,
-    attention_mask: Tensor | None = None,
-    document_ids: Tensor | None = None,
+    model: PreTrainedModel, ids: Tensor, *, attention_mask: Tensor | None = None, document_ids: Tensor | None = None
 ) -> Tensor:
     """Run the model without its head: (batch, length) ids -> (batch, length, width) states after the last norm.
 
@@ -143,42 +123,37 @@ def last_hidden_state(
     if use_attention(model):
         arguments["document_ids"] = document_ids
     elif document_ids is not None:
-        length = input_ids.shape[1]
-        window = getattr(model.config, "sliding_window", None)
+        length, window = ids.shape[1], getattr(model.config, "sliding_window", None)
         if window is not None and window < length:  # one mask for all layers would replace the window
-            raise UserError(
-                f"data.attend_across_documents=false, but {type(model).__name__} has a sliding window of {window} tokens, "
-                "which this mask does not support; set data.attend_across_documents=true"
-            )
-        arguments["attention_mask"] = dense_mask(
-            document_ids, length=length, causal=causal, reach=length, device=input_ids.device
-        )
-    return cast(Tensor, model.base_model(input_ids=input_ids, **arguments).last_hidden_state)
+            found = f"{type(model).__name__} has a sliding window of {window} tokens, which this mask does not support"
+            raise UserError(f"data.attend_across_documents=false, but {found}; set data.attend_across_documents=true")
+        mask = dense_mask(document_ids, length=length, causal=causal, reach=length, device=ids.device)
+        arguments["attention_mask"] = mask
+    return cast(Tensor, model.base_model(input_ids=ids, **arguments).last_hidden_state)
 
 
 def token_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Run the backbone on a batch, and return the states of all tokens, with padding, (batch * length, width)."""
-    masks = {"attention_mask": batch.get("attention_mask"), "document_ids": batch.get("document_ids")}
-    return last_hidden_state(model, batch["input_ids"], **masks).flatten(0, 1)
+    padding, documents = batch.get("attention_mask"), batch.get("document_ids")
+    return last_hidden_state(model, batch["input_ids"], attention_mask=padding, document_ids=documents).flatten(0, 1)
 
 
 def lm_head(model: PreTrainedModel, states: Tensor) -> Head:
     """Return the parts of the logits of last hidden states (rows, width): transformed states, weight and bias."""
     parts: Any = model
-    features: Any = states
+    features = states
     match model.config.model_type:
         case "bert" if hasattr(model, "cls"):
             features = parts.cls.predictions.transform(states)
         case "roberta" | "xlm-roberta" if hasattr(model, "lm_head"):
-            head = parts.lm_head
-            features = head.layer_norm(nn.functional.gelu(head.dense(states)))
+            features = parts.lm_head.layer_norm(nn.functional.gelu(parts.lm_head.dense(states)))
         case "distilbert":
             features = parts.vocab_layer_norm(parts.activation(parts.vocab_transform(states)))
         case "electra":
             features = parts.generator_predictions(states)
         case "modernbert":
             features = parts.head(states)
-    output: Any = model.get_output_embeddings()
+    output = parts.get_output_embeddings()
     return Head(features, output.weight, output.bias)
 
 
@@ -212,10 +187,8 @@ def num_parameters_without_embeddings(model: nn.Module) -> int:
 
 def max_positions(model: PreTrainedModel) -> int:
     """Return the maximum number of tokens of a sequence."""
-    limit = int(model.config.max_position_embeddings)
-    if model.config.model_type in _POSITIONS_AFTER_PAD:
-        limit -= int(model.config.pad_token_id) + 1
-    return limit
+    reserved = model.config.pad_token_id + 1 if model.config.model_type in _POSITIONS_AFTER_PAD else 0
+    return int(model.config.max_position_embeddings - reserved)
 
 
 def check_positions(model: PreTrainedModel, length: int, *, key: str, name: str) -> None:
@@ -226,10 +199,7 @@ def check_positions(model: PreTrainedModel, length: int, *, key: str, name: str)
 
 
 def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Cast a frozen model's parameters once, so that autocast need not cast them at each step.
-
-    Buffers keep their dtype: rotary frequencies need float32.
-    """
+    """Cast a frozen model's parameters once, and not its buffers: rotary frequencies need float32."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
 
@@ -243,8 +213,7 @@ def compile_backbone(model: PreTrainedModel) -> None:
 def checkpoint_activations(model: PreTrainedModel) -> None:
     """Store only the inputs of layers, and recompute the other activations in backward."""
     if not model.supports_gradient_checkpointing:
-        raise UserError(
-            f"activation_checkpointing=true, but {type(model).__name__} does not support it; set activation_checkpointing=false"
-        )
+        found = f"activation_checkpointing=true, but {type(model).__name__} does not support it"
+        raise UserError(f"{found}; set activation_checkpointing=false")
     model.activation_checkpointing_enable()
     model.disable_input_require_grads()  # its hook breaks a compiled graph, and only frozen embeddings need it

@@ -25,19 +25,15 @@ def soft_target_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperatur
 
 
 def hard_target_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the masked or causal language-model loss in nats (tokens,), 0 without a label.
+    """Return the language-model loss in nats (tokens,), 0 at a label of -100 (BERT, arXiv 1810.04805, section 3.1).
 
-    Logits are (tokens, vocabulary), labels (tokens,) with -100 where there is no target (BERT, arXiv 1810.04805,
-    section 3.1).
+    Logits are (tokens, vocabulary), labels (tokens,).
     """
     return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="none")
 
 
 def hidden_cosine(student_hidden: Tensor, teacher_hidden: Tensor) -> Tensor:
-    """Return 1 - cos(student, teacher) of last hidden states (tokens,).
-
-    Both are (tokens, width), with the same width (DistilBERT, arXiv 1910.01108, section 3).
-    """
+    """Return 1 - cos (tokens,) of last hidden states (tokens, width) (DistilBERT, arXiv 1910.01108, section 3)."""
     return 1.0 - F.cosine_similarity(student_hidden.float(), teacher_hidden.float(), dim=-1)
 
 

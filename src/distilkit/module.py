@@ -30,7 +30,7 @@ class DistillationModule(LightningModule):
     """Train a student on the terms of an objective, with a frozen teacher.
 
     Each term is a sum over tokens, divided once by the tokens of the whole optimizer step, over all micro-batches and
-    ranks. ``optimizer`` builds an optimizer from parameter groups. ``scheduler`` and ``scheduler_kwargs`` are a name and
+    ranks. ``optimizer`` builds an optimizer from parameter groups. ``scheduler`` and ``scheduler_kwargs`` are name and
     arguments of ``transformers.get_scheduler``, with a warmup over ``warmup_share`` of the optimizer steps. Checkpoints
     contain ``record``, the facts about the run that the model card shows.
 
@@ -56,9 +56,7 @@ class DistillationModule(LightningModule):
         """Check the settings; the teacher moves with the module, but no checkpoint contains it."""
         super().__init__()
         if not 0 <= warmup_share <= 1:
-            raise UserError(
-                f"scheduler.warmup_share={warmup_share}, but it must be between 0 and 1; the paper's is 0.05"
-            )
+            raise UserError(f"scheduler.{warmup_share=}, but it must be between 0 and 1; the paper's is 0.05")
         objective.check_models(student=student, teacher=teacher.model if teacher else None, lm=lm)
         self.student = student
         self.teacher = teacher.model if teacher else None
@@ -66,15 +64,11 @@ class DistillationModule(LightningModule):
         self.teacher_name = teacher.name if teacher else None
         self.keeps_teacher_dtype = teacher is not None and teacher.dtype == "float32"
         self.files = student_files(student, tokenizer)  # before training, so that an error in saving costs no run
-        self.lm, self.objective = lm, objective
-        self.optimizer = optimizer
-        self.schedule = functools.partial(
-            build_schedule, name=scheduler, warmup_share=warmup_share, kwargs=scheduler_kwargs or {}
-        )
+        self.lm, self.objective, self.optimizer, self.seed = lm, objective, optimizer, seed
+        kwargs = dict(scheduler_kwargs or {})
+        self.schedule = functools.partial(build_schedule, name=scheduler, warmup_share=warmup_share, kwargs=kwargs)
         self.schedule(optimizer([{"params": [nn.Parameter(torch.zeros(1))]}]), num_steps=100)  # refuse a wrong one now
-        self.seed = seed
-        self.record = dict(record)
-        self.tokens_seen = 0
+        self.record, self.tokens_seen = dict(record), 0
         self.step_terms: dict[str, Tensor] = {}
         self.denominators: dict[str, Tensor] = {}
         self.all_finite = torch.tensor(True)
@@ -88,11 +82,8 @@ class DistillationModule(LightningModule):
         if not objective.reads_student_logits:  # DDP would wait for the gradient of the head
             for parameter in set(student.parameters()) - set(student.base_model.parameters()):
                 parameter.requires_grad_(False)
-        self.save_hyperparameters(
-            vars(objective)
-            | {"scheduler": scheduler, "warmup_share": warmup_share, "seed": seed}
-            | {"scheduler_kwargs": dict(scheduler_kwargs or {})}
-        )
+        settings = {"scheduler": scheduler, "warmup_share": warmup_share, "seed": seed, "scheduler_kwargs": kwargs}
+        self.save_hyperparameters(vars(objective) | settings)
         self.train()  # models are loaded in eval mode, and ``Trainer.fit`` keeps it
 
     def train(self, mode: bool = True) -> "DistillationModule":
@@ -103,41 +94,30 @@ class DistillationModule(LightningModule):
         return self
 
     def setup(self, stage: str) -> None:
-        """Check that all ranks have one config, and cast the teacher once instead of at each step.
-
-        FSDP gets its own precision.
-
-        Raises:
-            UserError: the ranks have different configs, the precision is too low for the objective, or FSDP cannot keep
-                the teacher in float32.
-        """
+        """Check the ranks' configs and the precision, and cast the teacher once instead of at each step."""
+        precision, strategy = str(self.trainer.precision), self.trainer.strategy
         mine = hashlib.sha256(json.dumps(self.record, sort_keys=True, default=str).encode()).hexdigest()
-        if self.trainer.world_size > 1 and self.trainer.strategy.broadcast(mine) != mine:
+        if self.trainer.world_size > 1 and strategy.broadcast(mine) != mine:
+            found = f"rank {self.global_rank} was started with another config than rank 0"
+            raise UserError(f"{found}; start all ranks with one command line")
+        if self.objective.alpha_mse and precision.startswith("16"):
             raise UserError(
-                f"rank {self.global_rank} was started with another config than rank 0; start all ranks with one command line"
-            )
-        if self.objective.alpha_mse and str(self.trainer.precision).startswith("16"):
-            raise UserError(
-                f"objective.alpha_mse={self.objective.alpha_mse} overflows in trainer.precision={self.trainer.precision}: "
+                f"objective.alpha_mse={self.objective.alpha_mse} overflows in trainer.precision={precision}: "
                 "squared logits are too large for float16; set trainer.precision=bf16-mixed or 32-true"
             )
-        if not str(self.trainer.precision).startswith("bf16"):
+        if not precision.startswith("bf16"):
             return
-        if not isinstance(self.trainer.strategy, FSDPStrategy):
+        if not isinstance(strategy, FSDPStrategy):
             if self.teacher is not None and not self.keeps_teacher_dtype:
                 cast_parameters(self.teacher, torch.bfloat16)
             return
         # FSDP puts both models into one flat parameter, which has one dtype.
         if self.keeps_teacher_dtype:
-            raise UserError(
-                f"teacher.dtype=float32, but trainer=fsdp holds both models in one precision, here {self.trainer.precision}; "
-                "set teacher.dtype=auto, trainer.precision=32-true or trainer=ddp"
-            )
-        if self.trainer.strategy.mixed_precision is None:
+            found = f"teacher.dtype=float32, but trainer=fsdp holds both models in one precision, here {precision}"
+            raise UserError(f"{found}; set teacher.dtype=auto, trainer.precision=32-true or trainer=ddp")
+        if strategy.mixed_precision is None:
             # Lightning's default would also cast the rotary frequencies, and sum gradients in bfloat16.
-            self.trainer.strategy.mixed_precision = FSDPMixedPrecision(
-                param_dtype=torch.bfloat16, reduce_dtype=torch.float32
-            )
+            strategy.mixed_precision = FSDPMixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed dropout by (seed, epoch, micro-batch, rank), so that a resumed run repeats it."""
@@ -167,9 +147,8 @@ class DistillationModule(LightningModule):
 
     def _log_step(self) -> None:
         sums = {name: float(self._sum_over_ranks(term)) for name, term in self.step_terms.items()}
-        for name, value in sums.items():
-            self.log(f"train/loss_{name}" if name else "train/loss", value)
         self.shown["train/loss"] = sums[""]
+        self.log_dict({f"train/loss_{name}" if name else "train/loss": value for name, value in sums.items()})
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
 
     def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
@@ -185,10 +164,9 @@ class DistillationModule(LightningModule):
         broken = (~self.all_finite).float().to(self.trainer.strategy.root_device)
         if float(self._sum_over_ranks(broken)):
             values = ", ".join(f"{name or 'total'}={float(term):.4g}" for name, term in self.step_terms.items())
-            raise UserError(
-                f"the loss is not finite at step {self.trainer.global_step} ({values}), and no checkpoint contains that "
-                "step. Lower optimizer.lr, lower trainer.gradient_clip_val, or set trainer.precision=32-true"
-            )
+            found = f"the loss is not finite at step {self.trainer.global_step} ({values}); no checkpoint contains it"
+            cure = "Lower optimizer.lr, lower trainer.gradient_clip_val, or set trainer.precision=32-true"
+            raise UserError(f"{found}. {cure}")
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -206,50 +184,39 @@ class DistillationModule(LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def configure_optimizers(self) -> Any:
-        """Apply weight decay to matrices only, and schedule over the real number of optimizer steps.
-
-        Raises:
-            UserError: a fused optimizer cannot clip in this precision.
-        """
-        # By name, because under FSDP each parameter is a flat shard by now.
-        trainable = [
-            (name.replace("_fsdp_wrapped_module.", ""), parameter)
-            for name, parameter in self.student.named_parameters()
-            if parameter.requires_grad
-        ]
-        groups: list[dict[str, Any]] = [
-            {"params": [parameter for name, parameter in trainable if name in self.matrices]},
-            {"params": [parameter for name, parameter in trainable if name not in self.matrices], "weight_decay": 0.0},
-        ]
-        optimizer = self.optimizer(groups)
+        """Apply weight decay to matrices only, and schedule over the real number of optimizer steps."""
+        matrices: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        for name, parameter in self.student.named_parameters():
+            if parameter.requires_grad:  # by name, because under FSDP each parameter is a flat shard by now
+                is_matrix = name.replace("_fsdp_wrapped_module.", "") in self.matrices
+                (matrices if is_matrix else others).append(parameter)
+        optimizer = self.optimizer([{"params": matrices}, {"params": others, "weight_decay": 0.0}])
         # Such an optimizer unscales gradients inside its kernel; Lightning refuses that in the first step only.
-        unscales = getattr(optimizer, "_step_supports_amp_scaling", False)
-        if unscales and self.trainer.precision == "16-mixed" and self.trainer.gradient_clip_val:
-            raise UserError(
-                "optimizer.fused=true unscales gradients inside the optimizer, so that trainer.gradient_clip_val="
-                f"{self.trainer.gradient_clip_val} cannot clip them with trainer.precision=16-mixed; set "
-                "optimizer.fused=null, or trainer.precision=bf16-mixed"
-            )
+        unscales, clip = getattr(optimizer, "_step_supports_amp_scaling", False), self.trainer.gradient_clip_val
+        if unscales and self.trainer.precision == "16-mixed" and clip:
+            found = f"trainer.gradient_clip_val={clip} cannot clip them with trainer.precision=16-mixed"
+            cure = "set optimizer.fused=null, or trainer.precision=bf16-mixed"
+            raise UserError(f"optimizer.fused=true unscales gradients inside the optimizer, so that {found}; {cure}")
         schedule = self.schedule(optimizer, num_steps=int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Update the means of the objective's terms, and of the scores of student and teacher on labelled tokens."""
         labels, rows, real = batch["labels"].flatten(), labelled_rows(batch), real_rows(batch)
-        num_tokens = torch.tensor(len(labels) if real is None else len(real), device=self.device)
-        num_labels = torch.tensor(len(rows), device=self.device)
+        sizes = len(labels) if real is None else len(real), len(rows)
+        num_tokens, num_labels = torch.tensor(sizes, device=self.device)
         # Denominators of this batch make each term a mean, which ``_count`` weights by its tokens.
         counts = self.objective.denominators(num_tokens=num_tokens, num_labels=num_labels, lm=self.lm)
         # Each model runs once; loss and scores share its states (batch * length, width).
+        models = self.student, self.teacher
         states = token_states(self.student, batch), token_states(self.teacher, batch) if self.teacher else None
-        _, terms = self.objective.loss(
-            self.student, self.teacher, batch, lm=self.lm, denominators=counts, states=states
-        )
+        _, terms = self.objective.loss(*models, batch, lm=self.lm, denominators=counts, states=states)
         for name, mean in terms.items():
             self._count(f"loss_{name}", mean, counts[name])
 
         targets, predictions = labels[rows], {}  # (rows,)
-        for prefix, model, hidden in (("", self.student, states[0]), ("teacher_", self.teacher, states[1])):
+        for prefix, model, hidden in zip(("", "teacher_"), models, states, strict=True):
             if model is None or hidden is None:
                 continue
             nll, predictions[prefix] = losses.score(lm_head(model, hidden[rows]), targets)  # (rows,) each
@@ -285,8 +252,7 @@ class DistillationModule(LightningModule):
             return
         self.after = scores
         self.shown |= {name: scores[name] for name in ("val/loss", "val/accuracy")}
-        for name, value in scores.items():
-            self.log(name, value)
+        self.log_dict(scores)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remove the teacher, and add the data that export and resume need."""
@@ -294,10 +260,8 @@ class DistillationModule(LightningModule):
         state = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name.startswith("student.")}
         for name, tensor in state.items():
             if not tensor.isfinite().all():
-                raise UserError(
-                    f"{name} is not finite at step {self.trainer.global_step}; no checkpoint was written. Lower "
-                    "optimizer.lr, or set trainer.precision=32-true"
-                )
+                found = f"{name} is not finite at step {self.trainer.global_step}; no checkpoint was written"
+                raise UserError(f"{found}. Lower optimizer.lr, or set trainer.precision=32-true")
         checkpoint["state_dict"] = state
         checkpoint["distilkit"] = {
             "teacher": {"name": self.teacher_name, "sha256": self.teacher_sha256},
@@ -315,15 +279,12 @@ class DistillationModule(LightningModule):
             raise UserError("the checkpoint was not written by distilkit; give ckpt_path of a run of distilkit.train")
         cure = "resume with the same settings, or start again with student=hf student.name=<exported student>"
         for name, value in vars(self.objective).items():
-            if name != "implementation" and saved["objective"][name] != value:
-                raise UserError(
-                    f"the checkpoint was trained with objective.{name}={saved['objective'][name]}, this run has {value}; {cure}"
-                )
+            was = saved["objective"][name]
+            if name != "implementation" and was != value:
+                raise UserError(f"the checkpoint was trained with objective.{name}={was}, this run has {value}; {cure}")
         if saved["teacher"]["sha256"] != self.teacher_sha256:
-            raise UserError(
-                f"the checkpoint was distilled from teacher {saved['teacher']['name']!r}, this run has "
-                f"{self.teacher_name!r} or other weights of it; {cure}"
-            )
+            found = f"the checkpoint was distilled from teacher {saved['teacher']['name']!r}"
+            raise UserError(f"{found}, this run has {self.teacher_name!r} or other weights of it; {cure}")
         for name in sorted(saved["shapes"] | self.shapes):
             if saved["shapes"].get(name) != self.shapes.get(name):
                 raise UserError(f"the checkpoint has another student: {name} differs; {cure}")

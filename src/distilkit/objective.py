@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -40,12 +40,10 @@ class Objective:
     def __post_init__(self) -> None:
         """Check each value, and that the values fit together."""
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in _CHOICES:
-                if value not in _CHOICES[field.name]:
-                    raise UserError(
-                        f"objective.{field.name} is {value!r}; it takes {' or '.join(_CHOICES[field.name])}"
-                    )
+            value, choices = getattr(self, field.name), _CHOICES.get(field.name)
+            if choices:
+                if value not in choices:
+                    raise UserError(f"objective.{field.name} is {value!r}; it takes {' or '.join(choices)}")
             elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
                 raise UserError(f"objective.{field.name}={value}, but it must be a finite number of at least 0")
         if self.temperature <= 0:
@@ -53,10 +51,8 @@ class Objective:
         if not self.weights:
             raise UserError("all alphas of the objective are 0, so the loss has no term; set at least one above 0")
         if self.alpha_mlm and self.alpha_clm:
-            raise UserError(
-                f"objective.alpha_mlm={self.alpha_mlm} and objective.alpha_clm={self.alpha_clm} are both set, but a model "
-                "is masked or causal; set one of them to 0"
-            )
+            found = f"objective.alpha_mlm={self.alpha_mlm} and objective.alpha_clm={self.alpha_clm} are both set"
+            raise UserError(f"{found}, but a model is masked or causal; set one of them to 0")
 
     @property
     def weights(self) -> dict[str, float]:
@@ -88,24 +84,18 @@ class Objective:
         wrong = "clm" if lm == "mlm" else "mlm"
         if wrong in self.weights:
             kind, preset = ("masked", "distilbert or mlm") if lm == "mlm" else ("causal", "distilgpt2 or clm")
-            raise UserError(
-                f"objective.alpha_{wrong}={self.weights[wrong]} on a {kind} language model "
-                f"({student.config.model_type}); set objective={preset}"
-            )
+            found = f"objective.alpha_{wrong}={self.weights[wrong]} on a {kind} language model"
+            raise UserError(f"{found} ({student.config.model_type}); set objective={preset}")
         if self.reads_teacher and teacher is None:
             needs = ", ".join(f"objective.alpha_{name}={self.weights[name]}" for name in _SOFT if name in self.weights)
             raise UserError(f"{needs} need a teacher, but teacher=none; set objective=mlm or objective=clm")
-        if self.alpha_cos and teacher is not None and teacher.config.hidden_size != student.config.hidden_size:
-            raise UserError(
-                f"objective.alpha_cos={self.alpha_cos} compares hidden states, but the student is "
-                f"{student.config.hidden_size} wide and the teacher {teacher.config.hidden_size}; set objective.alpha_cos=0"
-            )
+        ours, theirs = student.config.hidden_size, teacher.config.hidden_size if teacher is not None else None
+        if self.alpha_cos and ours != theirs:
+            found = f"the student is {ours} wide and the teacher {theirs}; set objective.alpha_cos=0"
+            raise UserError(f"objective.alpha_cos={self.alpha_cos} compares hidden states, but {found}")
 
     def denominators(self, *, num_tokens: Tensor, num_labels: Tensor, lm: LM) -> dict[str, Tensor]:
-        """Return for each term the count that divides it: real or labelled tokens.
-
-        Both counts cover the whole optimizer step, over all micro-batches and ranks.
-        """
+        """Return the count that divides each term: real or labelled tokens of the optimizer step, over all ranks."""
         tokens, labels = num_tokens.clamp(min=1), num_labels.clamp(min=1)
         soft = labels if self.soft_targets == "masked" and lm == "mlm" else tokens
         by_term = {"ce": soft, "mse": soft, "mlm": labels, "clm": labels, "cos": tokens}
@@ -121,15 +111,15 @@ class Objective:
         denominators: Mapping[str, Tensor],
         states: tuple[Tensor, Tensor | None] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the weighted loss of a batch, and each term's detached contribution to its mean (nats; squared logits).
+        """Return the weighted loss of a batch and each term's detached contribution to its mean (nats, squared logits).
 
-        Each model runs once on the batch, or not at all if its ``token_states`` are given. If no term needs more, logits
-        are computed for labelled tokens only.
+        Each model runs once on the batch, or not at all if its ``token_states`` are given. If no term needs more,
+        logits are computed for labelled tokens only.
         """
         if states is None:
             with torch.no_grad():
-                targets = token_states(teacher, batch) if teacher is not None and self.reads_teacher else None
-            states = token_states(student, batch), targets
+                of_teacher = token_states(teacher, batch) if teacher is not None and self.reads_teacher else None
+            states = token_states(student, batch), of_teacher
         ours, theirs = states  # (batch * length, width) each
         real = real_rows(batch)
         rows = real if self.takes_all_rows(lm) else labelled_rows(batch)  # (rows,), or None: all tokens
@@ -141,20 +131,15 @@ class Objective:
         total = torch.zeros((), device=labels.device)
         if self.reads_student_logits:
             implementation = fused_losses if self.implementation == "fused" else losses.reference_losses
-            by_row = {name: weight.expand(len(labels)) for name, weight in weights.items()}  # (rows,) each
-            target_head = None
+            terms = {"soft_weights": "ce", "hard_weights": lm, "mse_weights": "mse"}
+            by_row: dict[str, Any] = {  # (rows,) each
+                key: weights[name].expand(len(labels)) for key, name in terms.items() if name in weights
+            }
+            head, targets = lm_head(student, _take(ours, rows)), None
             if teacher is not None and theirs is not None and self.reads_teacher_logits:
                 with torch.no_grad():
-                    target_head = lm_head(teacher, _take(theirs, rows))
-            total, soft, hard, mse = implementation(
-                lm_head(student, _take(ours, rows)),
-                target_head,
-                labels,
-                soft_weights=by_row.get("ce"),
-                hard_weights=by_row.get(lm),
-                mse_weights=by_row.get("mse"),
-                temperature=self.temperature,
-            )
+                    targets = lm_head(teacher, _take(theirs, rows))
+            total, soft, hard, mse = implementation(head, targets, labels, **by_row, temperature=self.temperature)
             weighted = {"ce": soft, lm: hard, "mse": mse}
         if self.alpha_cos and theirs is not None:  # over all real tokens, whatever the rows of the logits
             weighted["cos"] = losses.hidden_cosine(_take(ours, real), _take(theirs, real)).sum() * weights["cos"]
@@ -163,7 +148,7 @@ class Objective:
 
 
 def real_rows(batch: Batch) -> Tensor | None:
-    """Return the flat indices (tokens,) of all tokens except padding, or None without padding.
+    """Return the flat indices (tokens,) of all tokens but padding, or None without padding.
 
     The data module computes them on the host. Computing them here makes the host wait for the device.
     """
@@ -174,9 +159,8 @@ def real_rows(batch: Batch) -> Tensor | None:
 
 def labelled_rows(batch: Batch) -> Tensor:
     """Return the flat indices (rows,) of the labelled tokens; see ``real_rows``."""
-    if "labelled" in batch:
-        return batch["labelled"]
-    return (batch["labels"].flatten() != losses.IGNORE_INDEX).nonzero().squeeze(1)
+    found = batch.get("labelled")
+    return (batch["labels"].flatten() != losses.IGNORE_INDEX).nonzero().squeeze(1) if found is None else found
 
 
 def _take(tokens: Tensor, rows: Tensor | None) -> Tensor:

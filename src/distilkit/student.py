@@ -1,6 +1,6 @@
 """Build a student: from layers of a teacher, with fresh weights, or from a pretrained model.
 
-In every architecture, the first integer in a key of the state dict is the index of the layer. One rule therefore selects
+In every architecture, the first integer in a key of the state dict is the index of the layer. So one rule selects
 and renumbers layers, and strict loading checks the result.
 """
 
@@ -10,20 +10,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    DistilBertConfig,
-    DistilBertForMaskedLM,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, DistilBertConfig, DistilBertForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.configuration_utils import PretrainedConfig
 
 from distilkit.data.tokenizer import load_tokenizer
 from distilkit.errors import UserError
 from distilkit.language_model import build_from_config, check_split, load_language_model
 from distilkit.teacher import Teacher
 
+Layers = Literal["half", "third"] | Sequence[int]
 _SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
 _LAYER_INDEX = re.compile(r"\.(\d+)\.")
 
@@ -45,37 +40,29 @@ _BERT_TO_DISTILBERT = (  # in this order: a pattern follows the longer ones that
 
 
 def choose_layers(num_teacher_layers: int, num_student_layers: int) -> list[int]:
-    """Choose layers at equal distances, from the first to the last layer of the teacher.
-
-    12 -> 6 gives [0, 2, 4, 7, 9, 11], the layers of the original extraction (DistilBERT, section 3).
-    """
+    """Choose layers at equal distances: 12 -> 6 gives DistilBERT's [0, 2, 4, 7, 9, 11] (its original extraction)."""
     if num_student_layers == 1:
         return [0]
     step = (num_teacher_layers - 1) / (num_student_layers - 1)
     return [round(i * step) for i in range(num_student_layers)]
 
 
-def _resolve_layers(
-    layers: Literal["half", "third"] | Sequence[int], *, num_teacher_layers: int, name: str
-) -> list[int]:
+def _resolve_layers(layers: Layers, *, num_teacher_layers: int, name: str) -> list[int]:
     """Convert ``half``, ``third`` or an explicit list to valid layer indices."""
     if isinstance(layers, str):
         if layers not in ("half", "third"):
             raise UserError(f"student.layers is {layers!r}; it takes half, third or a list such as [0,2,4]")
         return choose_layers(num_teacher_layers, max(1, num_teacher_layers // {"half": 2, "third": 3}[layers]))
-    chosen = list(layers)
-    last = num_teacher_layers - 1
+    chosen, last = list(layers), num_teacher_layers - 1
     if not chosen:
         raise UserError(f"student.layers is empty, but a student keeps at least one of layers 0 to {last} of {name}")
     for layer in chosen:
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer <= last:
-            raise UserError(
-                f"student keeps layer {layer}, but {name} has layers 0 to {last}; set student.layers within that range"
-            )
+            found = f"student keeps layer {layer}, but {name} has layers 0 to {last}"
+            raise UserError(f"{found}; set student.layers within that range")
     if chosen != sorted(set(chosen)):
-        raise UserError(
-            f"student.layers={chosen} repeats a layer or is not increasing; give each layer once, in the teacher's order"
-        )
+        found = f"student.layers={chosen} repeats a layer or is not increasing"
+        raise UserError(f"{found}; give each layer once, in the teacher's order")
     return chosen
 
 
@@ -95,8 +82,8 @@ def keep_layers(state: Mapping[str, Tensor], layers: Sequence[int]) -> dict[str,
 def bert_to_distilbert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename BERT's weights to DistilBERT's, without token types and pooler.
 
-    DistilBERT has no token types, and every sequence here is segment 0. Its embedding is added to each position, so that
-    the sum of embeddings does not change (the original extraction dropped it).
+    DistilBERT has no token types, and every sequence here is segment 0. Its embedding is added to each position, so
+    that the sum of embeddings does not change (the original extraction dropped it).
     """
     renamed: dict[str, Tensor] = {}
     for key, tensor in state.items():
@@ -112,10 +99,8 @@ def bert_to_distilbert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _distilbert_config(config: PretrainedConfig) -> DistilBertConfig:
     if config.hidden_act not in ("gelu", "relu"):
-        raise UserError(
-            f"DistilBERT supports the activations gelu and relu, but the teacher has {config.hidden_act!r}; "
-            "set student.bert_class=same to keep the teacher's class"
-        )
+        found = f"DistilBERT supports the activations gelu and relu, but the teacher has {config.hidden_act!r}"
+        raise UserError(f"{found}; set student.bert_class=same to keep the teacher's class")
     same = ("vocab_size", "max_position_embeddings", "initializer_range", "pad_token_id", "tie_word_embeddings")
     return DistilBertConfig(
         **{name: getattr(config, name) for name in same},
@@ -133,7 +118,7 @@ def cut_student(
     *,
     teacher: Teacher | None,
     tokenizer: PreTrainedTokenizerBase,
-    layers: Literal["half", "third"] | Sequence[int],
+    layers: Layers,
     init: Literal["teacher", "random"] = "teacher",
     bert_class: Literal["distilbert", "same"] = "distilbert",
     train_position_embeddings: bool = True,
@@ -151,10 +136,8 @@ def cut_student(
     config = copy.deepcopy(source.config)
     config.num_hidden_layers = len(chosen)
     if config.model_type == "modernbert" and chosen[0] != 0 and init == "teacher":
-        raise UserError(
-            f"student.layers={chosen} drops layer 0, but ModernBERT's first layer is the one without an attention "
-            "norm; keep layer 0"
-        )
+        found = f"student.layers={chosen} drops layer 0, but ModernBERT's first layer"
+        raise UserError(f"{found} is the one without an attention norm; keep layer 0")
     if getattr(source.config, "layer_types", None):  # full or sliding attention, layer by layer
         config.layer_types = [source.config.layer_types[layer] for layer in chosen]
     to_distilbert = config.model_type == "bert" and teacher.lm == "mlm" and bert_class == "distilbert"
@@ -187,9 +170,8 @@ def new_student(
     try:
         built = AutoConfig.for_model(model_type)
     except ValueError as error:
-        raise UserError(
-            f"student.model_type={model_type!r} is unknown to transformers; try bert, roberta or gpt2"
-        ) from error
+        found = f"student.{model_type=} is unknown to transformers"
+        raise UserError(f"{found}; try bert, roberta or gpt2") from error
     unknown = sorted(key for key in config or {} if not hasattr(built, key))
     if unknown:
         raise UserError(f"student.config has {', '.join(unknown)}, but a {model_type} config does not; remove it")
@@ -199,10 +181,7 @@ def new_student(
     fields = {"vocab_size": size, **absent, **special, **(config or {})}
     student = build_from_config(AutoConfig.for_model(model_type, **fields))
     student.config.architectures = [type(student).__name__]
-    student.config.distilkit_layers = None
-    check_vocabulary(student, tokenizer, name="the student")
-    check_split(student)
-    return cast(PreTrainedModel, student.float().train())
+    return _checked(student, tokenizer, name="the student")
 
 
 def pretrained_student(
@@ -224,21 +203,23 @@ def pretrained_student(
     if teacher is not None and student.config.vocab_size != teacher.model.config.vocab_size:
         own = load_tokenizer(name=name, revision=revision, trust_remote_code=trust_remote_code)
         if own.get_vocab() != tokenizer.get_vocab():
-            raise UserError(
-                f"student {name!r} has {student.config.vocab_size} words and the teacher {teacher.model.config.vocab_size}, and "
-                "their tokenizers differ; give a student that was trained with the teacher's tokenizer"
-            )
+            words = f"{student.config.vocab_size} words and the teacher {teacher.model.config.vocab_size}"
+            cure = "give a student that was trained with the teacher's tokenizer"
+            raise UserError(f"student {name!r} has {words}, and their tokenizers differ; {cure}")
         check_vocabulary(teacher.model, tokenizer, name=teacher.name)
+    return _checked(student, tokenizer, name=name)
+
+
+def _checked(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str) -> PreTrainedModel:
     check_vocabulary(student, tokenizer, name=name)
     check_split(student)
     student.config.distilkit_layers = None
-    return cast(PreTrainedModel, student.train())
+    return cast(PreTrainedModel, student.float().train())
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
     """Check that every id of the tokenizer has an embedding."""
     rows = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     if len(tokenizer) > rows:
-        raise UserError(
-            f"the tokenizer has {len(tokenizer)} ids, but {name} embeds {rows}; use the tokenizer the model was trained with"
-        )
+        found = f"the tokenizer has {len(tokenizer)} ids, but {name} embeds {rows}"
+        raise UserError(f"{found}; use the tokenizer the model was trained with")

@@ -11,10 +11,9 @@ from distilkit.language_model import LM, check_split, load_language_model, weigh
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """A frozen language model and its origin.
+    """A frozen language model and its origin; a resumed run compares ``sha256``, the hash of the weights.
 
-    A resumed run compares ``sha256``, the hash of the weights. With ``dtype="auto"`` the teacher runs in bfloat16 if the
-    trainer's precision is bfloat16; with ``float32`` it stays as loaded.
+    With ``dtype="auto"`` it runs in bfloat16 if the trainer's precision is bfloat16; with ``float32``, as loaded.
     """
 
     model: PreTrainedModel
