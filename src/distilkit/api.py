@@ -129,7 +129,7 @@ def _write_documents(text: Iterable[str], folder: Path) -> tuple[str, int]:
             for count, document in enumerate(text, start=1):
                 if not isinstance(document, str):
                     raise UserError(f"document {count} of text is a {type(document).__name__}; give strings")
-                if count == 1 and _is_file(document):
+                if count == 1 and len(document) < 256 and "\0" not in document and Path(document).is_file():
                     raise UserError(f"text begins with {document!r}, which is a file; use paths= for files")
                 line = json.dumps({"text": document}) + "\n"
                 digest.update(line.encode("ascii"))
@@ -141,7 +141,3 @@ def _write_documents(text: Iterable[str], folder: Path) -> tuple[str, int]:
     finally:
         Path(temporary).unlink(missing_ok=True)
     return str(file), count
-
-
-def _is_file(document: str) -> bool:
-    return len(document) < 256 and "\0" not in document and Path(document).is_file()

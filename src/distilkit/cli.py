@@ -35,7 +35,7 @@ def user_cause(error: Exception) -> Exception | None:
 
 
 def report_errors(entry: Callable[P, R]) -> Callable[P, R]:
-    """Print a user error as one message and exit with status 1, unless ``HYDRA_FULL_ERROR=1`` asks for the traceback."""
+    """Print a user error as one message and exit with status 1; ``HYDRA_FULL_ERROR=1`` keeps the traceback."""
 
     @functools.wraps(entry)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -138,10 +138,9 @@ _RANK_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MAST
 def ranks_on_config(config_file: Path) -> Iterator[None]:
     """Let child ranks run ``config_file``, and afterwards remove all traces of the process group.
 
-    1. Lightning starts each rank with ``sys.argv``. In a multirun that is the whole sweep, so that each rank would choose
-       its own job. Without a Hydra command line, as in a notebook, child ranks repeat the caller's own script.
-    2. With the rank variables that Lightning sets, the next job of a sweep would wait as a child. Variables that torchrun
-       or SLURM have set stay.
+    1. Lightning starts each rank with ``sys.argv``. In a multirun that is the whole sweep, so each rank would choose a
+       job. Without a Hydra command line, as in a notebook, child ranks repeat the caller's own script.
+    2. Lightning's rank variables would make the next job of a sweep a waiting child; those of torchrun and SLURM stay.
     """
     unset = [name for name in _RANK_VARIABLES if name not in os.environ]
     try:

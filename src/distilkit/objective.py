@@ -25,7 +25,7 @@ class Objective:
     ``alpha_mse`` the squared difference of logits. ``alpha_mlm`` and ``alpha_clm`` weight the hard-target cross-entropy
     of a masked and a causal model. KL and MSE take ``all`` real tokens, or the ``masked`` ones only; a causal model
     always takes all. A term of weight zero is not computed. ``implementation`` is ``fused``, which never stores all
-    logits, or ``reference``, the plain formulas.
+    logits, or ``reference``, the plain formulas. A negative or infinite weight raises a ``UserError``.
     """
 
     alpha_ce: float

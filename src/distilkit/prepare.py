@@ -1,4 +1,4 @@
-"""Tokenize a corpus into the cache, without training: ``python -m distilkit.prepare data=text data.corpus.paths=...``."""
+"""Tokenize a corpus into the cache, without training: ``python -m distilkit.prepare data=wikitext103``."""
 
 import json
 

@@ -33,9 +33,10 @@ class Result:
     """One model on one task with one seed.
 
     ``name`` is the model's row in tables. ``score`` is the task's one number, the mean of its metrics as in GLUE; it is
-    None for speed, which has no score. Shares lie between 0 and 1, correlations between -1 and 1; perplexities and times
-    have their own units. ``held_out`` is the score on rows of the training set that were held out to choose settings.
-    ``teacher`` describes the teacher of a second distillation. ``details`` holds everything that is not one number.
+    None for speed, which has no score. Shares lie between 0 and 1, correlations between -1 and 1; perplexities and
+    times have their own units. ``held_out`` is the score on rows of the training set that were held out to choose
+    settings. ``teacher`` describes the teacher of a second distillation. ``details`` holds everything that is not one
+    number.
     """
 
     name: str
@@ -58,10 +59,7 @@ class Result:
 
 
 def model_name(model: str) -> str:
-    """Return the name of a model's row: its folder's name, or the last part of its hub id.
-
-    For folders named ``student`` or ``model`` it is the name of the parent folder.
-    """
+    """Return a model's name in tables: its folder's, that above student or model, or the end of its hub id."""
     folder = Path(model).expanduser()
     if not folder.is_dir():
         return model.rstrip("/").rpartition("/")[2]
@@ -208,10 +206,9 @@ def find_runs(folders: Iterable[Path]) -> list[dict[str, Any]]:
                 some[0]["label"] = f"{some[0].get('name', '')}/{Path(some[0]['folder']).name}"
             runs += some
     for run in runs:
-        missing = [name for name in _NEEDED if name not in run]
-        if missing:
+        if missing := [name for name in _NEEDED if name not in run]:
             raise UserError(
-                f"{run['folder']}/summary.json has no {', '.join(missing)} and was not written by distilkit.train; give "
-                "other folders in runs, or delete it"
+                f"{run['folder']}/summary.json has no {', '.join(missing)} and was not written by distilkit.train; "
+                "give other folders in runs, or delete it"
             )
     return runs

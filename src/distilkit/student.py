@@ -126,7 +126,8 @@ def cut_student(
     """Build a student with the teacher's width from some of its layers, in train mode.
 
     A BERT teacher gives a DistilBERT unless ``bert_class`` is ``same``; every other teacher keeps its class.
-    ``init=random`` gives the same shape with fresh weights (the ablation of DistilBERT, table 4).
+    ``init=random`` gives the same shape with fresh weights (the ablation of DistilBERT, table 4). Layers that the
+    teacher does not have, and a tokenizer with more ids than the teacher, raise a ``UserError``.
     """
     if teacher is None:
         raise UserError("a student cannot be cut from teacher=none; set student=new, or choose a teacher")

@@ -61,14 +61,10 @@ def _plot_curves(metrics_file: Path, out: Path, *, title: str) -> None:
     figure.savefig(out, dpi=120)
 
 
-def _hub_datasets(node: Any) -> list[str]:
+def _hub_datasets(fingerprint: Mapping[str, Any]) -> list[str]:
     """Return the hub ids in the fingerprint of a corpus, each once."""
-    if isinstance(node, dict):
-        found = [node[kind]["path"] for kind in ("hub", "wikipedia") if kind in node]
-        return list(dict.fromkeys(found + _hub_datasets(node.get("parts"))))
-    if isinstance(node, list):
-        return list(dict.fromkeys(path for part in node for path in _hub_datasets(part)))
-    return []
+    own = [fingerprint[kind]["path"] for kind in ("hub", "wikipedia") if kind in fingerprint]
+    return list(dict.fromkeys(own + [path for part in fingerprint.get("parts", ()) for path in _hub_datasets(part)]))
 
 
 def card_metadata(own: DictConfig, *, teacher: Mapping[str, Any], datasets: list[str]) -> dict[str, Any]:

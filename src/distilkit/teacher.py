@@ -35,7 +35,8 @@ def load_teacher(
 ) -> Teacher | None:
     """Load the teacher, or return None for ``name=None`` (training without distillation).
 
-    ``needs_head`` is false when no term of the objective reads the teacher's logits.
+    ``needs_head`` is false when no term of the objective reads the teacher's logits. A model that cannot be loaded from
+    safetensors, or that lacks the head it needs, raises a ``UserError``.
     """
     if name is None:
         return None

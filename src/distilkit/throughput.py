@@ -53,12 +53,11 @@ def step_flops(
     models = [(student, 3, objective.reads_student_logits)]
     if teacher is not None and objective.reads_teacher:
         models.append((teacher, 1, objective.reads_teacher_logits))
-    return float(
-        sum(
-            passes * (tokens * (cost.backbone + length * cost.attention) + rows * cost.head * with_head)
-            for cost, passes, with_head in models
-        )
+    flops = (
+        passes * (tokens * (cost.backbone + length * cost.attention) + rows * cost.head * with_head)
+        for cost, passes, with_head in models
     )
+    return float(sum(flops))
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

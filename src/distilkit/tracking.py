@@ -41,9 +41,7 @@ def wandb_logger(*, save_dir: str, project: str, name: str, group: str | None, *
         group = group or Path(HydraConfig.get().sweep.dir).name
         wandb.finish()  # or Lightning would continue the run of the previous job
     if reason := _offline_reason():
-        log.warning(
-            "W&B runs offline, because %s; upload later with wandb sync %s/wandb/offline-run-*", reason, save_dir
-        )
+        log.warning("W&B runs offline: %s; upload later with wandb sync %s/wandb/offline-run-*", reason, save_dir)
         settings["settings"] = wandb.Settings(silent=True)  # the warning above is enough
         settings["mode"] = "offline"  # Lightning's ``offline`` sets a variable that W&B has already read
     return WandbLogger(save_dir=save_dir, project=project, name=name, group=group, **settings)

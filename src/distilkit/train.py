@@ -105,11 +105,7 @@ def run(job: Job) -> float:
 
 
 def find_checkpoint(ckpt_path: str | None, out: Path, *, in_sweep: bool = False) -> Path | None:
-    """Resolve ``ckpt_path``: a file, or ``last`` for the newest last.ckpt among the runs of this name.
-
-    Raises:
-        UserError: there is no such file, or it cannot be resumed from.
-    """
+    """Resolve ``ckpt_path``: a file, or ``last`` for the newest last.ckpt among the runs of this name."""
     if ckpt_path is None:
         return None
     if ckpt_path == "last":
@@ -172,11 +168,9 @@ def _record_config(job: Job) -> None:
     if job.trainer.is_global_zero:
         job.out.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(job.cfg, job.out / "config.yaml", resolve=True)
-        sizes = f"{num_parameters(module.student):,} parameters"
-        if module.teacher is not None:
-            sizes += f" of {num_parameters(module.teacher):,}"
+        of = "" if module.teacher is None else f" of {num_parameters(module.teacher):,}"
         kept = f", layers {record['layers']}" if record["layers"] else ""
-        log.info("student: %s%s; run in %s", sizes, kept, job.out)
+        log.info("student: %s parameters%s%s; run in %s", f"{num_parameters(module.student):,}", of, kept, job.out)
         if job.checkpoint:
             log.info("resuming from %s", job.checkpoint)
     for logger in job.trainer.loggers:

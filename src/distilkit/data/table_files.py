@@ -33,8 +33,8 @@ def name_errors(file: Path) -> Iterator[None]:
         yield
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{file} is not UTF-8: {error.reason} at byte {error.start} of its chunk; convert it first, for example with "
-            "iconv -f latin1 -t utf-8"
+            f"{file} is not UTF-8: {error.reason} at byte {error.start} of its chunk; convert it first, for example "
+            "with iconv -f latin1 -t utf-8"
         ) from error
     except _DAMAGED as error:
         raise UserError(f"cannot read {file}: {error}; the file may be cut short or not what its name says") from error
@@ -65,7 +65,8 @@ def json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
 def delimited_rows(file: Path) -> Iterator[tuple[int, list[str]]]:
     """Yield the line number and the fields of each row that is not blank, the header included.
 
-    Fields of .csv are separated by commas and may be quoted. Those of .tsv are separated by tabs and hold quotes as text.
+    Fields of .csv are separated by commas and may be quoted. Those of .tsv are separated by tabs and hold quotes as
+    text.
     """
     csv.field_size_limit(sys.maxsize)  # 128 kB by default, less than some documents
     with open_text(file, newline="") as stream:

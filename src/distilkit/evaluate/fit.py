@@ -108,8 +108,8 @@ def load_models(
     teacher, theirs = load(cfg.teacher, "main", None, has_head=True)
     if tokenizer.get_vocab() != theirs.get_vocab():
         raise UserError(
-            f"teacher {cfg.teacher!r} has another vocabulary ({len(theirs)} words) than the student ({len(tokenizer)}); a "
-            "second distillation needs one tokenizer for both"
+            f"teacher {cfg.teacher!r} has another vocabulary ({len(theirs)} words) than the student "
+            f"({len(tokenizer)}); a second distillation needs one tokenizer for both"
         )
     return model, tokenizer, teacher
 
@@ -135,8 +135,8 @@ def build_trainer(cfg: DictConfig, *, folder: Path, timer: Timer) -> Trainer:
     )
     if trainer.world_size > 1:
         raise UserError(
-            f"trainer.devices={cfg.trainer.devices} makes {trainer.world_size} processes, but a model is fine-tuned on one "
-            "device; set trainer.devices=1, and run seeds and tasks in parallel with a launcher"
+            f"trainer.devices={cfg.trainer.devices} makes {trainer.world_size} processes, but a model is fine-tuned on "
+            "one device; set trainer.devices=1, and run seeds and tasks in parallel with a launcher"
         )
     return trainer
 

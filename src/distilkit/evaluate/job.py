@@ -46,7 +46,7 @@ _NUMBERS: dict[str, tuple[type, float, float, bool]] = {  # kind, least, most, a
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A model to measure: a folder or hub id, the hash of its weights, its row in tables, and the folder of the results.
+    """A model to measure: a folder or hub id, the hash of its weights, its name in tables, and the results' folder.
 
     ``tokenizer`` is None for the model's own. ``cfg`` is the composed config, which tasks that fine-tune read.
     """

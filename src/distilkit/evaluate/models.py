@@ -85,8 +85,8 @@ def load_task_model(
         where = "folder" if Path(model).is_dir() else "hub id"
         raise UserError(
             f"cannot load {where} {model!r} at revision {revision!r} as a model for this task: "
-            f"{(str(error).strip() or repr(error)).splitlines()[0]} A hub id needs the network or a filled Hugging Face "
-            "cache; a folder needs config.json and model.safetensors"
+            f"{(str(error).strip() or repr(error)).splitlines()[0]} A hub id needs the network or a filled Hugging "
+            "Face cache; a folder needs config.json and model.safetensors"
         ) from error
     backbone = f"{loaded.base_model_prefix}."
     missing = sorted(key for key in info["missing_keys"] if not key.endswith("position_ids"))
@@ -110,8 +110,8 @@ def load_task_tokenizer(
         raise UserError(f"{error}; or name another with tokenizer=<folder or hub id>") from error
     if len(loaded) > vocabulary:
         raise UserError(
-            f"the tokenizer of {name!r} has {len(loaded)} words, but the model {model!r} only {vocabulary}; give the model's "
-            "own with tokenizer=<folder or hub id>"
+            f"the tokenizer of {name!r} has {len(loaded)} words, but the model {model!r} only {vocabulary}; give the "
+            "model's own with tokenizer=<folder or hub id>"
         )
     if loaded.pad_token_id is None:  # GPT-2; padding is never attended to, so any token serves
         loaded.pad_token = loaded.eos_token

@@ -55,7 +55,7 @@ Scored = tuple[dict[str, float], dict[str, Any], dict[str, int]]  # scores, the 
 
 
 class ScoredBatch(NamedTuple):
-    """Padded windows, all (batch, length): ids, the token that each state predicts or -100, and a mask without padding."""
+    """Padded windows, all (batch, length): ids, the token that each state predicts or -100, and what is real."""
 
     input_ids: Ids
     labels: Ids
@@ -102,8 +102,8 @@ def masked_windows(text: Text, tokenizer: PreTrainedTokenizerBase, *, block_size
     room = block_size - len(before) - len(after)
     if room < 1:
         raise UserError(
-            f"task.block_size={block_size} has no room next to the {len(before) + len(after)} special tokens of a window; "
-            f"set task.block_size to {block_size - room + 1} or more"
+            f"task.block_size={block_size} has no room next to the {len(before) + len(after)} special tokens of a "
+            f"window; set task.block_size to {block_size - room + 1} or more"
         )
     pieces = (ids[start : start + room] for ids in text.documents for start in range(0, len(ids), room))
     return [np.array([*before, *piece, *after]) for piece in pieces]
@@ -112,7 +112,8 @@ def masked_windows(text: Text, tokenizer: PreTrainedTokenizerBase, *, block_size
 def pseudo_places(
     windows: Sequence[Ids], tokenizer: PreTrainedTokenizerBase, *, max_tokens: int | None
 ) -> list[tuple[int, int]]:
-    """List window and place of each token to mask, or ``max_tokens`` at even intervals, from long windows to short ones.
+    """List window and place of each token to mask, or ``max_tokens`` at even intervals, from long windows to short
+    ones.
 
     Special tokens, [UNK] among them, are left out.
     """
@@ -222,9 +223,9 @@ def _exp(nats: float) -> float:
 class LanguageScore:
     """Score language models on held-out text.
 
-    Masked models get a pseudo-perplexity (Salazar et al. 2020, arXiv 1910.14659: each token masked in turn), and accuracy
-    and cross-entropy with ``masked_share`` of a window masked at once. Causal models get the perplexity of the text as
-    one stream, documents joined by an empty line, per token and per whitespace-separated word.
+    Masked models get a pseudo-perplexity (Salazar et al. 2020, arXiv 1910.14659: each token masked in turn), and
+    accuracy and cross-entropy with ``masked_share`` of a window masked at once. Causal models get the perplexity of the
+    text as one stream, documents joined by an empty line, per token and per whitespace-separated word.
     """
 
     trains: ClassVar[bool] = False
@@ -347,7 +348,8 @@ class LanguageScore:
         ids = np.concatenate(text.documents)
         if len(ids) < 2:
             raise UserError(
-                "the text to score is one token, but the first token is never predicted; give a longer text in task.paths"
+                "the text to score is one token, but the first token is never predicted; give a longer text in "
+                "task.paths"
             )
         stride = block_size // 2 if self.stride is None else self.stride
         begins = window_begins(len(ids), block_size=block_size, stride=stride)

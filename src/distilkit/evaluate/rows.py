@@ -52,8 +52,8 @@ class HubSplit:
 class FileSplit:
     """One file of a task: .tsv, .csv or .jsonl, plain or compressed, or a folder with a sub-folder for each label.
 
-    ``file`` is a pattern below the task's folder. ``columns`` maps our names to the file's. ``header`` names the columns
-    of a file without a header line. ``where`` keeps the rows that have these values.
+    ``file`` is a pattern below the task's folder. ``columns`` maps our names to the file's. ``header`` names the
+    columns of a file without a header line. ``where`` keeps the rows that have these values.
     """
 
     folder: Path

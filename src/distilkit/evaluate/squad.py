@@ -109,8 +109,8 @@ class QuestionTask:
         """Make sure that a model has the two outputs of this task."""
         if model.config.num_labels != 2:
             raise UserError(
-                f"{name!r} has {model.config.num_labels} outputs a token, but task {self.name} has 2; fine-tune it on this task "
-                "first"
+                f"{name!r} has {model.config.num_labels} outputs a token, but task {self.name} has 2; fine-tune it on "
+                "this task first"
             )
 
     def encode(self, examples: Sequence[Question], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
@@ -185,8 +185,8 @@ _JSON_NAMES = {list: "list", str: "text", int: "number", dict: "object"}
 def _part(node: Any, key: str, kind: type, *, place: str) -> Any:
     if not isinstance(node, Mapping) or not isinstance(node.get(key), kind):
         raise UserError(
-            f"{place} has no {key!r} ({_JSON_NAMES[kind]}); SQuAD 1.1's layout is data[].paragraphs[].context and .qas[] "
-            "with id, question and answers[].text and .answer_start"
+            f"{place} has no {key!r} ({_JSON_NAMES[kind]}); SQuAD 1.1's layout is data[].paragraphs[].context and "
+            ".qas[] with id, question and answers[].text and .answer_start"
         )
     return node[key]
 

@@ -81,8 +81,8 @@ class TextTask:
             raise UserError(f"task.metrics={self.metrics}; it takes one or more of {', '.join(_METRICS)}")
         if any((metric in _OF_NUMBERS) != (self.labels is None) for metric in self.metrics):
             raise UserError(
-                f"task.metrics={self.metrics} does not match task.labels={self.labels}: {', '.join(_OF_NUMBERS)} are for "
-                "numbers (task.labels=null), the others for classes"
+                f"task.metrics={self.metrics} does not match task.labels={self.labels}: {', '.join(_OF_NUMBERS)} are "
+                "for numbers (task.labels=null), the others for classes"
             )
         if self.labels is not None and not 2 <= len(set(self.labels)) == num_classes:
             raise UserError(f"task.labels={self.labels}, but it takes two or more names, each once; null for a number")
@@ -161,7 +161,8 @@ class TextTask:
         if len(theirs) != len(self.labels or [0]) or (self.labels and not same and theirs != unnamed):
             raise UserError(
                 f"{name!r} predicts {', '.join(theirs)}, but task {self.name} has "
-                f"{', '.join(self.labels or ['one number'])}; fine-tune it on this task first, or set task.labels to its own"
+                f"{', '.join(self.labels or ['one number'])}; fine-tune it on this task first, or set task.labels to "
+                "its own"
             )
         if self.labels and theirs == unnamed:
             log.warning("%r does not name its classes; they are assumed to be %s, in this order", name, self.labels)
