@@ -64,7 +64,7 @@ class StepSampler(Sampler[Draw]):
 class MicroBatches:
     """Split the optimizer steps of one rank into micro-batches, with the token counts of the whole step.
 
-    Lightning treats it as a stateful loader. ``len`` counts micro-batches, and ``sampler.set_epoch`` receives the epoch.
+    Lightning treats it as a stateful loader: ``len`` counts micro-batches, ``sampler.set_epoch`` receives the epoch.
     The state is the number of micro-batches yielded so far, so that a run can resume within an epoch.
     """
 
@@ -111,14 +111,14 @@ class MicroBatches:
         now = self.state_dict()
         if any(state[name] != now[name] for name in ("per_step", "num_blocks")):
             raise UserError(
-                f"the checkpoint is in an epoch of {state['num_blocks']} blocks and {state['per_step']} micro-batches per "
-                f"step, but this run has {now['num_blocks']} and {now['per_step']}; resume with the same data, batch sizes "
-                "and number of processes"
+                f"the checkpoint is in an epoch of {state['num_blocks']} blocks and {state['per_step']} micro-batches "
+                f"per step, but this run has {now['num_blocks']} and {now['per_step']}; resume with the same data, batch "
+                "sizes and number of processes"
             )
         if state["position"] < len(self) and state["position"] % self.per_step:
             raise UserError(
-                f"the checkpoint was saved after micro-batch {state['position'] % self.per_step} of {self.per_step} of an "
-                "optimizer step, but without the gradient; resume from best.ckpt or last.ckpt of the run"
+                f"the checkpoint was saved after micro-batch {state['position'] % self.per_step} of {self.per_step} of "
+                "an optimizer step, but without the gradient; resume from best.ckpt or last.ckpt of the run"
             )
         self.resume_at = state["position"] if state["position"] < len(self) else 0
 
@@ -298,7 +298,7 @@ class DistillationDataModule(LightningDataModule):
         return self.train_loader.state_dict() if self.train_loader else {}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Continue within the epoch of the state. The strategy decides whether the loader is created before or after."""
+        """Continue within the epoch of the state. Depending on the strategy, the loader is created before or after."""
         self.resume_state = state_dict
         if self.train_loader is not None and state_dict:
             self.train_loader.load_state_dict(state_dict)

@@ -19,8 +19,8 @@ Draw = tuple[int, Ids]  # an epoch and block indices: what a sampler passes to t
 class Blocks(Dataset[Batch]):
     """Cut a token stream into blocks of equal length, and make batches of them.
 
-    A block is the tokenizer's opening tokens, a piece of the stream, and its closing tokens. Each token of the stream is
-    in exactly one block. Only the last block may be padded.
+    A block is the tokenizer's opening tokens, a piece of the stream, and its closing tokens. Each token of the stream
+    is in exactly one block. Only the last block may be padded.
     """
 
     def __init__(

@@ -102,8 +102,8 @@ def prepare(
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise UserError(
-                f"no space left on the disk of {folder.parent} (or in your quota) for the token cache; free some, or set "
-                "cache_dir to another disk (2 bytes per token, or 4 if the vocabulary exceeds 65,536)"
+                f"no space left on the disk of {folder.parent} (or in your quota) for the token cache; free some, or "
+                "set cache_dir to another disk (2 bytes per token, or 4 if the vocabulary exceeds 65,536)"
             ) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -121,15 +121,16 @@ def open_cache(folder: Path, tokenizer: PreTrainedTokenizerBase) -> TokenCache:
         raise UserError(f"{folder} is not a token cache ({error!r}); delete it to prepare it again") from error
     if found != FORMAT or not same_tokenizer:
         raise UserError(
-            f"{folder} is a token cache of format {found} and another tokenizer or version, but format {FORMAT} is needed; "
-            "delete it to prepare it again"
+            f"{folder} is a token cache of format {found} and another tokenizer or version, but format {FORMAT} is "
+            "needed; delete it to prepare it again"
         )
     for name, size in sizes.items():
         file = folder / f"{name}.bin"
         actual = file.stat().st_size if file.exists() else 0
         if actual != size:
             raise UserError(
-                f"{file} has {actual:,} bytes instead of {size:,}: the cache is truncated; delete {folder} to prepare it again"
+                f"{file} has {actual:,} bytes instead of {size:,}: the cache is truncated; delete {folder} to prepare it "
+                "again"
             )
     tokens = {
         split: np.memmap(folder / f"{split}.bin", dtype=dtype, mode="r") if sizes[split] else np.empty(0, dtype)

@@ -69,7 +69,7 @@ class Masking:
 
     ``mlm_probability`` is the share of real tokens chosen as targets; their number is exact in each sample. Of the
     targets, ``mask_share`` become the mask token, ``random_share`` a random word, and the rest stay unchanged.
-    ``smoothing`` weights tokens by count ** -smoothing (0: uniform; DistilBERT: 0.7). ``whole_word`` chooses whole words.
+    ``smoothing`` weights tokens by count ** -smoothing (0: uniform; DistilBERT: 0.7). ``whole_word`` keeps words whole.
     """
 
     mlm_probability: float
@@ -147,7 +147,7 @@ class Masker:
         return _smallest_words(keys, budget, self._word_starts(input_ids, special))
 
     def _keys(self, input_ids: Ids, bits: _Random) -> _Random:
-        """Draw a key for each token, (batch, length): -log(uniform) / weight, so that the smallest keys are a draw by weight."""
+        """Draw a key for each token, (batch, length): -log(uniform) / weight. The smallest are a draw by weight."""
         if self.inverse_weights is None:
             return bits.copy()
         keys = np.log(to_uniform(bits))
@@ -188,8 +188,8 @@ def _smallest_words(
 ) -> NDArray[np.bool_]:
     """Mark whole words by the keys of their first tokens, skipping words that exceed the budget (as BERT does).
 
-    ``keys`` and ``starts`` are (batch, length), ``budget`` (batch,) counts tokens. ``num_tried`` words are sorted first,
-    because these are nearly always enough. Samples with budget left are repeated with all words.
+    ``keys`` and ``starts`` are (batch, length), ``budget`` (batch,) counts tokens. ``num_tried`` words are sorted
+    first, because these are nearly always enough. Samples with budget left are repeated with all words.
     """
     batch, length = keys.shape
     num_tried = num_tried or min(length, 2 * int(budget.max()) + 8)

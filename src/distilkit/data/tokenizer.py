@@ -44,7 +44,8 @@ def load_tokenizer(
         ) from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers loads this from a folder without files
         raise UserError(
-            f"{name!r} has no tokenizer: there is no vocabulary in it; add the tokenizer's files (tokenizer.save_pretrained)"
+            f"{name!r} has no tokenizer: there is no vocabulary in it; add the tokenizer's files "
+            "(tokenizer.save_pretrained)"
         )
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer of {name!r} is not a fast tokenizer; save it with a fast tokenizer class first")
