@@ -112,8 +112,8 @@ class MicroBatches:
         if any(state[name] != now[name] for name in ("per_step", "num_blocks")):
             raise UserError(
                 f"the checkpoint is in an epoch of {state['num_blocks']} blocks and {state['per_step']} micro-batches "
-                f"per step, but this run has {now['num_blocks']} and {now['per_step']}; resume with the same data, batch "
-                "sizes and number of processes"
+                f"per step, but this run has {now['num_blocks']} and {now['per_step']}; resume with the same data, "
+                "batch sizes and number of processes"
             )
         if state["position"] < len(self) and state["position"] % self.per_step:
             raise UserError(

@@ -129,8 +129,8 @@ def open_cache(folder: Path, tokenizer: PreTrainedTokenizerBase) -> TokenCache:
         actual = file.stat().st_size if file.exists() else 0
         if actual != size:
             raise UserError(
-                f"{file} has {actual:,} bytes instead of {size:,}: the cache is truncated; delete {folder} to prepare it "
-                "again"
+                f"{file} has {actual:,} bytes instead of {size:,}: the cache is truncated; delete {folder} to prepare "
+                "it again"
             )
     tokens = {
         split: np.memmap(folder / f"{split}.bin", dtype=dtype, mode="r") if sizes[split] else np.empty(0, dtype)
