@@ -64,8 +64,8 @@ class StepSampler(Sampler[Draw]):
 class MicroBatches:
     """Split the optimizer steps of one rank into micro-batches, with the token counts of the whole step.
 
-    Lightning treats it as a stateful loader. ``len`` counts micro-batches, and ``sampler.set_epoch`` receives the
-    epoch. The state is the number of micro-batches yielded so far, so that a run can resume within an epoch.
+    Lightning treats it as a stateful loader: ``len`` counts micro-batches, ``sampler.set_epoch`` receives the epoch.
+    The state is the number of micro-batches yielded so far, so that a run can resume within an epoch.
     """
 
     def __init__(
@@ -296,7 +296,7 @@ class DistillationDataModule(LightningDataModule):
         return self.train_loader.state_dict() if self.train_loader else {}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Continue within the epoch of the state; the strategy may create the loader before or after."""
+        """Continue within the epoch of the state. Depending on the strategy, the loader is created before or after."""
         self.resume_state = state_dict
         if self.train_loader is not None and state_dict:
             self.train_loader.load_state_dict(state_dict)

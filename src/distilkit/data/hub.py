@@ -2,33 +2,38 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from distilkit.data.corpus import nonempty
 from distilkit.errors import UserError
 
 
-@dataclass(kw_only=True)
 class HubDataset:
-    """Stream a dataset of the Hugging Face hub. The first arguments are those of ``datasets.load_dataset``.
+    """Stream a dataset of the Hugging Face hub.
 
     By default each row is a document. ``rows_per_document`` joins that many rows. With ``document_start``, a row that
     matches this pattern starts a new document, for example a heading of WikiText.
     """
 
-    path: str
-    name: str | None = None
-    split: str = "train"
-    column: str = "text"
-    revision: str | None = None
-    rows_per_document: int = 1
-    document_start: str | None = None
+    # Not a dataclass: OmegaConf would turn the parts of a Concatenation into configs.
 
-    def __post_init__(self) -> None:
-        """Check the arguments. Nothing is downloaded yet."""
-        if self.rows_per_document < 1:
-            raise UserError(f"data.corpus.rows_per_document={self.rows_per_document}, but it must be at least 1")
+    def __init__(
+        self,
+        *,
+        path: str,
+        name: str | None = None,
+        split: str = "train",
+        column: str = "text",
+        revision: str | None = None,
+        rows_per_document: int = 1,
+        document_start: str | None = None,
+    ) -> None:
+        """Store the arguments of ``datasets.load_dataset``. Nothing is downloaded yet."""
+        if rows_per_document < 1:
+            raise UserError(f"data.corpus.rows_per_document={rows_per_document}, but it must be at least 1")
+        self.path, self.name, self.split, self.column, self.revision = path, name, split, column, revision
+        self.rows_per_document = rows_per_document
+        self.document_start = document_start
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the arguments. Pin ``revision`` if the dataset on the hub may change."""
@@ -72,7 +77,6 @@ class HubDataset:
         return rows.select_columns([self.column])
 
 
-@dataclass(kw_only=True)
 class MultilingualWikipedia:
     """Sample Wikipedias in proportion to size ** exponent, which oversamples small languages.
 
@@ -80,19 +84,15 @@ class MultilingualWikipedia:
     read completely.
     """
 
-    languages: Sequence[str]  # codes
-    date: str  # of the dump
-    exponent: float
-    seed: int
-    path: str = "wikimedia/wikipedia"
-
-    def __post_init__(self) -> None:
-        """Check the languages and the exponent."""
-        if not self.languages:
+    def __init__(
+        self, *, languages: Sequence[str], date: str, exponent: float, seed: int, path: str = "wikimedia/wikipedia"
+    ) -> None:
+        """Store the language codes and the date of the dump."""
+        if not languages:
             raise UserError("data.corpus.languages is empty; list at least one, for example [en,de]")
-        if not 0 <= self.exponent <= 1:
-            raise UserError(f"data.corpus.exponent={self.exponent}, but it must be between 0 (equal) and 1 (by size)")
-        self.languages = list(self.languages)
+        if not 0 <= exponent <= 1:
+            raise UserError(f"data.corpus.exponent={exponent}, but it must be between 0 (equal) and 1 (by size)")
+        self.languages, self.date, self.exponent, self.seed, self.path = list(languages), date, exponent, seed, path
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the dump, the languages and the sampling settings."""

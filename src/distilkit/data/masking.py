@@ -69,8 +69,7 @@ class Masking:
 
     ``mlm_probability`` is the share of real tokens chosen as targets; their number is exact in each sample. Of the
     targets, ``mask_share`` become the mask token, ``random_share`` a random word, and the rest stay unchanged.
-    ``smoothing`` weights tokens by count ** -smoothing (0: uniform; DistilBERT: 0.7). ``whole_word`` chooses whole
-    words.
+    ``smoothing`` weights tokens by count ** -smoothing (0: uniform; DistilBERT: 0.7). ``whole_word`` keeps words whole.
     """
 
     mlm_probability: float
@@ -148,7 +147,7 @@ class Masker:
         return _smallest_words(keys, budget, self._word_starts(input_ids, special))
 
     def _keys(self, input_ids: Ids, bits: _Random) -> _Random:
-        """Draw keys (batch, length), -log(uniform) / weight, of which the smallest are a draw by weight."""
+        """Draw a key for each token, (batch, length): -log(uniform) / weight. The smallest are a draw by weight."""
         if self.inverse_weights is None:
             return bits.copy()
         keys = np.log(to_uniform(bits))
