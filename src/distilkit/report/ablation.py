@@ -54,6 +54,8 @@ def ablation_table(scores: Scores, runs: Sequence[Run]) -> Table | None:
     if len(scored) == len(trained) == 1:  # they belong together; of several it is not known which do
         pairs = [(scored[0], trained[0])]
     records = [record for rows, own in pairs for record in _records(scores, rows, own)]
+    if not records:
+        return None
     tasks = dict.fromkeys(task for record in records for task in record["tasks"].split(", ") if task)
     compared = [record["signs_agree"] for record in records if record["signs_agree"] != "-"]
     over = f"over {', '.join(map(task_label, tasks))}" if tasks else "(there is none: no task was scored for all rows)"
@@ -66,12 +68,5 @@ def ablation_table(scores: Scores, runs: Sequence[Run]) -> Table | None:
         f"{compared.count('yes')} of {len(compared)} agree with the paper's."
     )
     header = ["row", "average", "change", "cross-entropy", "its change", "published change", "signs agree"]
-    table = Table(
-        name="ablation",
-        title="Ablation",
-        header=header,
-        rows=formatted(records, columns),
-        records=records,
-        notes=[note],
-    )
-    return table if records else None
+    rows = formatted(records, columns)
+    return Table(name="ablation", title="Ablation", header=header, rows=rows, records=records, notes=[note])

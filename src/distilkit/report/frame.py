@@ -2,12 +2,9 @@
 
 import dataclasses
 import json
-import math
 import re
 import statistics
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -25,7 +22,7 @@ TOKENIZER = {"vocabulary", "text_tokens"}  # what differs between tokenizers
 _COLUMNS = ("row", "task", "metric", "median", "lowest", "highest", "seeds", "share", "averaged", "plain", "kind")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Scores:
     """All results, the scores that count, and the rows that the others are compared with.
 
@@ -51,7 +48,7 @@ class Scores:
     @cached_property
     def tasks(self) -> list[str]:
         """The tasks: those with a label in its order, then the others."""
-        return sorted(self.frame["task"].unique(), key=_rank)
+        return sorted(self.frame["task"].unique(), key=lambda task: [*LABELS, task].index(task))
 
     def only(self, *rows: str) -> "Scores":
         """Return the scores of some rows."""
@@ -81,8 +78,7 @@ class Scores:
 
     def parameters(self, row: str) -> int:
         """Return a row's number of parameters on its first task: heads differ from task to task."""
-        mine = self.frame[self.frame["row"] == row]
-        return int(mine["parameters"][mine["task"].map(_rank).idxmin()])
+        return int(next(iter(self.only(row).of(row).values())).parameters)
 
     def mean(self, row: str | None, tasks: Iterable[str]) -> float | None:
         """Return the mean of a row's medians over tasks, or None if a task is missing."""
@@ -100,16 +96,15 @@ class Scores:
         counting = self.frame[(self.frame["metric"] == "") & self.frame["plain"] & self.frame["averaged"]]
         tasks: dict[str, list[str]] = counting.groupby("row", sort=False)["task"].agg(list).to_dict()
         anchors = [row for row in (self.teacher, *more, self.baseline) if row in tasks] or list(tasks)[:1]
-        first = tasks[anchors[0]] if anchors else []
-        common = [task for task in first if all(task in tasks[row] for row in anchors)]
+        common = [task for task in tasks[anchors[0]] if all(task in tasks[row] for row in anchors)] if anchors else []
         shared = {tuple(task for task in common if task in mine) for mine in tasks.values()}
         shared = {names for names in shared if names and set(names) != set(GLUE_TASKS)} | {GLUE_TASKS}
         having = {names: sum(set(names) <= set(mine) for mine in tasks.values()) for names in shared}
         least = min(2, len(tasks))
         kept = [names for names, rows in having.items() if rows >= (1 if names == GLUE_TASKS else least)]
         kept.sort(key=lambda names: (having[names] < least, names != GLUE_TASKS, -len(names), names))
-        sizes = Counter(map(len, kept))
-        labels = {names: f"average of {len(names)} tasks" for names in kept if sizes[len(names)] == 1}
+        sizes = [len(names) for names in kept]
+        labels = {names: f"average of {len(names)} tasks" for names in kept if sizes.count(len(names)) == 1}
         labels |= {names: names[0] for names in kept if len(names) == 1} | {GLUE_TASKS: "GLUE average"}
         return {labels.get(names, f"average of {', '.join(names)}"): names for names in kept}
 
@@ -131,38 +126,28 @@ class Scores:
         differing = {name: (one.get(name), other.get(name)) for name in names if one.get(name) != other.get(name)}
         return {name: pair for name, pair in differing.items() if name not in TOKENIZER} or differing
 
-    def kept(self, row: str, task: str) -> float | None:
-        """Return the percentage of the teacher's median on a task that a row keeps.
+    def kept(self, row: str, *tasks: str) -> float | None:
+        """Return the percentage of the teacher's mean over tasks that a row keeps: a ratio of averages, as in the paper.
 
         For a perplexity it is the teacher's divided by the row's: per word if tokenizers differ, and None if language
         models were scored in different ways.
         """
-        mine, theirs = self.line(row, task), self.line(self.teacher, task)
+        mine, theirs = self.mean(row, tasks), self.mean(self.teacher, tasks)
+        if mine is not None and (differing := self.unlike(row, tasks[0])):
+            comparable = differing.keys() <= TOKENIZER
+            mine, theirs = (
+                self.metric(str(each), tasks[0], "word_perplexity") if comparable else None
+                for each in (row, self.teacher)
+            )
         if mine is None or theirs is None:
             return None
-        values: tuple[float | None, float | None] = mine.median, theirs.median
-        if differing := self.unlike(row, task):
-            if not differing.keys() <= TOKENIZER:
-                return None
-            values = self.metric(row, task, "word_perplexity"), self.metric(theirs.row, task, "word_perplexity")
-        return _percent(*(values if mine.share else reversed(values)))
-
-    def mean_kept(self, row: str, tasks: Sequence[str]) -> float | None:
-        """Return the row's mean over tasks as a percentage of the teacher's: a ratio of averages, as in the paper."""
-        return _percent(self.mean(row, tasks), self.mean(self.teacher, tasks))
-
-
-def _rank(task: str) -> int:
-    return [*LABELS, task].index(task)
+        part, whole = (mine, theirs) if self.line(row, tasks[0]).share else (theirs, mine)
+        return 100 * part / whole if whole > 0 else None  # None for a NaN too
 
 
 def task_label(task: str) -> str:
     """Return a task's name as papers write it."""
     return LABELS.get(task, task)
-
-
-def _percent(part: float | None, whole: float | None) -> float | None:
-    return 100 * part / whole if part is not None and whole is not None and whole > 0 else None  # None for a NaN too
 
 
 def name_alike(results: Sequence[Result]) -> list[Result]:
@@ -180,11 +165,10 @@ def name_alike(results: Sequence[Result]) -> list[Result]:
 
 def _setting(result: Result) -> str:
     """Return what may differ between two fine-tunings of one row, as JSON: all but the seed."""
-    teacher = dict(result.teacher or {})
-    if "name" in teacher:  # the folder of the teacher of a second distillation names the seed too
-        teacher["name"] = re.sub(r"/seed\d[^/]*", "", str(teacher["name"]))
     settings = {name: value for name, value in result.settings.items() if name != "seed"}
-    settings |= {f"teacher {name}": value for name, value in teacher.items()}
+    settings |= {f"teacher {name}": value for name, value in (result.teacher or {}).items()}
+    if "teacher name" in settings:  # the folder of the teacher of a second distillation names the seed too
+        settings["teacher name"] = re.sub(r"/seed\d[^/]*", "", str(settings["teacher name"]))
     return json.dumps(settings, sort_keys=True, default=str)
 
 
@@ -215,7 +199,7 @@ def _counting(every: pd.DataFrame) -> Iterator[tuple[str, list[Any]]]:
         held_out = {setting: [line.held_out for line in lines] for setting, lines in groups.items()}
         sign = 1 if by_date[0].higher_is_better else -1
         merits = {setting: sign * np.median(values) for setting, values in held_out.items() if None not in values}
-        chosen = [pd.Series(merits).fillna(-math.inf).idxmax()] if merits else []
+        chosen = [pd.Series(merits).fillna(-np.inf).idxmax()] if merits else []
         counting = chosen + [setting for setting in groups if setting not in merits]
         labels = _differences(counting)
         if chosen or len(counting) == 1:

@@ -106,8 +106,7 @@ def score_axis(scores: Scores) -> tuple[str, dict[str, float]]:
         values = {row: scores.mean(row, tasks) for row in scores.rows}
         finite = {row: 100 * value for row, value in values.items() if value is not None and math.isfinite(value)}
         if len(finite) > 1:
-            number = f", {len(tasks)} tasks" if label == "GLUE average" else ""
-            return f"{task_label(label)} (%{number})", finite
+            return f"{task_label(label)} (%{', 9 tasks' if tasks == GLUE_TASKS else ''})", finite
     return "", {}
 
 
@@ -126,8 +125,8 @@ def size_plot(scores: Scores) -> Plot | None:
     sizes = {row: scores.parameters(row) for row in values}
     unit, x = (1e6, "parameters (millions)") if max(sizes.values()) >= 1e6 else (1e3, "parameters (thousands)")
     panels = {"score against size": [Point(row, sizes[row] / unit, value) for row, value in values.items()]}
-    caption = f"Average score against parameters{roles_caption(scores)}."
-    return Plot(name="quality_parameters", caption=caption, png=png(scatter(panels, scores, x=x, y=y)))
+    image, caption = png(scatter(panels, scores, x=x, y=y)), f"Average score against parameters{roles_caption(scores)}."
+    return Plot(name="quality_parameters", caption=caption, png=image)
 
 
 class SweepScores(Callback):

@@ -1,6 +1,5 @@
 """What each model keeps of its teacher: percent of the teacher's score on each task and on average."""
 
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -23,7 +22,7 @@ def _kept(scores: Scores, averages: Mapping[str, Sequence[str]]) -> dict[str, di
     """Return what each row keeps, in percent: first of the averages, then of each task that the teacher has."""
     kept: dict[str, dict[str, float | None]] = {}
     for row in scores.rows:
-        values = {label: scores.mean_kept(row, tasks) for label, tasks in averages.items()}
+        values = {label: scores.kept(row, *tasks) for label, tasks in averages.items()}
         values |= {task: scores.kept(row, task) for task in scores.of(scores.teacher)}
         if row != scores.teacher and any(value is not None for value in values.values()):
             kept[row] = values
@@ -34,12 +33,8 @@ def retention_table(scores: Scores) -> Table | None:
     """Build the table of what each row keeps of the teacher on each task and on average, in percent."""
     kept = _kept(scores, scores.columns)
     rows = [[scores.label(row), *map(figure, values.values())] for row, values in kept.items()]
-    records = [
-        {"model": row, "teacher": scores.teacher, "task": task, "percent": value}
-        for row, values in kept.items()
-        for task, value in values.items()
-        if value is not None
-    ]
+    found = [(row, task, value) for row, values in kept.items() for task, value in values.items() if value is not None]
+    records = [{"model": row, "teacher": scores.teacher, "task": task, "percent": value} for row, task, value in found]
     if not rows:
         return None
     first = f"Percent of the score of {scores.teacher}; for a perplexity the teacher's divided by the student's."
@@ -50,10 +45,7 @@ def retention_table(scores: Scores) -> Table | None:
 
 
 def verdicts(scores: Scores) -> list[str]:
-    """Describe for each student whether it keeps more of the teacher than the baseline does.
-
-    Both are compared over the first average that both have, or else over the first task.
-    """
+    """Describe whether each student keeps more than the baseline, over the first average or task that both have."""
     teacher, baseline, lines = scores.teacher, scores.baseline, []
     if teacher is None or baseline is None:
         return []
@@ -62,15 +54,14 @@ def verdicts(scores: Scores) -> list[str]:
         percents = _kept(three, three.averages(row))
         both = zip(percents.get(row, {}).items(), percents.get(baseline, {}).values(), strict=False)
         found = [(name, kept, base) for (name, kept), base in both if kept is not None and base is not None]
-        if not found or math.isnan(found[0][1] + found[0][2]):
+        if not found or np.isnan(found[0][1] + found[0][2]):
             continue
         name, kept, base = found[0]
         over = "the GLUE average" if name == "GLUE average" else task_label(name)
         more = f"{row if kept > base else baseline} keeps more, by {abs(kept - base):.1f} points"
-        lines.append(
-            f"On {over} {row} keeps {kept:.1f} % of {teacher}. {baseline}, which was trained without a teacher, keeps "
-            f"{base:.1f} %: {more if kept != base else 'both keep the same'}."
-        )
+        theirs = f"{baseline}, which was trained without a teacher, keeps {base:.1f} %"
+        line = f"On {over} {row} keeps {kept:.1f} % of {teacher}. {theirs}"
+        lines.append(f"{line}: {more if kept != base else 'both keep the same'}.")
     return lines
 
 
@@ -85,10 +76,8 @@ def _uncompared(scores: Scores) -> list[str]:
         elif differing:
             notes.append(f"{where} is not compared, because it differs from {teacher} in {', '.join(pairs)}.")
         elif score.row.startswith(f"{teacher} (") and scores.line(teacher, score.task) is None:
-            notes.append(
-                f"{score.row} is one of several settings of {teacher} on {task_label(score.task)}. Without held-out scores "
-                f"it is not known which one counts; set teacher={score.row!r} or remove the others."
-            )
+            why = f"Without held-out scores it is not known which one counts; set teacher={score.row!r} or remove the others."
+            notes.append(f"{score.row} is one of several settings of {teacher} on {task_label(score.task)}. {why}")
     return notes
 
 
@@ -104,18 +93,15 @@ def _bars(scores: Scores) -> pd.DataFrame:
     """Return the bars: a line for each task and the first average, a column for each row. Published rows come last."""
     tasks, means = scores.of(scores.teacher), list(scores.columns)[:1]
     bars = pd.DataFrame(_kept(scores, scores.columns), index=[*tasks, *means], dtype=float)
-    keys = [*map(published_task, tasks.values()), *("glue" if "GLUE" in label else "" for label in means)]
-    found = [published_retention(key) for key in keys]
-    for name in dict.fromkeys(each[0] for each in found if each):
-        bars[name + _PUBLISHED] = [each[1] if each and each[0] == name else math.nan for each in found]
+    keys = {task: published_task(line) for task, line in tasks.items()}
+    for name, key in (keys | {label: "glue" for label in means if "GLUE" in label}).items():
+        if found := published_retention(key):
+            bars.loc[name, found[0] + _PUBLISHED] = found[1]
     return bars
 
 
 def retention_plot(scores: Scores) -> Plot | None:
-    """Plot what each row keeps of the teacher as a group of bars for each task, the published figures last.
-
-    The rows of an ablation have a table of their own, and are left out if there are others.
-    """
+    """Plot what each row keeps as bars for each task, the published rows last, without an ablation's if there are others."""
     kept = _bars(scores)
     theirs = [row for row in kept if row.endswith(_PUBLISHED)]
     ours = [row for row in kept if row not in theirs]
