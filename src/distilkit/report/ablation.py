@@ -32,18 +32,16 @@ def _groups(named: Iterable[tuple[str, str | None, Any]]) -> list[dict[str, Any]
 def _records(scores: Scores, rows: Mapping[str, str], runs: Mapping[str, Run]) -> Iterator[dict[str, Any]]:
     averaged = set(scores.frame.loc[scores.frame["averaged"], "task"])
     tasks = [task for task in scores.tasks if task in averaged and all(scores.line(row, task) for row in rows.values())]
-    means = {name: scores.mean(row, tasks) for name, row in rows.items()}
-    average = {name: 100 * mean for name, mean in means.items() if mean is not None}
+    percents = {name: 100 * mean for name, row in rows.items() if (mean := scores.mean(row, tasks)) is not None}
     entropy = {name: run["after"].get("val/nll") for name, run in runs.items()}
     for name in [name for name in ("full", *ABLATION) if name in rows or name in runs]:
-        both = [(values.get(name), values.get("full")) for values in (average, entropy)]
+        both = [(values.get(name), values.get("full")) for values in (percents, entropy)]
         change, more = (None if name == "full" or None in pair else pair[0] - pair[1] for pair in both)
         better = -more if change is None and more is not None else change  # a higher cross-entropy is worse
         signs = "-" if better is None or math.isnan(better) else "yes" if better * ABLATION[name] > 0 else "no"
         record = {"row": name, "model": rows.get(name) or runs[name]["label"], "tasks": ", ".join(tasks)}
-        record |= {"average": average.get(name), "change": change, "cross_entropy": entropy.get(name)}
-        record |= {"cross_entropy_change": more, "published_change": ABLATION.get(name), "signs_agree": signs}
-        yield record
+        record |= {"average": percents.get(name), "change": change, "cross_entropy": entropy.get(name)}
+        yield record | {"cross_entropy_change": more, "published_change": ABLATION.get(name), "signs_agree": signs}
 
 
 def ablation_table(scores: Scores, runs: Sequence[Run]) -> Table | None:
@@ -61,6 +59,7 @@ def ablation_table(scores: Scores, runs: Sequence[Run]) -> Table | None:
     over = f"over {', '.join(map(task_label, tasks))}" if tasks else "(there is none: no task was scored for all rows)"
     columns = {"row": "{}", "average": "{:.1f}", "change": "{:+.2f}", "cross_entropy": "{:.3f}"}
     columns |= {"cross_entropy_change": "{:+.3f}", "published_change": "{:+.2f}", "signs_agree": "{}"}
+    rows = formatted(records, columns)
     note = (
         f"Changes against the full objective at equal tokens: of the average score {over}, in points, and of the held-out "
         "cross-entropy in nats per token, where more is worse. Published: the paper's table 4, of the GLUE average. The "
@@ -68,5 +67,4 @@ def ablation_table(scores: Scores, runs: Sequence[Run]) -> Table | None:
         f"{compared.count('yes')} of {len(compared)} agree with the paper's."
     )
     header = ["row", "average", "change", "cross-entropy", "its change", "published change", "signs agree"]
-    rows = formatted(records, columns)
     return Table(name="ablation", title="Ablation", header=header, rows=rows, records=records, notes=[note])

@@ -15,8 +15,8 @@ from distilkit.records import Result
 
 GLUE_TASKS = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
 LABELS = dict(zip(GLUE_TASKS, ("CoLA", "MNLI", "MRPC", "QNLI", "QQP", "RTE", "SST-2", "STS-B", "WNLI"), strict=True))
-LABELS |= {"imdb": "IMDb", "squad": "SQuAD", "xnli": "XNLI"}
-LABELS |= {"perplexity": "perplexity", "pseudo_perplexity": "pseudo-perplexity"}
+LABELS |= {"imdb": "IMDb", "squad": "SQuAD", "xnli": "XNLI", "perplexity": "perplexity"}
+LABELS["pseudo_perplexity"] = "pseudo-perplexity"
 SECOND = " + 2nd distillation"
 TOKENIZER = {"vocabulary", "text_tokens"}  # what differs between tokenizers
 _COLUMNS = ("row", "task", "metric", "median", "lowest", "highest", "seeds", "share", "averaged", "plain", "kind")
@@ -67,11 +67,11 @@ class Scores:
         """Return the lines of a row's scores by task."""
         return {task: line for task in self.tasks if (line := self.line(row, task))}
 
-    def metrics(self, row: str, task: str) -> list[Any]:
+    def metrics(self, row: str | None, task: str) -> list[Any]:
         """Return the lines of a row's metrics on a task."""
         return [line for key, line in self._lines.items() if key[:2] == (row, task) and line.metric]
 
-    def metric(self, row: str, task: str, name: str) -> float | None:
+    def metric(self, row: str | None, task: str, name: str) -> float | None:
         """Return the median of a metric, which may stand behind a split (dev/f1) or before a metric (en/accuracy)."""
         parts = [(line.metric.split("/"), float(line.median)) for line in self.metrics(row, task)]
         return next((median for part, median in parts if name in (part[0], part[-1])), None)
@@ -89,9 +89,8 @@ class Scores:
         """Return the means that rows can be compared by, as labels with their tasks.
 
         GLUE's macro average is the plain mean of nine tasks, as in the paper, if a row has them all. Each row adds the mean
-        of the tasks that it shares with the anchors, which are the teacher, ``more`` and the baseline, or else the first
-        row. Second distillations and rows of settings do not narrow what is shared. GLUE's mean comes first, then the
-        widest; a mean that only one row has comes last.
+        of the tasks that it shares with the teacher, ``more`` and the baseline, or else with the first row. Second
+        distillations and rows of settings narrow nothing. GLUE's mean is first, then the widest, and last what one row has.
         """
         counting = self.frame[(self.frame["metric"] == "") & self.frame["plain"] & self.frame["averaged"]]
         tasks: dict[str, list[str]] = counting.groupby("row", sort=False)["task"].agg(list).to_dict()
@@ -100,11 +99,9 @@ class Scores:
         shared = {tuple(task for task in common if task in mine) for mine in tasks.values()}
         shared = {names for names in shared if names and set(names) != set(GLUE_TASKS)} | {GLUE_TASKS}
         having = {names: sum(set(names) <= set(mine) for mine in tasks.values()) for names in shared}
-        least = min(2, len(tasks))
-        kept = [names for names, rows in having.items() if rows >= (1 if names == GLUE_TASKS else least)]
-        kept.sort(key=lambda names: (having[names] < least, names != GLUE_TASKS, -len(names), names))
-        sizes = [len(names) for names in kept]
-        labels = {names: f"average of {len(names)} tasks" for names in kept if sizes.count(len(names)) == 1}
+        kept = [names for names in having if having[names] >= (1 if names == GLUE_TASKS else min(2, len(tasks)))]
+        kept.sort(key=lambda names: (having[names] < 2, names != GLUE_TASKS, -len(names), names))
+        labels = {names: f"average of {len(names)} tasks" for names in kept if [*map(len, kept)].count(len(names)) == 1}
         labels |= {names: names[0] for names in kept if len(names) == 1} | {GLUE_TASKS: "GLUE average"}
         return {labels.get(names, f"average of {', '.join(names)}"): names for names in kept}
 
@@ -129,16 +126,12 @@ class Scores:
     def kept(self, row: str, *tasks: str) -> float | None:
         """Return the percentage of the teacher's mean over tasks that a row keeps: a ratio of averages, as in the paper.
 
-        For a perplexity it is the teacher's divided by the row's: per word if tokenizers differ, and None if language
-        models were scored in different ways.
+        For a perplexity it is the teacher's divided by the row's: per word if tokenizers differ, None if more differs.
         """
         mine, theirs = self.mean(row, tasks), self.mean(self.teacher, tasks)
         if mine is not None and (differing := self.unlike(row, tasks[0])):
-            comparable = differing.keys() <= TOKENIZER
-            mine, theirs = (
-                self.metric(str(each), tasks[0], "word_perplexity") if comparable else None
-                for each in (row, self.teacher)
-            )
+            words = [self.metric(each, tasks[0], "word_perplexity") for each in (row, self.teacher)]
+            mine, theirs = words if differing.keys() <= TOKENIZER else (None, None)
         if mine is None or theirs is None:
             return None
         part, whole = (mine, theirs) if self.line(row, tasks[0]).share else (theirs, mine)
@@ -156,9 +149,8 @@ def name_alike(results: Sequence[Result]) -> list[Result]:
     new = {each.name: names[each.sha256] for each in results if each.kind == "speed" and each.sha256 in names}
 
     def renamed(timing: Result) -> Result:
-        against = {new.get(other, other): ratios for other, ratios in timing.details.get("against", {}).items()}
-        details = timing.details | {"against": against}
-        return dataclasses.replace(timing, name=names.get(timing.sha256, timing.name), details=details)
+        against = {"against": {new.get(other, other): x for other, x in timing.details.get("against", {}).items()}}
+        return dataclasses.replace(timing, name=names.get(timing.sha256, timing.name), details=timing.details | against)
 
     return [renamed(each) if each.kind == "speed" else each for each in results]
 
@@ -174,9 +166,8 @@ def _setting(result: Result) -> str:
 
 def gather(results: Sequence[Result]) -> Scores:
     """Put results into frames, and choose the scores that count. Models of one name are told apart by their hash."""
-    fields = ["setting", *(field.name for field in dataclasses.fields(Result))]
     lines = [{"setting": _setting(each), **vars(each)} for each in name_alike(results)]
-    every = pd.DataFrame(lines, columns=fields, dtype=object)  # objects: None and NaN stay apart
+    every = pd.DataFrame(lines, columns=["setting", *Result.__annotations__], dtype=object)  # keeps None and NaN apart
     ambiguous = every.groupby("name")["sha256"].transform("nunique") > 1
     every["row"] = every["name"] + np.where(ambiguous, " @" + every["sha256"].str[:7], "")
     every["row"] += np.where(every["teacher"].notna(), SECOND, "")

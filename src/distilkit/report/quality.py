@@ -125,8 +125,8 @@ def size_plot(scores: Scores) -> Plot | None:
     sizes = {row: scores.parameters(row) for row in values}
     unit, x = (1e6, "parameters (millions)") if max(sizes.values()) >= 1e6 else (1e3, "parameters (thousands)")
     panels = {"score against size": [Point(row, sizes[row] / unit, value) for row, value in values.items()]}
-    image, caption = png(scatter(panels, scores, x=x, y=y)), f"Average score against parameters{roles_caption(scores)}."
-    return Plot(name="quality_parameters", caption=caption, png=image)
+    caption = f"Average score against parameters{roles_caption(scores)}."
+    return Plot(name="quality_parameters", caption=caption, png=png(scatter(panels, scores, x=x, y=y)))
 
 
 class SweepScores(Callback):
@@ -135,6 +135,5 @@ class SweepScores(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Print the quality table."""
         out = Path(config.output_dir).expanduser()
-        table = quality_table(gather(read_results([out]))) if out.is_dir() else None
-        if table is not None:
+        if out.is_dir() and (table := quality_table(gather(read_results([out])))):
             print_table(f"{table.title}, below {out}", table.header, table.rows)

@@ -19,14 +19,10 @@ _GRAYS = ("#999999", "#c8c8c8", "#6a6a6a")  # of published students: one for eac
 
 
 def _kept(scores: Scores, averages: Mapping[str, Sequence[str]]) -> dict[str, dict[str, float | None]]:
-    """Return what each row keeps, in percent: first of the averages, then of each task that the teacher has."""
-    kept: dict[str, dict[str, float | None]] = {}
-    for row in scores.rows:
-        values = {label: scores.kept(row, *tasks) for label, tasks in averages.items()}
-        values |= {task: scores.kept(row, task) for task in scores.of(scores.teacher)}
-        if row != scores.teacher and any(value is not None for value in values.values()):
-            kept[row] = values
-    return kept
+    """Return the percentages that rows keep, first of the averages, then of the teacher's tasks, without rows that have none."""
+    shares = {**averages, **{task: (task,) for task in scores.of(scores.teacher)}}
+    kept = {row: {name: scores.kept(row, *tasks) for name, tasks in shares.items()} for row in scores.rows}
+    return {row: each for row, each in kept.items() if row != scores.teacher and set(each.values()) - {None}}
 
 
 def retention_table(scores: Scores) -> Table | None:
@@ -60,8 +56,8 @@ def verdicts(scores: Scores) -> list[str]:
         over = "the GLUE average" if name == "GLUE average" else task_label(name)
         more = f"{row if kept > base else baseline} keeps more, by {abs(kept - base):.1f} points"
         theirs = f"{baseline}, which was trained without a teacher, keeps {base:.1f} %"
-        line = f"On {over} {row} keeps {kept:.1f} % of {teacher}. {theirs}"
-        lines.append(f"{line}: {more if kept != base else 'both keep the same'}.")
+        more = more if kept != base else "both keep the same"
+        lines.append(f"On {over} {row} keeps {kept:.1f} % of {teacher}. {theirs}: {more}.")
     return lines
 
 
