@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -20,61 +20,46 @@ def ablation_row(name: str) -> tuple[str, str] | None:
     return (name[: found.start(1)], found[1].lower()) if found else None
 
 
-def _ablations(scores: Scores, runs: Sequence[Run]) -> Iterator[tuple[dict[str, str], dict[str, Run]]]:
-    """Group ablations that have a full row: rows of scores by their prefix, runs by their sweep's folder.
-
-    One group of rows and one group of runs belong together. Of several groups it is not known which do.
-    """
-    by_prefix: dict[str, dict[str, str]] = {}
-    for row in scores.frame.loc[scores.frame["plain"].astype(bool), "row"].unique():
-        if found := ablation_row(row):
-            by_prefix.setdefault(found[0], {})[found[1]] = row
-    by_sweep: dict[str, dict[str, Run]] = {}
-    for run in runs:
-        if found := ablation_row(str(run["label"])):
-            by_sweep.setdefault(str(PurePath(run["folder"]).parent), {})[found[1]] = run
-    scored = [rows for rows in by_prefix.values() if "full" in rows and len(rows) > 1]
-    trained = [rows for rows in by_sweep.values() if "full" in rows and len(rows) > 1]
-    if len(scored) == len(trained) == 1:
-        yield scored[0], trained[0]
-    else:
-        yield from ((rows, {}) for rows in scored)
-        yield from (({}, rows) for rows in trained)
-
-
-def _minus(value: float | None, full: float | None) -> float | None:
-    return None if value is None or full is None else value - full
+def _groups(named: Iterable[tuple[str, str | None, Any]]) -> list[dict[str, Any]]:
+    """Group rows of ablations by their sweep, or else by the prefix of their name; only groups with a full row count."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, sweep, value in named:
+        if found := ablation_row(name):
+            groups.setdefault(found[0] if sweep is None else sweep, {})[found[1]] = value
+    return [group for group in groups.values() if "full" in group and len(group) > 1]
 
 
 def _records(scores: Scores, rows: Mapping[str, str], runs: Mapping[str, Run]) -> Iterator[dict[str, Any]]:
-    averaged = set(scores.frame.loc[scores.frame["averaged"].astype(bool), "task"])
+    averaged = set(scores.frame.loc[scores.frame["averaged"], "task"])
     tasks = [task for task in scores.tasks if task in averaged and all(scores.line(row, task) for row in rows.values())]
-    means = {name: scores.mean(row, tasks) for name, row in rows.items()}
-    average = {name: None if mean is None else 100 * mean for name, mean in means.items()}
+    percents = {name: 100 * mean for name, row in rows.items() if (mean := scores.mean(row, tasks)) is not None}
     entropy = {name: run["after"].get("val/nll") for name, run in runs.items()}
-    for name in ("full", *ABLATION):
-        if name not in rows and name not in runs:
-            continue
+    for name in [name for name in ("full", *ABLATION) if name in rows or name in runs]:
+        both = [(values.get(name), values.get("full")) for values in (percents, entropy)]
+        change, more = (None if name == "full" or None in pair else pair[0] - pair[1] for pair in both)
+        better = -more if change is None and more is not None else change  # a higher cross-entropy is worse
+        signs = "-" if better is None or math.isnan(better) else "yes" if better * ABLATION[name] > 0 else "no"
         record = {"row": name, "model": rows.get(name) or runs[name]["label"], "tasks": ", ".join(tasks)}
-        change, more = (
-            _minus(values.get(name), values.get("full")) if name != "full" else None for values in (average, entropy)
-        )
-        record |= {"average": average.get(name), "change": change, "cross_entropy": entropy.get(name)}
-        record |= {"cross_entropy_change": more, "published_change": ABLATION.get(name), "signs_agree": "-"}
-        better = _minus(0.0, more) if change is None else change  # a higher cross-entropy is worse
-        if name in ABLATION and better is not None and not math.isnan(better):
-            record["signs_agree"] = "yes" if better * ABLATION[name] > 0 else "no"
-        yield record
+        record |= {"average": percents.get(name), "change": change, "cross_entropy": entropy.get(name)}
+        yield record | {"cross_entropy_change": more, "published_change": ABLATION.get(name), "signs_agree": signs}
 
 
 def ablation_table(scores: Scores, runs: Sequence[Run]) -> Table | None:
     """Build the table of changes against the full objective next to those of the paper's table 4."""
-    records = [record for rows, own in _ablations(scores, runs) for record in _records(scores, rows, own)]
+    scored = _groups((row, None, row) for row in scores.frame.loc[scores.frame["plain"], "row"].unique())
+    trained = _groups((str(run["label"]), str(PurePath(run["folder"]).parent), run) for run in runs)
+    pairs = [(rows, {}) for rows in scored] + [({}, rows) for rows in trained]
+    if len(scored) == len(trained) == 1:  # they belong together; of several it is not known which do
+        pairs = [(scored[0], trained[0])]
+    records = [record for rows, own in pairs for record in _records(scores, rows, own)]
+    if not records:
+        return None
     tasks = dict.fromkeys(task for record in records for task in record["tasks"].split(", ") if task)
     compared = [record["signs_agree"] for record in records if record["signs_agree"] != "-"]
     over = f"over {', '.join(map(task_label, tasks))}" if tasks else "(there is none: no task was scored for all rows)"
     columns = {"row": "{}", "average": "{:.1f}", "change": "{:+.2f}", "cross_entropy": "{:.3f}"}
     columns |= {"cross_entropy_change": "{:+.3f}", "published_change": "{:+.2f}", "signs_agree": "{}"}
+    rows = formatted(records, columns)
     note = (
         f"Changes against the full objective at equal tokens: of the average score {over}, in points, and of the held-out "
         "cross-entropy in nats per token, where more is worse. Published: the paper's table 4, of the GLUE average. The "
@@ -82,9 +67,4 @@ def ablation_table(scores: Scores, runs: Sequence[Run]) -> Table | None:
         f"{compared.count('yes')} of {len(compared)} agree with the paper's."
     )
     header = ["row", "average", "change", "cross-entropy", "its change", "published change", "signs agree"]
-    rows = formatted(records, columns)
-    return (
-        Table(name="ablation", title="Ablation", header=header, rows=rows, records=records, notes=[note])
-        if rows
-        else None
-    )
+    return Table(name="ablation", title="Ablation", header=header, rows=rows, records=records, notes=[note])
