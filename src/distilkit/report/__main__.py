@@ -5,7 +5,6 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path, PurePath
-from typing import Any
 
 import hydra
 import matplotlib.image
@@ -27,20 +26,15 @@ _NAMES = (  # of the tables and plots that a report may have written
 
 def find_teacher(scores: Scores, trained: Sequence[Run]) -> list[str]:
     """List the rows that a run or a second distillation calls its teacher: by name, by folder or by the weights' hash."""
-    results = list(scores.results.itertuples(index=False))
-    teachers = [each for each in [*(run.get("teacher") for run in trained), *(one.teacher for one in results)] if each]
+    teachers = [each for each in (*(run.get("teacher") for run in trained), *scores.results["teacher"]) if each]
     named = [str(each["name"]) for each in teachers if "name" in each]
-    names = {"teacher", *named, *(runs.teacher_label({"name": name}) for name in named)}
+    known = {"teacher", *named, *(runs.teacher_label({"name": name}) for name in named)}
     # A fine-tuned teacher lies in <row>/<task>/<seed>/model.
-    names |= {PurePath(name).parts[-4] for name in named if PurePath(name).match("*/*/*/model")}
-    hashes = {each["sha256"] for each in teachers if each.get("sha256")}
-    known = names | hashes
-    found = [
-        each.row
-        for each in results
-        if each.teacher is None and known & {each.name, each.model, each.sha256, each.details.get("weights_sha256")}
-    ]
-    return list(dict.fromkeys(found))
+    known |= {PurePath(name).parts[-4] for name in named if PurePath(name).match("*/*/*/model")}
+    known |= {each["sha256"] for each in teachers if each.get("sha256")}
+    results = [each for each in scores.results.itertuples(index=False) if each.teacher is None]
+    names = [(each.row, {each.name, each.model, each.sha256, each.details.get("weights_sha256")}) for each in results]
+    return list(dict.fromkeys(row for row, own in names if known & own))
 
 
 def assign_roles(
@@ -61,17 +55,18 @@ def assign_roles(
     notes = []
     if teacher is None and rows:
         found = [row for row in find_teacher(scores, trained) if row != baseline]
-        teacher = found[0] if len(found) == 1 else None
-        if teacher is None:
-            several = f"{len(found)} rows may be the teacher ({', '.join(found)})"
-            why = several if found else "no row is known as the teacher"
+        several = f"{len(found)} rows may be the teacher ({', '.join(found)})"
+        why = several if found else "no row is known as the teacher"
+        if len(found) == 1:
+            teacher = found[0]
+        else:
             notes = [f"What is kept of the teacher is left out: {why}; set teacher=<one of {', '.join(rows)}>."]
     return dataclasses.replace(scores, teacher=teacher, baseline=baseline), notes
 
 
 def sections(scores: Scores, trained: Sequence[Run]) -> list[Block]:
     """Return the report's tables and plots in their order, without the empty ones."""
-    blocks = (
+    blocks = [
         quality.quality_table(scores),
         quality.size_plot(scores),
         speed.latency_plot(scores),
@@ -85,7 +80,7 @@ def sections(scores: Scores, trained: Sequence[Run]) -> list[Block]:
         runs.loss_plot(trained),
         quality.metrics_table(scores),
         runs.cost_table(scores),
-    )
+    ]
     return [block for block in blocks if block is not None]
 
 
@@ -119,9 +114,8 @@ def write_report(
     scores, notes = assign_roles(gather(results), trained, teacher=teacher, baseline=baseline)
     blocks = [*notes, *sections(scores, trained)]
     out.mkdir(parents=True, exist_ok=True)
-    for name in _NAMES:
-        for file in (out / f"{name}.csv", out / f"{name}.png"):
-            file.unlink(missing_ok=True)
+    for file in [out / f"{name}.{kind}" for name in _NAMES for kind in ("csv", "png")]:
+        file.unlink(missing_ok=True)
     for block in blocks:
         if isinstance(block, Table):
             write_csv(out / f"{block.name}.csv", block.records)
@@ -152,14 +146,14 @@ def _log_report(blocks: Sequence[Block], *, out: Path, project: str, title: str)
 @report_errors
 def main(cfg: DictConfig) -> None:
     """Report on all results and runs below the folders ``runs``."""
-    if cfg.runs is None or not cfg.runs:
+    if not cfg.runs:
         raise UserError("runs is not set: python -m distilkit.report 'runs=[outputs/evaluate,outputs/demo]'")
     given = cfg.runs if isinstance(cfg.runs, ListConfig) else [cfg.runs]
     folders = distinct(Path(str(folder)).expanduser() for folder in given)
     results, trained = read_results(folders), find_runs(folders)
-    options: dict[str, Any] = {name: cfg[name] for name in ("teacher", "baseline", "title", "wandb")}
+    options = {name: cfg[name] for name in ("teacher", "baseline", "title", "wandb")}
     file = write_report(results, trained, out=Path(cfg.out).expanduser(), **options)
-    models = len(set(gather(results).results["row"]))
+    models = gather(results).results["row"].nunique()
     print(json.dumps({"report": str(file.resolve()), "models": models, "training_runs": len(trained)}))
 
 

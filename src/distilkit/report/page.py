@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader
 from rich.console import Console
 
 Records = Sequence[Mapping[str, Any]]
+Rows = Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +41,6 @@ class Plot:
     caption: str
     png: bytes
 
-    @property
-    def base64(self) -> str:
-        """The PNG file as text, for a data URL."""
-        return base64.b64encode(self.png).decode("ascii")
-
 
 Block = str | Table | Plot  # a page is a title and a sequence of blocks
 
@@ -62,12 +58,30 @@ def shown(value: float | None, *, share: bool) -> str:
     return figure(100 * value if share and value is not None else value, "{:.1f}" if share else "{:,.2f}")
 
 
+def headings(columns: Mapping[str, str]) -> list[str]:
+    """Return the headings of columns that are written as heading and format string: ``hours {:.2f}``."""
+    return [column.rpartition(" ")[0] for column in columns.values()]
+
+
 def formatted(records: Records, columns: Mapping[str, str]) -> list[list[str]]:
-    """Format records as rows; ``columns`` maps keys of the records to format strings."""
-    return [[figure(record[key], form) for key, form in columns.items()] for record in records]
+    """Format records as rows; ``columns`` maps their keys to format strings, which may follow a heading."""
+    forms = {key: column.rpartition(" ")[2] for key, column in columns.items()}
+    return [[figure(record.get(key), form) for key, form in forms.items()] for record in records]
 
 
-def is_figures(rows: Sequence[Sequence[str]], column: int) -> bool:
+def tabulate(
+    name: str, title: str, records: Records, columns: Mapping[str, str], *notes: str, cells: Records | None = None
+) -> Table | None:
+    """Build a table, or None without records; ``columns`` maps keys to ``heading {format}``.
+
+    ``cells`` are records to format in place of ``records``, if the rows have other text than the CSV file.
+    """
+    rows = formatted(records if cells is None else cells, columns)
+    table = Table(name=name, title=title, header=headings(columns), rows=rows, records=records, notes=list(notes))
+    return table if records else None
+
+
+def is_figures(rows: Rows, column: int) -> bool:
     """Return whether a column holds figures only, which are aligned to the right."""
     return all(_FIGURE.fullmatch(row[column]) for row in rows)
 
@@ -78,16 +92,14 @@ def markdown(text: str) -> str:
     return " ".join(escaped.split())
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Rows) -> str:
     """Write a markdown table with columns of figures aligned to the right."""
     rule = ["---:" if is_figures(rows, column) else "---" for column in range(len(header))]
     lines = [[markdown(text) for text in header], rule, *([markdown(text) for text in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def print_table(
-    title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, console: Console | None = None
-) -> None:
+def print_table(title: str, header: Sequence[str], rows: Rows, *, console: Console | None = None) -> None:
     """Print a table with columns of figures aligned to the right."""
     table = rich.table.Table(title=title, title_justify="left")
     for index, column in enumerate(header):
@@ -114,6 +126,7 @@ def markdown_page(title: str, blocks: Sequence[Block]) -> str:
 def html_page(title: str, blocks: Sequence[Block]) -> str:
     """Write a page as one self-contained HTML file: style and plots are embedded, and there is no script."""
     environment = Environment(loader=PackageLoader("distilkit.report", ""), autoescape=True, trim_blocks=True)
+    environment.filters["base64"] = lambda content: base64.b64encode(content).decode("ascii")
     return environment.get_template("page.html.j2").render(title=title, blocks=blocks)
 
 

@@ -1,20 +1,20 @@
 """The size and speed of each model: parameters, latency and throughput on each device and backend."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distilkit.report.drawing import Point, png, scatter
 from distilkit.report.frame import Scores
-from distilkit.report.page import Plot, Table, figure
+from distilkit.report.page import Plot, Table, figure, tabulate
 from distilkit.report.quality import roles_caption, score_axis
 
 
-def _against(details: Mapping[str, Any], backend: str) -> Iterator[str]:
+def _against(details: Mapping[str, Any], backend: str) -> str:
     """Describe how many times as fast this is as the models that were timed in turn with it."""
-    for other, ratios in details.get("against", {}).items():
-        for label, metric in (("latency", "latency_ms"), ("throughput", "sentences_per_second")):
-            if f"{backend}/{metric}" in ratios:
-                yield f"{label} {ratios[f'{backend}/{metric}']:.2f} x {other}"
+    metrics = {"latency": f"{backend}/latency_ms", "throughput": f"{backend}/sentences_per_second"}
+    pairs = [(other, ratios, label) for other, ratios in details.get("against", {}).items() for label in metrics]
+    found = [(other, ratios[metrics[label]], label) for other, ratios, label in pairs if metrics[label] in ratios]
+    return "; ".join(f"{label} {ratio:.2f} x {other}" for other, ratio, label in found)
 
 
 def _sorted_timings(scores: Scores) -> list[Any]:
@@ -35,26 +35,22 @@ def speeds(scores: Scores) -> list[dict[str, Any]]:
     """
     records: dict[tuple[str, str], dict[str, Any]] = {}
     for timing in _sorted_timings(scores):
-        backends: dict[str, dict[str, float]] = {}
+        backends: dict[str, dict[str, float]] = {"": {}}  # the sizes of files have no backend
         for name, value in timing.scores.items():
             backend, _, metric = name.rpartition("/")
             backends.setdefault(backend, {})[metric] = value
-        files = backends.pop("", {})
+        files = backends.pop("")
+        about = {"parameters": timing.parameters, "parameters_without_embeddings": timing.parameters_without_embeddings}
+        conditions = {"batch_sizes": " and ".join(map(str, timing.settings.get("batch_sizes", ())))}
+        conditions |= {"threads": timing.details.get("threads"), "sentences": timing.details.get("num_sentences")}
         for backend, values in backends.items():
             device, _, runtime = backend.partition("/")  # cpu, cpu/onnx or cpu/onnx-int8
-            records[timing.row, backend] = {
-                "model": timing.row,
-                "backend": backend,
-                "parameters": timing.parameters,
-                "parameters_without_embeddings": timing.parameters_without_embeddings,
-                "file_mb": files.get(f"{runtime.replace('-', '_')}_mb" if runtime else "file_mb"),
-                **{name: value for name, value in values.items() if not name.endswith("_mb")},
-                "against": "; ".join(_against(timing.details, backend)),
-                "machine": timing.details.get("processors", {}).get(device) or timing.cost.get("machine", ""),
-                "batch_sizes": " and ".join(map(str, timing.settings.get("batch_sizes", ()))),
-                "threads": timing.details.get("threads"),
-                "sentences": timing.details.get("num_sentences"),
-            }
+            size = files.get(f"{runtime.replace('-', '_')}_mb" if runtime else "file_mb")
+            record = {"model": timing.row, "backend": backend, **about, "file_mb": size}
+            record |= {name: value for name, value in values.items() if not name.endswith("_mb")}
+            machine = timing.details.get("processors", {}).get(device) or timing.cost.get("machine", "")
+            record |= {"against": _against(timing.details, backend), "machine": machine, **conditions}
+            records[timing.row, backend] = record
     order = list(scores.results.loc[scores.results["kind"] == "speed", "row"])
     return sorted(records.values(), key=lambda record: order.index(record["model"]))
 
@@ -72,25 +68,28 @@ def _conditions(records: Sequence[Mapping[str, Any]]) -> str:
     return f" {text[0].upper()}{text[1:]}." if text else ""
 
 
+def _latency(record: Mapping[str, Any]) -> str:
+    low, high = record.get("latency_ms_p10"), record.get("latency_ms_p90")
+    ends = "" if low is None or high is None else f" ({low:,.1f} to {high:,.1f})"
+    return figure(record.get("latency_ms"), "{:,.1f}") + ends
+
+
 def speed_table(scores: Scores) -> Table | None:
     """Build the table of sizes, latencies and throughputs for each device and backend."""
     records = sorted(speeds(scores), key=lambda record: (record["backend"], record["model"] != scores.teacher))
-    rows = []
-    for record in records:
-        latency = figure(record.get("latency_ms"), "{:,.1f}")
-        if "latency_ms_p10" in record and "latency_ms_p90" in record:
-            latency += f" ({record['latency_ms_p10']:,.1f} to {record['latency_ms_p90']:,.1f})"
-        sizes = (f"{record[name]:,}" for name in ("parameters", "parameters_without_embeddings"))
-        rows.append([scores.label(record["model"]), record["backend"], *sizes, figure(record["file_mb"], "{:,.1f}")])
-        rows[-1] += [latency, figure(record.get("sentences_per_second"), "{:,.1f}"), record["against"] or "-"]
-    header = ["model", "device and backend", "parameters", "without embeddings", "file MB", "latency ms", "sentences/s"]
-    header.append("times as fast, timed in turn")
+    cells = [
+        {**each, "model": scores.label(each["model"]), "latency": _latency(each), "against": each["against"] or "-"}
+        for each in records
+    ]
+    columns = {"model": "model {}", "backend": "device and backend {}", "parameters": "parameters {:,}"}
+    columns |= {"parameters_without_embeddings": "without embeddings {:,}", "file_mb": "file MB {:,.1f}"}
+    columns |= {"latency": "latency ms {}", "sentences_per_second": "sentences/s {:,.1f}"}
+    columns |= {"against": "times as fast, timed in turn {}"}
     note = (
         "Latency of one batch of the first size: median (10th to 90th percentile) over batches. Sentences per second at the "
         "second size." + _conditions(records)
     )
-    title = "Size and speed"
-    return Table(name="speed", title=title, header=header, rows=rows, records=records, notes=[note]) if rows else None
+    return tabulate("speed", "Size and speed", records, columns, note, cells=cells)
 
 
 def latency_plot(scores: Scores) -> Plot | None:
