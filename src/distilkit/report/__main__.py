@@ -1,13 +1,11 @@
 """The report over scored models and training runs: ``python -m distilkit.report``."""
 
 import dataclasses
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 
 import hydra
-import matplotlib.image
 from omegaconf import DictConfig, ListConfig
 
 from distilkit.cli import report_errors
@@ -55,31 +53,23 @@ def assign_roles(
     notes = []
     if teacher is None and rows:
         found = [row for row in find_teacher(scores, trained) if row != baseline]
-        several = f"{len(found)} rows may be the teacher ({', '.join(found)})"
-        why = several if found else "no row is known as the teacher"
-        if len(found) == 1:
-            teacher = found[0]
-        else:
-            notes = [f"What is kept of the teacher is left out: {why}; set teacher=<one of {', '.join(rows)}>."]
+        teacher = found[0] if len(found) == 1 else None
+        why = (
+            f"{len(found)} rows may be the teacher ({', '.join(found)})" if found else "no row is known as the teacher"
+        )
+        left_out = f"What is kept of the teacher is left out: {why}; set teacher=<one of {', '.join(rows)}>."
+        notes = [] if teacher else [left_out]
     return dataclasses.replace(scores, teacher=teacher, baseline=baseline), notes
 
 
 def sections(scores: Scores, trained: Sequence[Run]) -> list[Block]:
     """Return the report's tables and plots in their order, without the empty ones."""
     blocks = [
-        quality.quality_table(scores),
-        quality.size_plot(scores),
-        speed.latency_plot(scores),
-        retention.retention_table(scores) or retention.nothing_kept(scores),
-        retention.retention_plot(scores),
-        published.published_table(scores),
-        speed.speed_table(scores),
-        published.published_speed(scores),
-        ablation.ablation_table(scores, trained),
-        runs.training_table(trained),
-        runs.loss_plot(trained),
-        quality.metrics_table(scores),
-        runs.cost_table(scores),
+        *(quality.quality_table(scores), quality.size_plot(scores), speed.latency_plot(scores)),
+        *(retention.retention_table(scores) or retention.nothing_kept(scores), retention.retention_plot(scores)),
+        *(published.published_table(scores), speed.speed_table(scores), published.published_speed(scores)),
+        *(ablation.ablation_table(scores, trained), runs.training_table(trained), runs.loss_plot(trained)),
+        *(quality.metrics_table(scores), runs.cost_table(scores)),
     ]
     return [block for block in blocks if block is not None]
 
@@ -135,10 +125,9 @@ def _log_report(blocks: Sequence[Block], *, out: Path, project: str, title: str)
     logger = tracking.wandb_logger(save_dir=str(out), project=project, name=title, group=None, job_type="report")
     for block in blocks:
         if isinstance(block, Table):
-            logger.log_table(key=f"tables/{block.name}", columns=block.header, data=[list(row) for row in block.rows])
+            logger.log_table(f"tables/{block.name}", columns=block.header, data=block.rows)
         elif isinstance(block, Plot):
-            picture = matplotlib.image.imread(io.BytesIO(block.png))
-            logger.log_image(key=f"plots/{block.name}", images=[picture], caption=[block.caption])
+            logger.log_image(f"plots/{block.name}", [str(out / f"{block.name}.png")], caption=[block.caption])
     logger.experiment.finish()
 
 

@@ -27,8 +27,7 @@ class Point(NamedTuple):
 
 def plain(text: str, *, width: int = 40) -> str:
     """Make a name safe for matplotlib, which reads dollars as formulas and hides what begins with an underscore."""
-    short = text if len(text) <= width else text[: width - 1] + "…"
-    short = short.replace("$", r"\$")
+    short = (text if len(text) <= width else text[: width - 1] + "…").replace("$", r"\$")
     return f" {short}" if short.startswith("_") else short
 
 

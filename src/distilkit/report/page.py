@@ -27,11 +27,6 @@ class Table:
     records: Records
     notes: list[str] = field(default_factory=list)
 
-    @property
-    def figures(self) -> list[bool]:
-        """Which columns hold figures."""
-        return [is_figures(self.rows, column) for column in range(len(self.header))]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
@@ -58,11 +53,6 @@ def shown(value: float | None, *, share: bool) -> str:
     return figure(100 * value if share and value is not None else value, "{:.1f}" if share else "{:,.2f}")
 
 
-def headings(columns: Mapping[str, str]) -> list[str]:
-    """Return the headings of columns that are written as heading and format string: ``hours {:.2f}``."""
-    return [column.rpartition(" ")[0] for column in columns.values()]
-
-
 def formatted(records: Records, columns: Mapping[str, str]) -> list[list[str]]:
     """Format records as rows; ``columns`` maps their keys to format strings, which may follow a heading."""
     forms = {key: column.rpartition(" ")[2] for key, column in columns.items()}
@@ -72,13 +62,13 @@ def formatted(records: Records, columns: Mapping[str, str]) -> list[list[str]]:
 def tabulate(
     name: str, title: str, records: Records, columns: Mapping[str, str], *notes: str, cells: Records | None = None
 ) -> Table | None:
-    """Build a table, or None without records; ``columns`` maps keys to ``heading {format}``.
+    """Build a table, or None without records; ``columns`` maps keys to heading and format: ``hours {:.2f}``.
 
     ``cells`` are records to format in place of ``records``, if the rows have other text than the CSV file.
     """
-    rows = formatted(records if cells is None else cells, columns)
-    table = Table(name=name, title=title, header=headings(columns), rows=rows, records=records, notes=list(notes))
-    return table if records else None
+    header = [column.rpartition(" ")[0] for column in columns.values()]
+    rows = formatted(cells or records, columns)
+    return Table(name=name, title=title, header=header, rows=rows, records=records, notes=[*notes]) if rows else None
 
 
 def is_figures(rows: Rows, column: int) -> bool:
@@ -114,8 +104,8 @@ def markdown_page(title: str, blocks: Sequence[Block]) -> str:
     parts = [f"# {markdown(title)}\n"]
     for block in blocks:
         if isinstance(block, Table):
-            parts += [f"## {block.title}\n", markdown_table(block.header, block.rows)]
-            parts += [markdown(note) + "\n" for note in block.notes]
+            notes = [markdown(note) + "\n" for note in block.notes]
+            parts += [f"## {block.title}\n", markdown_table(block.header, block.rows), *notes]
         elif isinstance(block, Plot):
             parts.append(f"![{markdown(block.caption)}]({block.name}.png)\n")
         else:
@@ -126,7 +116,8 @@ def markdown_page(title: str, blocks: Sequence[Block]) -> str:
 def html_page(title: str, blocks: Sequence[Block]) -> str:
     """Write a page as one self-contained HTML file: style and plots are embedded, and there is no script."""
     environment = Environment(loader=PackageLoader("distilkit.report", ""), autoescape=True, trim_blocks=True)
-    environment.filters["base64"] = lambda content: base64.b64encode(content).decode("ascii")
+    environment.filters["base64"] = lambda png: base64.b64encode(png).decode("ascii")
+    environment.filters["figures"] = lambda rows: [is_figures(rows, column) for column in range(len(rows[0]))]
     return environment.get_template("page.html.j2").render(title=title, blocks=blocks)
 
 

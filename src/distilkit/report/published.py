@@ -12,10 +12,7 @@ from distilkit.report.quality import limit_notes
 
 
 class Published(NamedTuple):
-    """A published model: its figures by ``task`` or ``task/metric``, in percent, perplexities as they are.
-
-    ``teacher`` names the published model that it was distilled from.
-    """
+    """A published model: its figures by task or task/metric, and the published model that it was distilled from."""
 
     name: str
     source: str
@@ -24,10 +21,10 @@ class Published(NamedTuple):
 
 
 _DATA: Any = OmegaConf.to_container(OmegaConf.load(Path(__file__).with_name("published.yaml")))
+_COLUMNS, _NOTES = _DATA["columns"], _DATA["notes"]
 MODELS = tuple(Published(**model) for model in _DATA["models"])
 SPEED: dict[str, tuple[int, float]] = {name: (size, seconds) for name, (size, seconds) in _DATA["speed"].items()}
 ABLATION: dict[str, float] = _DATA["ablation"]
-_COLUMNS: dict[str, tuple[str, str]] = _DATA["columns"]
 PERPLEXITIES = ("wikitext103",)  # figures that are better if they are lower
 
 
@@ -45,13 +42,12 @@ def published_retention(task: str) -> tuple[str, float] | None:
 
     A task of several figures counts with their mean; for perplexities it is the teacher's divided by the student's.
     """
-    by_name = {model.name: model for model in MODELS}
-    for student in MODELS:
-        keys = [key for key in student.figures if key.partition("/")[0] == task]
-        if keys and student.teacher:
-            teacher = by_name[student.teacher]
-            kept = sum(student.figures[key] for key in keys) / sum(teacher.figures[key] for key in keys)
-            return student.name, 100 * (1 / kept if task in PERPLEXITIES else kept)
+    figures = {model.name: model.figures for model in MODELS}
+    for name, _, own, teacher in MODELS:
+        keys = [key for key in own if key.partition("/")[0] == task]
+        if keys and teacher:
+            kept = sum(own[key] for key in keys) / sum(figures[teacher][key] for key in keys)
+            return name, 100 * (1 / kept if task in PERPLEXITIES else kept)
     return None
 
 
@@ -71,29 +67,16 @@ def published_table(scores: Scores) -> Table | None:
     """Build the table of the published figures next to ours, for the tasks that were scored here."""
     ours = {row: _measured(scores, row) for row in scores.rows}
     keys = [key for key in _COLUMNS if any(key in figures for figures in ours.values())]
-    records: list[dict[str, Any]] = [
-        {"model": scores.label(row), "source": "measured here"} | own for row, own in ours.items() if own
-    ]
-    records += [
-        {"model": name, "source": f"published, {source}"} | figures
-        for name, source, figures, _ in MODELS
-        if figures.keys() & set(keys) - {"glue"}
-    ]
+    mine = [{"model": scores.label(row), "source": "measured here"} | own for row, own in ours.items() if own]
+    others = [each for each in MODELS if each.figures.keys() & set(keys) - {"glue"}]
+    theirs = [{"model": each.name, "source": f"published, {each.source}"} | each.figures for each in others]
     named = {task: {published_task(line) for row in ours if (line := scores.line(row, task))} for task in scores.tasks}
     tasks = [task for task, names in named.items() if names & {key.partition("/")[0] for key in keys}]
-    notes = [
-        "Published rows were not measured here. GLUE: medians of 5 seeds on the full training sets. MNLI is the figure of the "
-        "scripts' README, 84.7 and 82.1, which fits the averages; the paper's table has 86.7 and 82.2.",
-        *limit_notes(scores, tasks),
-    ]
-    if "wikitext103" in keys:
-        notes.append(
-            "WikiText-103: the published models were fine-tuned on it, ours were not; windows differ too. Perplexities are "
-            "per token and compare only between models with GPT-2's tokenizer."
-        )
+    notes = [_NOTES["published"], *limit_notes(scores, tasks)]
+    notes += [_NOTES["wikitext103"]] if "wikitext103" in keys else []
     columns = {"model": "model {}", "source": "source {}"}
     columns |= {key: _COLUMNS[key][0] + (" {:.2f}" if key == "imdb" else " {:.1f}") for key in keys}
-    records = [{key: record.get(key) for key in columns} for record in records]
+    records = [{key: record.get(key) for key in columns} for record in mine + theirs]
     return tabulate("published", "Next to the published figures", records, columns, *notes)
 
 
@@ -106,8 +89,4 @@ def published_speed(scores: Scores) -> Table | None:
     bert = SPEED["BERT-base"][1]
     lines = [(name, size, seconds, bert / seconds) for name, (size, seconds) in SPEED.items()]
     records = [dict(zip(columns, line, strict=True)) for line in lines]
-    note = (
-        "The paper's table 3, not measured here: one pass over STS-B's development set at batch 1 on a CPU. On a phone the "
-        "paper found DistilBERT 71 % faster than BERT-base, in 207 MB."
-    )
-    return tabulate("published_speed", "Size and speed, published", records, columns, note)
+    return tabulate("published_speed", "Size and speed, published", records, columns, _NOTES["speed"])

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
@@ -16,7 +17,7 @@ from distilkit.records import read_metrics, read_runs, write_json
 from distilkit.report.ablation import Run
 from distilkit.report.drawing import COLOURS, WIDTH, finish, plain, png
 from distilkit.report.frame import Scores, task_label
-from distilkit.report.page import Plot, Table, formatted, headings, markdown_table, print_table, tabulate
+from distilkit.report.page import Plot, Table, formatted, markdown_table, print_table, tabulate
 
 
 def teacher_label(teacher: Mapping[str, Any] | None) -> str:
@@ -30,11 +31,10 @@ def teacher_label(teacher: Mapping[str, Any] | None) -> str:
 def run_labels(runs: Sequence[Run]) -> list[str]:
     """Return unique names of runs: their labels, with several sweeps also the run's name and the sweep's folder."""
     labels = [str(run["label"]) for run in runs]
-    if len(set(labels)) < len(labels):
-        labels = [f"{run.get('name')}: {label}" for run, label in zip(runs, labels, strict=True)]
-    if len(set(labels)) < len(labels):
-        folders = [PurePath(run["folder"]).parent.name for run in runs]
-        labels = [f"{label} ({folder})" for label, folder in zip(labels, folders, strict=True)]
+    if len(set(labels)) < len(runs):
+        labels = [f"{run.get('name')}: {run['label']}" for run in runs]
+    if len(set(labels)) < len(runs):
+        labels = [f"{run.get('name')}: {run['label']} ({PurePath(run['folder']).parent.name})" for run in runs]
     return labels
 
 
@@ -88,19 +88,17 @@ def cost_table(scores: Scores) -> Table | None:
     costs["hours"] = [(cost.get("seconds") or 0) / 3600 for cost in costs["cost"]]
     costs["day"] = [str(cost.get("date", "-"))[:10] for cost in costs["cost"]]
     costs["version"] = [", ".join(map(" ".join, cost.get("versions", {}).items())) for cost in costs["cost"]]
-    table = costs.groupby(["row", "task", "machine"], sort=False, as_index=False).agg(
-        results=("cost", "size"),
-        tokens=("tokens", "sum"),
-        hours=("hours", "sum"),
-        dates=("day", lambda days: " to ".join(dict.fromkeys((min(days), max(days))))),
-        versions=("version", lambda versions: "; ".join(versions.unique())),
-    )
+    groups = costs.rename(columns={"row": "model"}).groupby(["model", "task", "machine"], sort=False)
+    table = groups[["tokens", "hours"]].sum()
+    table["results"] = groups.size()
+    table["dates"] = groups["day"].agg(lambda days: " to ".join(dict.fromkeys((min(days), max(days)))))
+    table["versions"] = groups["version"].agg(lambda versions: "; ".join(versions.unique()))
     columns = {"model": "model {}", "task": "task {}", "results": "results {}", "tokens": "tokens {:,}"}
     columns |= {"hours": "hours {:.2f}", "machine": "machine {}", "dates": "date {}", "versions": "versions {}"}
-    records = table.rename(columns={"row": "model"})[[*columns]].to_dict("records")
-    every = list(dict.fromkeys(version for record in records for version in record["versions"].split("; ")))
-    numbers = [", ".join(str(1 + every.index(one)) for one in each.split("; ")) for each in table["versions"]]
-    cells = table.assign(model=table["row"], task=table["task"].map(task_label), versions=numbers).to_dict("records")
+    records = table.reset_index()[[*columns]].to_dict("records")
+    every = list(dict.fromkeys(version for each in records for version in each["versions"].split("; ")))
+    numbers = [", ".join(str(1 + every.index(one)) for one in each["versions"].split("; ")) for each in records]
+    cells = [{**x, "task": task_label(x["task"]), "versions": n} for x, n in zip(records, numbers, strict=True)]
     tokens, hours = sum(costs["tokens"]), sum(costs["hours"])
     notes = [f"All seeds and settings together: {tokens:,} tokens in {hours:.2f} hours."]
     notes += [f"Versions {number}: {version}." for number, version in enumerate(every, 1)]
@@ -170,7 +168,7 @@ def comparison_table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     records = [{**run["after"], **run, "before": run["before"].get("val/nll")} for run in runs]
     used = {key: form for key, form in columns.items() if any(record.get(key) is not None for record in records)}
     used = {"label": "run {}", **used}
-    return headings(used), formatted(records, used)
+    return [form.rpartition(" ")[0] for form in used.values()], formatted(records, used)
 
 
 def plot_runs(runs: Sequence[Run], out: Path) -> None:
@@ -212,12 +210,11 @@ def compare(sweep: Path, *, latency: bool) -> None:
     console.print("\n".join(said), soft_wrap=True, highlight=False)
 
 
+@dataclass(kw_only=True)
 class SweepReport(Callback):
-    """Hydra callback: compare the runs of a sweep when it has ended."""
+    """Hydra callback: compare the runs of a sweep when it has ended, with each student's latency if asked."""
 
-    def __init__(self, *, measure_latency: bool) -> None:
-        """Set whether each student's latency is measured too."""
-        self.measure_latency = measure_latency
+    measure_latency: bool
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Print and write the comparison."""
