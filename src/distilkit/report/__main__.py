@@ -38,11 +38,7 @@ def find_teacher(scores: Scores, trained: Sequence[Run]) -> list[str]:
 def assign_roles(
     scores: Scores, trained: Sequence[Run], *, teacher: str | None, baseline: str | None
 ) -> tuple[Scores, list[str]]:
-    """Set the rows of the teacher and the baseline, and return a note if the teacher is not known.
-
-    Raises:
-        UserError: a name is no row, or both are the same.
-    """
+    """Set the rows of the teacher and the baseline, and return a note if the teacher is not known."""
     rows = list(dict.fromkeys([*scores.results["row"], *scores.frame["row"]]))
     for key, name in (("teacher", teacher), ("baseline", baseline)):
         if name is not None and name not in rows:
@@ -52,13 +48,12 @@ def assign_roles(
         raise UserError(f"teacher and baseline are both {teacher!r}; the baseline is the student without distillation")
     notes = []
     if teacher is None and rows:
-        found = [row for row in find_teacher(scores, trained) if row != baseline]
-        teacher = found[0] if len(found) == 1 else None
-        why = (
-            f"{len(found)} rows may be the teacher ({', '.join(found)})" if found else "no row is known as the teacher"
-        )
-        left_out = f"What is kept of the teacher is left out: {why}; set teacher=<one of {', '.join(rows)}>."
-        notes = [] if teacher else [left_out]
+        some = [row for row in find_teacher(scores, trained) if row != baseline]
+        why = f"{len(some)} rows may be the teacher ({', '.join(some)})" if some else "no row is known as the teacher"
+        if len(some) == 1:
+            teacher = some[0]
+        else:
+            notes = [f"What is kept of the teacher is left out: {why}; set teacher=<one of {', '.join(rows)}>."]
     return dataclasses.replace(scores, teacher=teacher, baseline=baseline), notes
 
 
@@ -88,9 +83,6 @@ def write_report(
 
     ``trained`` are summaries as ``find_runs`` reads them. The files of an earlier report in ``out`` are removed. ``wandb``
     is the project of a Weights & Biases run that takes the same tables and plots, or None.
-
-    Raises:
-        UserError: there is nothing to report, a name is no row, or ``out`` is a file or the folder of a training run.
     """
     if not results and not trained:
         raise UserError(
@@ -106,29 +98,24 @@ def write_report(
     out.mkdir(parents=True, exist_ok=True)
     for file in [out / f"{name}.{kind}" for name in _NAMES for kind in ("csv", "png")]:
         file.unlink(missing_ok=True)
-    for block in blocks:
-        if isinstance(block, Table):
-            write_csv(out / f"{block.name}.csv", block.records)
-        elif isinstance(block, Plot):
-            (out / f"{block.name}.png").write_bytes(block.png)
+    tables = [block for block in blocks if isinstance(block, Table)]
+    plots = [block for block in blocks if isinstance(block, Plot)]
+    for table in tables:
+        write_csv(out / f"{table.name}.csv", table.records)
+    for plot in plots:
+        (out / f"{plot.name}.png").write_bytes(plot.png)
     (out / "report.html").write_text(html_page(title, blocks), "utf-8")
     (out / "report.md").write_text(markdown_page(title, blocks), "utf-8")
     if wandb is not None:
-        _log_report(blocks, out=out, project=wandb, title=title)
+        from distilkit import tracking  # imports wandb and Lightning
+
+        logger = tracking.wandb_logger(save_dir=str(out), project=wandb, name=title, group=None, job_type="report")
+        for table in tables:
+            logger.log_table(f"tables/{table.name}", columns=table.header, data=table.rows)
+        for plot in plots:
+            logger.log_image(f"plots/{plot.name}", [str(out / f"{plot.name}.png")], caption=[plot.caption])
+        logger.experiment.finish()
     return out / "report.md"
-
-
-def _log_report(blocks: Sequence[Block], *, out: Path, project: str, title: str) -> None:
-    """Log tables and plots to a run of Weights & Biases, offline if it cannot be reached."""
-    from distilkit import tracking  # imports wandb and Lightning
-
-    logger = tracking.wandb_logger(save_dir=str(out), project=project, name=title, group=None, job_type="report")
-    for block in blocks:
-        if isinstance(block, Table):
-            logger.log_table(f"tables/{block.name}", columns=block.header, data=block.rows)
-        elif isinstance(block, Plot):
-            logger.log_image(f"plots/{block.name}", [str(out / f"{block.name}.png")], caption=[block.caption])
-    logger.experiment.finish()
 
 
 @hydra.main(version_base="1.3", config_path="pkg://distilkit.conf.evaluate", config_name="report")

@@ -62,11 +62,11 @@ def formatted(records: Records, columns: Mapping[str, str]) -> list[list[str]]:
 def tabulate(
     name: str, title: str, records: Records, columns: Mapping[str, str], *notes: str, cells: Records | None = None
 ) -> Table | None:
-    """Build a table, or None without records; ``columns`` maps keys to heading and format: ``hours {:.2f}``.
+    """Build a table, or None without records; ``columns`` maps keys to headings and formats: ``tokens/s {:,.0f}``.
 
-    ``cells`` are records to format in place of ``records``, if the rows have other text than the CSV file.
+    Without a heading it is the key. ``cells`` are formatted in place of ``records``, if rows differ from the CSV file.
     """
-    header = [column.rpartition(" ")[0] for column in columns.values()]
+    header = [column.rpartition(" ")[0] or key.replace("_", " ") for key, column in columns.items()]
     rows = formatted(cells or records, columns)
     return Table(name=name, title=title, header=header, rows=rows, records=records, notes=[*notes]) if rows else None
 

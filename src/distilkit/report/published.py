@@ -25,7 +25,6 @@ _COLUMNS, _NOTES = _DATA["columns"], _DATA["notes"]
 MODELS = tuple(Published(**model) for model in _DATA["models"])
 SPEED: dict[str, tuple[int, float]] = {name: (size, seconds) for name, (size, seconds) in _DATA["speed"].items()}
 ABLATION: dict[str, float] = _DATA["ablation"]
-PERPLEXITIES = ("wikitext103",)  # figures that are better if they are lower
 
 
 def published_task(line: Any) -> str:
@@ -47,7 +46,7 @@ def published_retention(task: str) -> tuple[str, float] | None:
         keys = [key for key in own if key.partition("/")[0] == task]
         if keys and teacher:
             kept = sum(own[key] for key in keys) / sum(figures[teacher][key] for key in keys)
-            return name, 100 * (1 / kept if task in PERPLEXITIES else kept)
+            return name, 100 * (1 / kept if task == "wikitext103" else kept)
     return None
 
 
@@ -74,7 +73,7 @@ def published_table(scores: Scores) -> Table | None:
     tasks = [task for task, names in named.items() if names & {key.partition("/")[0] for key in keys}]
     notes = [_NOTES["published"], *limit_notes(scores, tasks)]
     notes += [_NOTES["wikitext103"]] if "wikitext103" in keys else []
-    columns = {"model": "model {}", "source": "source {}"}
+    columns = {"model": "{}", "source": "{}"}
     columns |= {key: _COLUMNS[key][0] + (" {:.2f}" if key == "imdb" else " {:.1f}") for key in keys}
     records = [{key: record.get(key) for key in columns} for record in mine + theirs]
     return tabulate("published", "Next to the published figures", records, columns, *notes)
@@ -84,9 +83,8 @@ def published_speed(scores: Scores) -> Table | None:
     """Build the paper's table 3, if something was timed here."""
     if "speed" not in set(scores.results["kind"]):
         return None
-    columns = {"model": "model {}", "parameters": "parameters {:,}", "seconds": "seconds {:.0f}"}
+    columns = {"model": "{}", "parameters": "{:,}", "seconds": "{:.0f}"}
     columns |= {"times_faster_than_bert_base": "times as fast as BERT-base {:.2f}"}
-    bert = SPEED["BERT-base"][1]
-    lines = [(name, size, seconds, bert / seconds) for name, (size, seconds) in SPEED.items()]
+    lines = [(name, size, seconds, SPEED["BERT-base"][1] / seconds) for name, (size, seconds) in SPEED.items()]
     records = [dict(zip(columns, line, strict=True)) for line in lines]
     return tabulate("published_speed", "Size and speed, published", records, columns, _NOTES["speed"])

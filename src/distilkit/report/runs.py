@@ -1,6 +1,5 @@
 """The training runs: how each was trained, its loss curve, what scoring cost, and the comparison of a sweep."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,14 +16,12 @@ from distilkit.records import read_metrics, read_runs, write_json
 from distilkit.report.ablation import Run
 from distilkit.report.drawing import COLOURS, WIDTH, finish, plain, png
 from distilkit.report.frame import Scores, task_label
-from distilkit.report.page import Plot, Table, formatted, markdown_table, print_table, tabulate
+from distilkit.report.page import Plot, Table, markdown_table, print_table, tabulate
 
 
 def teacher_label(teacher: Mapping[str, Any] | None) -> str:
     """Name a run's teacher: the student of another run by that run's folder, any other by its name."""
-    if not teacher:
-        return "none"
-    path = PurePath(str(teacher["name"]))
+    path = PurePath(str(teacher["name"]) if teacher else "none")
     return path.parent.name if path.name == "student" and path.parent.name else str(path)
 
 
@@ -50,26 +47,17 @@ def _layers(run: Run) -> str:
 
 def training_table(runs: Sequence[Run]) -> Table | None:
     """Build the table of how each student was trained, at what cost, and its held-out cross-entropy."""
-    columns = {"run": "run {}", "teacher": "teacher {}", "parameters": "parameters {:,}", "layers": "layers {}"}
-    columns |= {"objective": "objective {}", "tokens": "tokens {:,}", "hours": "hours {:.2f}"}
-    columns |= {"tokens_per_second": "tokens/s {:,.0f}", "peak_memory_mb": "peak memory MB {:,.0f}"}
-    columns |= {"before": "before {:.3f}", "after": "after {:.3f}"}
-    columns |= {"teacher_cross_entropy": "teacher cross entropy {:.3f}", "agreement": "agreement {:.3f}"}
+    columns = {"run": "{}", "teacher": "{}", "parameters": "{:,}", "layers": "{}", "objective": "{}", "tokens": "{:,}"}
+    columns |= {"hours": "{:.2f}", "tokens_per_second": "tokens/s {:,.0f}", "peak_memory_mb": "peak memory MB {:,.0f}"}
+    columns |= dict.fromkeys(("before", "after", "teacher_cross_entropy", "agreement"), "{:.3f}")
     records = []
     for label, run in zip(run_labels(runs), runs, strict=True):
         terms = [f"{name.removeprefix('alpha_')} {value}" for name, value in (run.get("objective") or {}).items()]
         hours = None if run.get("wall_seconds") is None else run["wall_seconds"] / 3600
         memory = max((run.get("peak_memory_mb") or {}).values(), default=None)
-        after = [run["after"].get(f"val/{name}") for name in ("nll", "teacher_nll", "agreement")]
         values = [label, teacher_label(run.get("teacher")), run["student_parameters"], _layers(run), ", ".join(terms)]
-        values += [
-            run["tokens_seen"],
-            hours,
-            run.get("tokens_per_second"),
-            memory,
-            run["before"].get("val/nll"),
-            *after,
-        ]
+        values += [run["tokens_seen"], hours, run.get("tokens_per_second"), memory, run["before"].get("val/nll")]
+        values += [run["after"].get(f"val/{name}") for name in ("nll", "teacher_nll", "agreement")]
         records.append(dict(zip(columns, values, strict=True)) | {"folder": run["folder"]})
     note = (
         "Before, after and teacher: cross-entropy in nats per labelled token on held-out documents. Agreement: share of "
@@ -93,13 +81,13 @@ def cost_table(scores: Scores) -> Table | None:
     table["results"] = groups.size()
     table["dates"] = groups["day"].agg(lambda days: " to ".join(dict.fromkeys((min(days), max(days)))))
     table["versions"] = groups["version"].agg(lambda versions: "; ".join(versions.unique()))
-    columns = {"model": "model {}", "task": "task {}", "results": "results {}", "tokens": "tokens {:,}"}
-    columns |= {"hours": "hours {:.2f}", "machine": "machine {}", "dates": "date {}", "versions": "versions {}"}
+    columns = {"model": "{}", "task": "{}", "results": "{}", "tokens": "{:,}", "hours": "{:.2f}"}
+    columns |= {"machine": "{}", "dates": "date {}", "versions": "{}"}
     records = table.reset_index()[[*columns]].to_dict("records")
     every = list(dict.fromkeys(version for each in records for version in each["versions"].split("; ")))
     numbers = [", ".join(str(1 + every.index(one)) for one in each["versions"].split("; ")) for each in records]
     cells = [{**x, "task": task_label(x["task"]), "versions": n} for x, n in zip(records, numbers, strict=True)]
-    tokens, hours = sum(costs["tokens"]), sum(costs["hours"])
+    tokens, hours = costs["tokens"].sum(), costs["hours"].sum()
     notes = [f"All seeds and settings together: {tokens:,} tokens in {hours:.2f} hours."]
     notes += [f"Versions {number}: {version}." for number, version in enumerate(every, 1)]
     return tabulate("cost", "Cost of fine-tuning and scoring", records, columns, *notes, cells=cells)
@@ -116,8 +104,8 @@ def _curves(run: Run) -> dict[str, list[tuple[float, float]]]:
 
 def loss_plot(runs: Sequence[Run]) -> Plot | None:
     """Plot the held-out cross-entropy of all runs over tokens, and that of their teachers as dashed lines."""
-    curves = {label: _curves(run) for label, run in zip(run_labels(runs), runs, strict=True)}
-    curves = {label: found for label, found in curves.items() if "val/nll" in found}
+    read = zip(run_labels(runs), map(_curves, runs), strict=True)
+    curves = {label: found for label, found in read if "val/nll" in found}
     if not curves:
         return None
     figure = Figure(figsize=(WIDTH, 4.2 + 0.11 * len(curves)), layout="constrained")
@@ -138,20 +126,17 @@ def loss_plot(runs: Sequence[Run]) -> Plot | None:
 
 
 def measure_latency(folders: Sequence[str], *, block_size: int, rounds: int = 15) -> list[float]:
-    """Time one forward pass of one block on this CPU for each model; return the medians in milliseconds.
-
-    The models run in turn, so that a slow moment of the machine slows all of them.
-    """
+    """Time one forward pass of one block on this CPU for each model, in turn; return the medians in milliseconds."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
     from distilkit.language_model import lm_of
     from distilkit.timing import latency, seconds_in_turn
 
     models = []
     for folder in folders:
-        config = json.loads((Path(folder) / "config.json").read_text("utf-8"))
-        causal = lm_of(config["model_type"], config["architectures"]) == "clm"
+        config = AutoConfig.from_pretrained(folder)
+        causal = lm_of(config.model_type, config.architectures) == "clm"
         models.append((AutoModelForCausalLM if causal else AutoModelForMaskedLM).from_pretrained(folder).eval())
     ids = torch.randint(10, min(model.config.vocab_size for model in models), (1, block_size))
     with torch.inference_mode():
@@ -161,14 +146,15 @@ def measure_latency(folders: Sequence[str], *, block_size: int, rounds: int = 15
 
 def comparison_table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     """Return header and rows of the comparison of a sweep's runs; columns that no run fills are left out."""
-    columns = {"student_parameters": "parameters {:,.0f}", "tokens_seen": "tokens seen {:,.0f}"}
+    columns = {"label": "run {}", "student_parameters": "parameters {:,.0f}", "tokens_seen": "{:,.0f}"}
     columns |= {"tokens_per_second": "tokens/s {:,.0f}", "val/nll": "cross-entropy {:.3f}"}
     columns |= {"val/accuracy": "accuracy {:.3f}", "val/agreement": "agreement {:.3f}"}
     columns |= {"before": "untrained {:.3f}", "latency_ms": "latency ms {:.1f}"}
     records = [{**run["after"], **run, "before": run["before"].get("val/nll")} for run in runs]
-    used = {key: form for key, form in columns.items() if any(record.get(key) is not None for record in records)}
-    used = {"label": "run {}", **used}
-    return [form.rpartition(" ")[0] for form in used.values()], formatted(records, used)
+    filled = {"label"} | {key for record in records for key, value in record.items() if value is not None}
+    columns = {key: form for key, form in columns.items() if key in filled}
+    table = tabulate("comparison", "Comparison", records, columns)
+    return (table.header, table.rows) if table else (["run"], [])
 
 
 def plot_runs(runs: Sequence[Run], out: Path) -> None:
@@ -200,14 +186,13 @@ def compare(sweep: Path, *, latency: bool) -> None:
     header, rows = comparison_table(runs)
     # A table of few runs fits better on its side.
     first, *others = [header, *rows] if len(rows) > len(header) else zip(header, *rows, strict=True)
-    console = Console()
-    print_table(f"runs of {sweep.name}, on held-out documents", first, others, console=console)
+    print_table(f"runs of {sweep.name}, on held-out documents", first, others)
     write_json(sweep / "comparison.json", {"runs": runs})
     (sweep / "comparison.md").write_text(markdown_table(header, rows), "utf-8")
     plot_runs(runs, sweep / "comparison.png")
     said = [f"table and plot: {sweep / 'comparison'}.md, .json, .png"]
     said += [f"{run['label']}: {run['folder']}/student" for run in runs]
-    console.print("\n".join(said), soft_wrap=True, highlight=False)
+    Console().print("\n".join(said), soft_wrap=True, highlight=False)
 
 
 @dataclass(kw_only=True)

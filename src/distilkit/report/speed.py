@@ -1,6 +1,6 @@
 """The size and speed of each model: parameters, latency and throughput on each device and backend."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from distilkit.report.drawing import Point, png, scatter
@@ -12,9 +12,12 @@ from distilkit.report.quality import roles_caption, score_axis
 def _against(details: Mapping[str, Any], backend: str) -> str:
     """Describe how many times as fast this is as the models that were timed in turn with it."""
     metrics = {"latency": f"{backend}/latency_ms", "throughput": f"{backend}/sentences_per_second"}
-    pairs = [(other, ratios, label) for other, ratios in details.get("against", {}).items() for label in metrics]
-    found = [(other, ratios[metrics[label]], label) for other, ratios, label in pairs if metrics[label] in ratios]
-    return "; ".join(f"{label} {ratio:.2f} x {other}" for other, ratio, label in found)
+    return "; ".join(
+        f"{label} {ratios[metric]:.2f} x {other}"
+        for other, ratios in details.get("against", {}).items()
+        for label, metric in metrics.items()
+        if metric in ratios
+    )
 
 
 def _sorted_timings(scores: Scores) -> list[Any]:
@@ -29,10 +32,7 @@ def _sorted_timings(scores: Scores) -> list[Any]:
 
 
 def speeds(scores: Scores) -> list[dict[str, Any]]:
-    """List the timings: one record for each model, device and backend (``cpu``, ``cpu/onnx``), the later of two.
-
-    For the teacher it is the one in turn with a student, if there is one.
-    """
+    """List one record for each model, device and backend (``cpu``, ``cpu/onnx``): of two timings the last as sorted."""
     records: dict[tuple[str, str], dict[str, Any]] = {}
     for timing in _sorted_timings(scores):
         backends: dict[str, dict[str, float]] = {"": {}}  # the sizes of files have no backend
@@ -55,40 +55,27 @@ def speeds(scores: Scores) -> list[dict[str, Any]]:
     return sorted(records.values(), key=lambda record: order.index(record["model"]))
 
 
-def _conditions(records: Sequence[Mapping[str, Any]]) -> str:
-    """Describe how models were timed, with all values if these differ."""
-    labels = {
-        "batch_sizes": "batches of",
-        "sentences": "sentences:",
-        "threads": "CPU threads:",
-        "machine": "measured on",
-    }
-    found = {name: dict.fromkeys(str(each[name]) for each in records if each[name]) for name in labels}
-    text = ", ".join(f"{labels[name]} {' or '.join(values)}" for name, values in found.items() if values)
-    return f" {text[0].upper()}{text[1:]}." if text else ""
-
-
-def _latency(record: Mapping[str, Any]) -> str:
-    low, high = record.get("latency_ms_p10"), record.get("latency_ms_p90")
-    ends = "" if low is None or high is None else f" ({low:,.1f} to {high:,.1f})"
-    return figure(record.get("latency_ms"), "{:,.1f}") + ends
-
-
 def speed_table(scores: Scores) -> Table | None:
     """Build the table of sizes, latencies and throughputs for each device and backend."""
     records = sorted(speeds(scores), key=lambda record: (record["backend"], record["model"] != scores.teacher))
-    cells = [
-        {**each, "model": scores.label(each["model"]), "latency": _latency(each), "against": each["against"] or "-"}
-        for each in records
-    ]
-    columns = {"model": "model {}", "backend": "device and backend {}", "parameters": "parameters {:,}"}
+    cells = []
+    for each in records:
+        latency = figure(each.get("latency_ms"), "{:,.1f}")
+        if "latency_ms_p10" in each and "latency_ms_p90" in each:
+            latency += f" ({each['latency_ms_p10']:,.1f} to {each['latency_ms_p90']:,.1f})"
+        cells.append(
+            {**each, "model": scores.label(each["model"]), "latency": latency, "against": each["against"] or "-"}
+        )
+    columns = {"model": "{}", "backend": "device and backend {}", "parameters": "{:,}"}
     columns |= {"parameters_without_embeddings": "without embeddings {:,}", "file_mb": "file MB {:,.1f}"}
     columns |= {"latency": "latency ms {}", "sentences_per_second": "sentences/s {:,.1f}"}
     columns |= {"against": "times as fast, timed in turn {}"}
-    note = (
-        "Latency of one batch of the first size: median (10th to 90th percentile) over batches. Sentences per second at the "
-        "second size." + _conditions(records)
-    )
+    labels = {"batch_sizes": "batches of", "sentences": "sentences:"}
+    labels |= {"threads": "CPU threads:", "machine": "measured on"}
+    used = {name: dict.fromkeys(str(each[name]) for each in records if each[name]) for name in labels}
+    timed = ", ".join(f"{labels[name]} {' or '.join(values)}" for name, values in used.items() if values)
+    note = "Latency of one batch of the first size: median (10th to 90th percentile) over batches. Sentences per second at "
+    note += "the second size." + (f" {timed[0].upper()}{timed[1:]}." if timed else "")
     return tabulate("speed", "Size and speed", records, columns, note, cells=cells)
 
 
@@ -97,11 +84,13 @@ def latency_plot(scores: Scores) -> Plot | None:
     label, values = score_axis(scores)
     timings = speeds(scores)
     panels: dict[str, list[Point]] = {}
-    for record in timings:
-        if record["model"] in values and "latency_ms" in record and not record["backend"].endswith("int8"):
-            ends = record.get("latency_ms_p10"), record.get("latency_ms_p90")
-            point = Point(record["model"], record["latency_ms"], values[record["model"]], *ends)
-            panels.setdefault(f"score against latency: {record['backend']}", []).append(point)
+    for each in timings:
+        name, backend = each["model"], each["backend"]
+        if name in values and "latency_ms" in each and not backend.endswith("int8"):
+            point = Point(
+                name, each["latency_ms"], values[name], each.get("latency_ms_p10"), each.get("latency_ms_p90")
+            )
+            panels.setdefault(f"score against latency: {backend}", []).append(point)
     panels = {title: points for title, points in panels.items() if len(points) > 1}
     if not panels:
         return None
