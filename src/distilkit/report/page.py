@@ -14,6 +14,7 @@ from rich.console import Console
 
 Records = Sequence[Mapping[str, Any]]
 Rows = Sequence[Sequence[str]]
+Columns = Mapping[str, str]  # keys of records, with heading and format
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,14 +54,14 @@ def shown(value: float | None, *, share: bool) -> str:
     return figure(100 * value if share and value is not None else value, "{:.1f}" if share else "{:,.2f}")
 
 
-def formatted(records: Records, columns: Mapping[str, str]) -> list[list[str]]:
+def formatted(records: Records, columns: Columns) -> list[list[str]]:
     """Format records as rows; ``columns`` maps their keys to format strings, which may follow a heading."""
     forms = {key: column.rpartition(" ")[2] for key, column in columns.items()}
     return [[figure(record.get(key), form) for key, form in forms.items()] for record in records]
 
 
 def tabulate(
-    name: str, title: str, records: Records, columns: Mapping[str, str], *notes: str, cells: Records | None = None
+    name: str, title: str, records: Records, columns: Columns, *notes: str, cells: Records = ()
 ) -> Table | None:
     """Build a table, or None without records; ``columns`` maps keys to headings and formats: ``tokens/s {:,.0f}``.
 

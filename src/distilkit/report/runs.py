@@ -10,7 +10,6 @@ from hydra.experimental.callback import Callback
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from distilkit.records import read_metrics, read_runs, write_json
 from distilkit.report.ablation import Run
@@ -190,9 +189,8 @@ def compare(sweep: Path, *, latency: bool) -> None:
     write_json(sweep / "comparison.json", {"runs": runs})
     (sweep / "comparison.md").write_text(markdown_table(header, rows), "utf-8")
     plot_runs(runs, sweep / "comparison.png")
-    said = [f"table and plot: {sweep / 'comparison'}.md, .json, .png"]
-    said += [f"{run['label']}: {run['folder']}/student" for run in runs]
-    Console().print("\n".join(said), soft_wrap=True, highlight=False)
+    folders = [f"{run['label']}: {run['folder']}/student" for run in runs]
+    print(f"table and plot: {sweep / 'comparison'}.md, .json, .png", *folders, sep="\n")
 
 
 @dataclass(kw_only=True)

@@ -59,13 +59,11 @@ def speed_table(scores: Scores) -> Table | None:
     """Build the table of sizes, latencies and throughputs for each device and backend."""
     records = sorted(speeds(scores), key=lambda record: (record["backend"], record["model"] != scores.teacher))
     cells = []
-    for each in records:
-        latency = figure(each.get("latency_ms"), "{:,.1f}")
-        if "latency_ms_p10" in each and "latency_ms_p90" in each:
-            latency += f" ({each['latency_ms_p10']:,.1f} to {each['latency_ms_p90']:,.1f})"
-        cells.append(
-            {**each, "model": scores.label(each["model"]), "latency": latency, "against": each["against"] or "-"}
-        )
+    for one in records:
+        latency = figure(one.get("latency_ms"), "{:,.1f}")
+        if "latency_ms_p10" in one and "latency_ms_p90" in one:
+            latency += f" ({one['latency_ms_p10']:,.1f} to {one['latency_ms_p90']:,.1f})"
+        cells.append({**one, "model": scores.label(one["model"]), "latency": latency, "against": one["against"] or "-"})
     columns = {"model": "{}", "backend": "device and backend {}", "parameters": "{:,}"}
     columns |= {"parameters_without_embeddings": "without embeddings {:,}", "file_mb": "file MB {:,.1f}"}
     columns |= {"latency": "latency ms {}", "sentences_per_second": "sentences/s {:,.1f}"}
@@ -84,13 +82,11 @@ def latency_plot(scores: Scores) -> Plot | None:
     label, values = score_axis(scores)
     timings = speeds(scores)
     panels: dict[str, list[Point]] = {}
-    for each in timings:
-        name, backend = each["model"], each["backend"]
-        if name in values and "latency_ms" in each and not backend.endswith("int8"):
-            point = Point(
-                name, each["latency_ms"], values[name], each.get("latency_ms_p10"), each.get("latency_ms_p90")
-            )
-            panels.setdefault(f"score against latency: {backend}", []).append(point)
+    for one in timings:
+        name, backend = one["model"], one["backend"]
+        if name in values and "latency_ms" in one and not backend.endswith("int8"):
+            place = name, one["latency_ms"], values[name], one.get("latency_ms_p10"), one.get("latency_ms_p90")
+            panels.setdefault(f"score against latency: {backend}", []).append(Point(*place))
     panels = {title: points for title, points in panels.items() if len(points) > 1}
     if not panels:
         return None
