@@ -1,14 +1,11 @@
 """The report over scored models and training runs: ``python -m distilkit.report``."""
 
 import dataclasses
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path, PurePath
-from typing import Any
 
 import hydra
-import matplotlib.image
 from omegaconf import DictConfig, ListConfig
 
 from distilkit.cli import report_errors
@@ -27,30 +24,21 @@ _NAMES = (  # of the tables and plots that a report may have written
 
 def find_teacher(scores: Scores, trained: Sequence[Run]) -> list[str]:
     """List the rows that a run or a second distillation calls its teacher: by name, by folder or by the weights' hash."""
-    results = list(scores.results.itertuples(index=False))
-    teachers = [each for each in [*(run.get("teacher") for run in trained), *(one.teacher for one in results)] if each]
+    teachers = [each for each in (*(run.get("teacher") for run in trained), *scores.results["teacher"]) if each]
     named = [str(each["name"]) for each in teachers if "name" in each]
-    names = {"teacher", *named, *(runs.teacher_label({"name": name}) for name in named)}
+    known = {"teacher", *named, *(runs.teacher_label({"name": name}) for name in named)}
     # A fine-tuned teacher lies in <row>/<task>/<seed>/model.
-    names |= {PurePath(name).parts[-4] for name in named if PurePath(name).match("*/*/*/model")}
-    hashes = {each["sha256"] for each in teachers if each.get("sha256")}
-    known = names | hashes
-    found = [
-        each.row
-        for each in results
-        if each.teacher is None and known & {each.name, each.model, each.sha256, each.details.get("weights_sha256")}
-    ]
-    return list(dict.fromkeys(found))
+    known |= {PurePath(name).parts[-4] for name in named if PurePath(name).match("*/*/*/model")}
+    known |= {each["sha256"] for each in teachers if each.get("sha256")}
+    results = [each for each in scores.results.itertuples(index=False) if each.teacher is None]
+    names = [(each.row, {each.name, each.model, each.sha256, each.details.get("weights_sha256")}) for each in results]
+    return list(dict.fromkeys(row for row, own in names if known & own))
 
 
 def assign_roles(
     scores: Scores, trained: Sequence[Run], *, teacher: str | None, baseline: str | None
 ) -> tuple[Scores, list[str]]:
-    """Set the rows of the teacher and the baseline, and return a note if the teacher is not known.
-
-    Raises:
-        UserError: a name is no row, or both are the same.
-    """
+    """Set the rows of the teacher and the baseline, and return a note if the teacher is not known."""
     rows = list(dict.fromkeys([*scores.results["row"], *scores.frame["row"]]))
     for key, name in (("teacher", teacher), ("baseline", baseline)):
         if name is not None and name not in rows:
@@ -60,32 +48,24 @@ def assign_roles(
         raise UserError(f"teacher and baseline are both {teacher!r}; the baseline is the student without distillation")
     notes = []
     if teacher is None and rows:
-        found = [row for row in find_teacher(scores, trained) if row != baseline]
-        teacher = found[0] if len(found) == 1 else None
-        if teacher is None:
-            several = f"{len(found)} rows may be the teacher ({', '.join(found)})"
-            why = several if found else "no row is known as the teacher"
+        some = [row for row in find_teacher(scores, trained) if row != baseline]
+        why = f"{len(some)} rows may be the teacher ({', '.join(some)})" if some else "no row is known as the teacher"
+        if len(some) == 1:
+            teacher = some[0]
+        else:
             notes = [f"What is kept of the teacher is left out: {why}; set teacher=<one of {', '.join(rows)}>."]
     return dataclasses.replace(scores, teacher=teacher, baseline=baseline), notes
 
 
 def sections(scores: Scores, trained: Sequence[Run]) -> list[Block]:
     """Return the report's tables and plots in their order, without the empty ones."""
-    blocks = (
-        quality.quality_table(scores),
-        quality.size_plot(scores),
-        speed.latency_plot(scores),
-        retention.retention_table(scores) or retention.nothing_kept(scores),
-        retention.retention_plot(scores),
-        published.published_table(scores),
-        speed.speed_table(scores),
-        published.published_speed(scores),
-        ablation.ablation_table(scores, trained),
-        runs.training_table(trained),
-        runs.loss_plot(trained),
-        quality.metrics_table(scores),
-        runs.cost_table(scores),
-    )
+    blocks = [
+        *(quality.quality_table(scores), quality.size_plot(scores), speed.latency_plot(scores)),
+        *(retention.retention_table(scores) or retention.nothing_kept(scores), retention.retention_plot(scores)),
+        *(published.published_table(scores), speed.speed_table(scores), published.published_speed(scores)),
+        *(ablation.ablation_table(scores, trained), runs.training_table(trained), runs.loss_plot(trained)),
+        *(quality.metrics_table(scores), runs.cost_table(scores)),
+    ]
     return [block for block in blocks if block is not None]
 
 
@@ -103,9 +83,6 @@ def write_report(
 
     ``trained`` are summaries as ``find_runs`` reads them. The files of an earlier report in ``out`` are removed. ``wandb``
     is the project of a Weights & Biases run that takes the same tables and plots, or None.
-
-    Raises:
-        UserError: there is nothing to report, a name is no row, or ``out`` is a file or the folder of a training run.
     """
     if not results and not trained:
         raise UserError(
@@ -119,47 +96,40 @@ def write_report(
     scores, notes = assign_roles(gather(results), trained, teacher=teacher, baseline=baseline)
     blocks = [*notes, *sections(scores, trained)]
     out.mkdir(parents=True, exist_ok=True)
-    for name in _NAMES:
-        for file in (out / f"{name}.csv", out / f"{name}.png"):
-            file.unlink(missing_ok=True)
-    for block in blocks:
-        if isinstance(block, Table):
-            write_csv(out / f"{block.name}.csv", block.records)
-        elif isinstance(block, Plot):
-            (out / f"{block.name}.png").write_bytes(block.png)
+    for file in [out / f"{name}.{kind}" for name in _NAMES for kind in ("csv", "png")]:
+        file.unlink(missing_ok=True)
+    tables = [block for block in blocks if isinstance(block, Table)]
+    plots = [block for block in blocks if isinstance(block, Plot)]
+    for table in tables:
+        write_csv(out / f"{table.name}.csv", table.records)
+    for plot in plots:
+        (out / f"{plot.name}.png").write_bytes(plot.png)
     (out / "report.html").write_text(html_page(title, blocks), "utf-8")
     (out / "report.md").write_text(markdown_page(title, blocks), "utf-8")
     if wandb is not None:
-        _log_report(blocks, out=out, project=wandb, title=title)
+        from distilkit import tracking  # imports wandb and Lightning
+
+        logger = tracking.wandb_logger(save_dir=str(out), project=wandb, name=title, group=None, job_type="report")
+        for table in tables:
+            logger.log_table(f"tables/{table.name}", columns=table.header, data=table.rows)
+        for plot in plots:
+            logger.log_image(f"plots/{plot.name}", [str(out / f"{plot.name}.png")], caption=[plot.caption])
+        logger.experiment.finish()
     return out / "report.md"
-
-
-def _log_report(blocks: Sequence[Block], *, out: Path, project: str, title: str) -> None:
-    """Log tables and plots to a run of Weights & Biases, offline if it cannot be reached."""
-    from distilkit import tracking  # imports wandb and Lightning
-
-    logger = tracking.wandb_logger(save_dir=str(out), project=project, name=title, group=None, job_type="report")
-    for block in blocks:
-        if isinstance(block, Table):
-            logger.log_table(key=f"tables/{block.name}", columns=block.header, data=[list(row) for row in block.rows])
-        elif isinstance(block, Plot):
-            picture = matplotlib.image.imread(io.BytesIO(block.png))
-            logger.log_image(key=f"plots/{block.name}", images=[picture], caption=[block.caption])
-    logger.experiment.finish()
 
 
 @hydra.main(version_base="1.3", config_path="pkg://distilkit.conf.evaluate", config_name="report")
 @report_errors
 def main(cfg: DictConfig) -> None:
     """Report on all results and runs below the folders ``runs``."""
-    if cfg.runs is None or not cfg.runs:
+    if not cfg.runs:
         raise UserError("runs is not set: python -m distilkit.report 'runs=[outputs/evaluate,outputs/demo]'")
     given = cfg.runs if isinstance(cfg.runs, ListConfig) else [cfg.runs]
     folders = distinct(Path(str(folder)).expanduser() for folder in given)
     results, trained = read_results(folders), find_runs(folders)
-    options: dict[str, Any] = {name: cfg[name] for name in ("teacher", "baseline", "title", "wandb")}
+    options = {name: cfg[name] for name in ("teacher", "baseline", "title", "wandb")}
     file = write_report(results, trained, out=Path(cfg.out).expanduser(), **options)
-    models = len(set(gather(results).results["row"]))
+    models = gather(results).results["row"].nunique()
     print(json.dumps({"report": str(file.resolve()), "models": models, "training_runs": len(trained)}))
 
 

@@ -1,6 +1,7 @@
 """What the plots of a report share: colours, names that are safe to draw, and scatter plots of models."""
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -10,8 +11,6 @@ from matplotlib.figure import Figure
 from distilkit.report.frame import Scores
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#000000")
-_HUES = (*COLOURS[:5], COLOURS[6])  # of the students; the teacher and the baseline have their own
-_MARKERS = "oDv^P"
 WIDTH = 6.5  # inches: the text stays readable on a phone
 
 
@@ -27,8 +26,7 @@ class Point(NamedTuple):
 
 def plain(text: str, *, width: int = 40) -> str:
     """Make a name safe for matplotlib, which reads dollars as formulas and hides what begins with an underscore."""
-    short = text if len(text) <= width else text[: width - 1] + "…"
-    short = short.replace("$", r"\$")
+    short = (text if len(text) <= width else text[: width - 1] + "…").replace("$", r"\$")
     return f" {short}" if short.startswith("_") else short
 
 
@@ -47,21 +45,17 @@ def finish(axis: Axes) -> None:
 
 
 def scatter(panels: Mapping[str, Sequence[Point]], scores: Scores, *, x: str, y: str) -> Figure:
-    """Draw models as points, one panel below the other: a star for the teacher, a square for the baseline.
-
-    The legend below lists the models from the highest point to the lowest.
-    """
+    """Draw models as points, one panel below the other; the legend lists them from the highest point to the lowest."""
     heights = {point.name: point.y for points in panels.values() for point in points}
     names = sorted(heights, key=lambda name: -heights[name])
-    others = [name for name in names if name not in (scores.teacher, scores.baseline)]
-    figure = Figure(figsize=(WIDTH, 4.2 * len(panels) + 0.11 * len(names)), layout="constrained")
+    looks = {scores.teacher: ("*", COLOURS[5], 15), scores.baseline: ("s", COLOURS[7], 8)}  # marker, hue and size
+    others = itertools.cycle((marker, hue, 8) for marker in "oDv^P" for hue in (*COLOURS[:5], COLOURS[6]))
+    looks |= {name: next(others) for name in names if name not in looks}
+    figure = Figure(figsize=(WIDTH, 4.2 * len(panels) + 0.11 * len(names)))
+    figure.set_layout_engine("constrained", h_pad=0.12)
     for axis, (title, points) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
         for name, *place, low, high in sorted(points, key=lambda point: names.index(point.name)):
-            marker, colour = ("*", COLOURS[5]) if name == scores.teacher else ("s", COLOURS[7])
-            if name in others:
-                row, column = divmod(others.index(name), len(_HUES))
-                marker, colour = _MARKERS[row % len(_MARKERS)], _HUES[column]
-            size = 15 if marker == "*" else 8
+            marker, colour, size = looks[name]
             axis.plot(*place, marker, color=colour, markersize=size, alpha=0.8, label=plain(scores.label(name)))
             if low is not None and high is not None:
                 axis.hlines(place[1], low, high, color=colour, linewidth=1)
@@ -69,7 +63,6 @@ def scatter(panels: Mapping[str, Sequence[Point]], scores: Scores, *, x: str, y:
         axis.margins(x=0.1, y=0.1)
         axis.set(xlabel=x, ylabel=y, title=plain(title))
         axis.set_xlim(left=max(0.0, axis.get_xlim()[0]))
-    figure.get_layout_engine().set(h_pad=0.12)  # type: ignore[union-attr, call-arg]  # of the constrained layout
     handles = {line.get_label(): line for axis in figure.axes for line in axis.get_lines()}
     labels = [plain(scores.label(name)) for name in names]
     figure.legend([handles[label] for label in labels], labels, loc="outside lower center", ncols=2, frameon=False)

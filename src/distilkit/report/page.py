@@ -13,6 +13,8 @@ from jinja2 import Environment, PackageLoader
 from rich.console import Console
 
 Records = Sequence[Mapping[str, Any]]
+Rows = Sequence[Sequence[str]]
+Columns = Mapping[str, str]  # keys of records, with heading and format
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +28,6 @@ class Table:
     records: Records
     notes: list[str] = field(default_factory=list)
 
-    @property
-    def figures(self) -> list[bool]:
-        """Which columns hold figures."""
-        return [is_figures(self.rows, column) for column in range(len(self.header))]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
@@ -39,11 +36,6 @@ class Plot:
     name: str
     caption: str
     png: bytes
-
-    @property
-    def base64(self) -> str:
-        """The PNG file as text, for a data URL."""
-        return base64.b64encode(self.png).decode("ascii")
 
 
 Block = str | Table | Plot  # a page is a title and a sequence of blocks
@@ -62,12 +54,25 @@ def shown(value: float | None, *, share: bool) -> str:
     return figure(100 * value if share and value is not None else value, "{:.1f}" if share else "{:,.2f}")
 
 
-def formatted(records: Records, columns: Mapping[str, str]) -> list[list[str]]:
-    """Format records as rows; ``columns`` maps keys of the records to format strings."""
-    return [[figure(record[key], form) for key, form in columns.items()] for record in records]
+def formatted(records: Records, columns: Columns) -> list[list[str]]:
+    """Format records as rows; ``columns`` maps their keys to format strings, which may follow a heading."""
+    forms = {key: column.rpartition(" ")[2] for key, column in columns.items()}
+    return [[figure(record.get(key), form) for key, form in forms.items()] for record in records]
 
 
-def is_figures(rows: Sequence[Sequence[str]], column: int) -> bool:
+def tabulate(
+    name: str, title: str, records: Records, columns: Columns, *notes: str, cells: Records = ()
+) -> Table | None:
+    """Build a table, or None without records; ``columns`` maps keys to headings and formats: ``tokens/s {:,.0f}``.
+
+    Without a heading it is the key. ``cells`` are formatted in place of ``records``, if rows differ from the CSV file.
+    """
+    header = [column.rpartition(" ")[0] or key.replace("_", " ") for key, column in columns.items()]
+    rows = formatted(cells or records, columns)
+    return Table(name=name, title=title, header=header, rows=rows, records=records, notes=[*notes]) if rows else None
+
+
+def is_figures(rows: Rows, column: int) -> bool:
     """Return whether a column holds figures only, which are aligned to the right."""
     return all(_FIGURE.fullmatch(row[column]) for row in rows)
 
@@ -78,16 +83,14 @@ def markdown(text: str) -> str:
     return " ".join(escaped.split())
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Rows) -> str:
     """Write a markdown table with columns of figures aligned to the right."""
     rule = ["---:" if is_figures(rows, column) else "---" for column in range(len(header))]
     lines = [[markdown(text) for text in header], rule, *([markdown(text) for text in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def print_table(
-    title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, console: Console | None = None
-) -> None:
+def print_table(title: str, header: Sequence[str], rows: Rows, *, console: Console | None = None) -> None:
     """Print a table with columns of figures aligned to the right."""
     table = rich.table.Table(title=title, title_justify="left")
     for index, column in enumerate(header):
@@ -102,8 +105,8 @@ def markdown_page(title: str, blocks: Sequence[Block]) -> str:
     parts = [f"# {markdown(title)}\n"]
     for block in blocks:
         if isinstance(block, Table):
-            parts += [f"## {block.title}\n", markdown_table(block.header, block.rows)]
-            parts += [markdown(note) + "\n" for note in block.notes]
+            notes = [markdown(note) + "\n" for note in block.notes]
+            parts += [f"## {block.title}\n", markdown_table(block.header, block.rows), *notes]
         elif isinstance(block, Plot):
             parts.append(f"![{markdown(block.caption)}]({block.name}.png)\n")
         else:
@@ -114,6 +117,8 @@ def markdown_page(title: str, blocks: Sequence[Block]) -> str:
 def html_page(title: str, blocks: Sequence[Block]) -> str:
     """Write a page as one self-contained HTML file: style and plots are embedded, and there is no script."""
     environment = Environment(loader=PackageLoader("distilkit.report", ""), autoescape=True, trim_blocks=True)
+    environment.filters["base64"] = lambda png: base64.b64encode(png).decode("ascii")
+    environment.filters["figures"] = lambda rows: [is_figures(rows, column) for column in range(len(rows[0]))]
     return environment.get_template("page.html.j2").render(title=title, blocks=blocks)
 
 

@@ -1,7 +1,7 @@
 """The training runs: how each was trained, its loss curve, what scoring cost, and the comparison of a sweep."""
 
-import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
@@ -10,31 +10,27 @@ from hydra.experimental.callback import Callback
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from distilkit.records import read_metrics, read_runs, write_json
 from distilkit.report.ablation import Run
 from distilkit.report.drawing import COLOURS, WIDTH, finish, plain, png
 from distilkit.report.frame import Scores, task_label
-from distilkit.report.page import Plot, Table, formatted, markdown_table, print_table
+from distilkit.report.page import Plot, Table, markdown_table, print_table, tabulate
 
 
 def teacher_label(teacher: Mapping[str, Any] | None) -> str:
     """Name a run's teacher: the student of another run by that run's folder, any other by its name."""
-    if not teacher:
-        return "none"
-    path = PurePath(str(teacher["name"]))
+    path = PurePath(str(teacher["name"]) if teacher else "none")
     return path.parent.name if path.name == "student" and path.parent.name else str(path)
 
 
 def run_labels(runs: Sequence[Run]) -> list[str]:
     """Return unique names of runs: their labels, with several sweeps also the run's name and the sweep's folder."""
     labels = [str(run["label"]) for run in runs]
-    if len(set(labels)) < len(labels):
-        labels = [f"{run.get('name')}: {label}" for run, label in zip(runs, labels, strict=True)]
-    if len(set(labels)) < len(labels):
-        folders = [PurePath(run["folder"]).parent.name for run in runs]
-        labels = [f"{label} ({folder})" for label, folder in zip(labels, folders, strict=True)]
+    if len(set(labels)) < len(runs):
+        labels = [f"{run.get('name')}: {run['label']}" for run in runs]
+    if len(set(labels)) < len(runs):
+        labels = [f"{run.get('name')}: {run['label']} ({PurePath(run['folder']).parent.name})" for run in runs]
     return labels
 
 
@@ -50,70 +46,50 @@ def _layers(run: Run) -> str:
 
 def training_table(runs: Sequence[Run]) -> Table | None:
     """Build the table of how each student was trained, at what cost, and its held-out cross-entropy."""
-    records = [
-        {
-            "run": label,
-            "teacher": teacher_label(run.get("teacher")),
-            "parameters": run["student_parameters"],
-            "layers": _layers(run),
-            "objective": ", ".join(f"{k.removeprefix('alpha_')} {v}" for k, v in (run.get("objective") or {}).items()),
-            "tokens": run["tokens_seen"],
-            "hours": None if run.get("wall_seconds") is None else run["wall_seconds"] / 3600,
-            "tokens_per_second": run.get("tokens_per_second"),
-            "peak_memory_mb": max((run.get("peak_memory_mb") or {}).values(), default=None),
-            "before": run["before"].get("val/nll"),
-            "after": run["after"].get("val/nll"),
-            "teacher_cross_entropy": run["after"].get("val/teacher_nll"),
-            "agreement": run["after"].get("val/agreement"),
-            "folder": run["folder"],
-        }
-        for label, run in zip(run_labels(runs), runs, strict=True)
-    ]
     columns = {"run": "{}", "teacher": "{}", "parameters": "{:,}", "layers": "{}", "objective": "{}", "tokens": "{:,}"}
-    columns |= {"hours": "{:.2f}", "tokens_per_second": "{:,.0f}", "peak_memory_mb": "{:,.0f}"}
+    columns |= {"hours": "{:.2f}", "tokens_per_second": "tokens/s {:,.0f}", "peak_memory_mb": "peak memory MB {:,.0f}"}
     columns |= dict.fromkeys(("before", "after", "teacher_cross_entropy", "agreement"), "{:.3f}")
-    header = ["run", "teacher", "parameters", "layers", "objective", "tokens", "hours", "tokens/s", "peak memory MB"]
-    header += ["before", "after", "teacher cross entropy", "agreement"]
+    records = []
+    for label, run in zip(run_labels(runs), runs, strict=True):
+        terms = [f"{name.removeprefix('alpha_')} {value}" for name, value in (run.get("objective") or {}).items()]
+        hours = None if run.get("wall_seconds") is None else run["wall_seconds"] / 3600
+        memory = max((run.get("peak_memory_mb") or {}).values(), default=None)
+        values = [label, teacher_label(run.get("teacher")), run["student_parameters"], _layers(run), ", ".join(terms)]
+        values += [run["tokens_seen"], hours, run.get("tokens_per_second"), memory, run["before"].get("val/nll")]
+        values += [run["after"].get(f"val/{name}") for name in ("nll", "teacher_nll", "agreement")]
+        records.append(dict(zip(columns, values, strict=True)) | {"folder": run["folder"]})
     note = (
         "Before, after and teacher: cross-entropy in nats per labelled token on held-out documents. Agreement: share of "
         "labelled tokens for which student and teacher predict the same. Hours are of training without validation."
     )
-    rows, title = formatted(records, columns), "Training runs"
-    return (
-        Table(name="training", title=title, header=header, rows=rows, records=records, notes=[note]) if rows else None
-    )
+    return tabulate("training", "Training runs", records, columns, note)
 
 
 def cost_table(scores: Scores) -> Table | None:
     """Build the table of what fine-tuning and scoring took: tokens and hours over all seeds and settings."""
-    costs = scores.results[scores.results["cost"].astype(bool)].copy()
+    costs = scores.results.loc[scores.results["cost"].astype(bool), ["row", "task", "cost"]]
     if costs.empty:
         return None
     costs["machine"] = [str(cost.get("machine", "-")) for cost in costs["cost"]]
     costs["tokens"] = [cost.get("tokens") or 0 for cost in costs["cost"]]
     costs["hours"] = [(cost.get("seconds") or 0) / 3600 for cost in costs["cost"]]
-    costs["date"] = [str(cost.get("date", "-"))[:10] for cost in costs["cost"]]  # the day
-    costs["version"] = [
-        ", ".join(f"{name} {version}" for name, version in cost.get("versions", {}).items()) for cost in costs["cost"]
-    ]
-    groups = costs.groupby(["row", "task", "machine"], sort=False)
-    every = list(dict.fromkeys(version for _, lines in groups for version in lines["version"]))
-    rows, records = [], []
-    for (row, task, machine), lines in groups:
-        dates, versions = sorted(lines["date"].unique()), list(lines["version"].unique())
-        record = {"model": row, "task": task, "results": len(lines), "tokens": sum(lines["tokens"])}
-        record |= {"hours": sum(lines["hours"]), "machine": machine}
-        record |= {"dates": " to ".join(dict.fromkeys((dates[0], dates[-1]))), "versions": "; ".join(versions)}
-        records.append(record)
-        amounts = [str(record["results"]), f"{record['tokens']:,}", f"{record['hours']:.2f}"]
-        numbers = ", ".join(str(1 + every.index(version)) for version in versions)
-        rows.append([row, task_label(task), *amounts, machine, record["dates"], numbers])
-    tokens, hours = sum(costs["tokens"]), sum(costs["hours"])
+    costs["day"] = [str(cost.get("date", "-"))[:10] for cost in costs["cost"]]
+    costs["version"] = [", ".join(map(" ".join, cost.get("versions", {}).items())) for cost in costs["cost"]]
+    groups = costs.rename(columns={"row": "model"}).groupby(["model", "task", "machine"], sort=False)
+    table = groups[["tokens", "hours"]].sum()
+    table["results"] = groups.size()
+    table["dates"] = groups["day"].agg(lambda days: " to ".join(dict.fromkeys((min(days), max(days)))))
+    table["versions"] = groups["version"].agg(lambda versions: "; ".join(versions.unique()))
+    columns = {"model": "{}", "task": "{}", "results": "{}", "tokens": "{:,}", "hours": "{:.2f}"}
+    columns |= {"machine": "{}", "dates": "date {}", "versions": "{}"}
+    records = table.reset_index()[[*columns]].to_dict("records")
+    every = list(dict.fromkeys(version for each in records for version in each["versions"].split("; ")))
+    numbers = [", ".join(str(1 + every.index(one)) for one in each["versions"].split("; ")) for each in records]
+    cells = [{**x, "task": task_label(x["task"]), "versions": n} for x, n in zip(records, numbers, strict=True)]
+    tokens, hours = costs["tokens"].sum(), costs["hours"].sum()
     notes = [f"All seeds and settings together: {tokens:,} tokens in {hours:.2f} hours."]
     notes += [f"Versions {number}: {version}." for number, version in enumerate(every, 1)]
-    header = ["model", "task", "results", "tokens", "hours", "machine", "date", "versions"]
-    title = "Cost of fine-tuning and scoring"
-    return Table(name="cost", title=title, header=header, rows=rows, records=records, notes=notes)
+    return tabulate("cost", "Cost of fine-tuning and scoring", records, columns, *notes, cells=cells)
 
 
 def _curves(run: Run) -> dict[str, list[tuple[float, float]]]:
@@ -121,30 +97,22 @@ def _curves(run: Run) -> dict[str, list[tuple[float, float]]]:
     file = Path(run["folder"]) / "metrics.csv"
     metrics = read_metrics(file) if file.is_file() else {}
     per_step = run["tokens_seen"] / max(1, run.get("optimizer_steps") or 1)
-    return {
-        name: [(step * per_step, value) for step, value in metrics[name]]
-        for name in ("val/nll", "val/teacher_nll")
-        if name in metrics
-    }
+    names = [name for name in ("val/nll", "val/teacher_nll") if name in metrics]
+    return {name: [(step * per_step, value) for step, value in metrics[name]] for name in names}
 
 
 def loss_plot(runs: Sequence[Run]) -> Plot | None:
     """Plot the held-out cross-entropy of all runs over tokens, and that of their teachers as dashed lines."""
-    curves = {label: _curves(run) for label, run in zip(run_labels(runs), runs, strict=True)}
-    curves = {label: found for label, found in curves.items() if "val/nll" in found}
+    read = zip(run_labels(runs), map(_curves, runs), strict=True)
+    curves = {label: found for label, found in read if "val/nll" in found}
     if not curves:
         return None
     figure = Figure(figsize=(WIDTH, 4.2 + 0.11 * len(curves)), layout="constrained")
     axis = figure.subplots()
     for index, (label, found) in enumerate(curves.items()):
         row, column = divmod(index, len(COLOURS))
-        style: dict[str, Any] = {
-            "linestyle": ("-", "--", "-.", ":")[row % 4],
-            "color": COLOURS[column],
-            "marker": "o",
-            "markersize": 4,
-        }
-        axis.plot(*zip(*found["val/nll"], strict=True), label=plain(label), **style)
+        style = ("-o", "--o", "-.o", ":o")[row % 4]
+        axis.plot(*zip(*found["val/nll"], strict=True), style, color=COLOURS[column], markersize=4, label=plain(label))
     levels = {round(found["val/teacher_nll"][-1][1], 3) for found in curves.values() if "val/teacher_nll" in found}
     for index, level in enumerate(sorted(levels)):
         axis.axhline(level, color="gray", linestyle="--", linewidth=1, label=None if index else "a teacher")
@@ -157,20 +125,17 @@ def loss_plot(runs: Sequence[Run]) -> Plot | None:
 
 
 def measure_latency(folders: Sequence[str], *, block_size: int, rounds: int = 15) -> list[float]:
-    """Time one forward pass of one block on this CPU for each model; return the medians in milliseconds.
-
-    The models run in turn, so that a slow moment of the machine slows all of them.
-    """
+    """Time one forward pass of one block on this CPU for each model, in turn; return the medians in milliseconds."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
     from distilkit.language_model import lm_of
     from distilkit.timing import latency, seconds_in_turn
 
     models = []
     for folder in folders:
-        config = json.loads((Path(folder) / "config.json").read_text("utf-8"))
-        causal = lm_of(config["model_type"], config["architectures"]) == "clm"
+        config = AutoConfig.from_pretrained(folder)
+        causal = lm_of(config.model_type, config.architectures) == "clm"
         models.append((AutoModelForCausalLM if causal else AutoModelForMaskedLM).from_pretrained(folder).eval())
     ids = torch.randint(10, min(model.config.vocab_size for model in models), (1, block_size))
     with torch.inference_mode():
@@ -178,43 +143,32 @@ def measure_latency(folders: Sequence[str], *, block_size: int, rounds: int = 15
         return [latency(seconds)["latency_ms"] for seconds in seconds_in_turn(passes, warm_up=3, rounds=rounds)]
 
 
-_COLUMNS = {  # of a sweep's comparison: the heading and the format of each record's key
-    "run": ("run", "{}"),
-    "student_parameters": ("parameters", "{:,.0f}"),
-    "tokens_seen": ("tokens seen", "{:,.0f}"),
-    "tokens_per_second": ("tokens/s", "{:,.0f}"),
-    "val/nll": ("cross-entropy", "{:.3f}"),
-    "val/accuracy": ("accuracy", "{:.3f}"),
-    "val/agreement": ("agreement", "{:.3f}"),
-    "before": ("untrained", "{:.3f}"),
-    "latency_ms": ("latency ms", "{:.1f}"),
-}
-
-
 def comparison_table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     """Return header and rows of the comparison of a sweep's runs; columns that no run fills are left out."""
-    own = [{**run["after"], **run, "run": run["label"], "before": run["before"].get("val/nll")} for run in runs]
-    used = [key for key in _COLUMNS if key == "run" or any(record.get(key) is not None for record in own)]
-    records = [{key: record.get(key) for key in used} for record in own]
-    return [_COLUMNS[key][0] for key in used], formatted(records, {key: _COLUMNS[key][1] for key in used})
+    columns = {"label": "run {}", "student_parameters": "parameters {:,.0f}", "tokens_seen": "{:,.0f}"}
+    columns |= {"tokens_per_second": "tokens/s {:,.0f}", "val/nll": "cross-entropy {:.3f}"}
+    columns |= {"val/accuracy": "accuracy {:.3f}", "val/agreement": "agreement {:.3f}"}
+    columns |= {"before": "untrained {:.3f}", "latency_ms": "latency ms {:.1f}"}
+    records = [{**run["after"], **run, "before": run["before"].get("val/nll")} for run in runs]
+    filled = {"label"} | {key for record in records for key, value in record.items() if value is not None}
+    columns = {key: form for key, form in columns.items() if key in filled}
+    table = tabulate("comparison", "Comparison", records, columns)
+    return (table.header, table.rows) if table else (["run"], [])
 
 
 def plot_runs(runs: Sequence[Run], out: Path) -> None:
     """Plot the held-out cross-entropy and accuracy of each run as bars."""
     labels = [str(run["label"]) for run in runs]
+    colours = ["tab:gray" if label == "teacher" else "tab:blue" for label in labels]
     figure = Figure(figsize=(11, 1.6 + 0.5 * len(runs)), layout="constrained")
-    titles = {
-        "val/nll": "cross-entropy (nats per token), lower is better",
-        "val/accuracy": "accuracy at labelled tokens, higher is better",
-    }
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, (key, title) in zip(axes, titles.items(), strict=True):
-        colours = ["tab:gray" if label == "teacher" else "tab:blue" for label in labels]
+    titles = {"val/nll": "cross-entropy (nats per token), lower is better"}
+    titles |= {"val/accuracy": "accuracy at labelled tokens, higher is better"}
+    for axis, (key, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
         axis.bar_label(axis.barh(labels, [run["after"][key] for run in runs], color=colours), fmt="%.3f", padding=3)
         axis.margins(x=0.15)
         axis.set(xlabel=title, xlim=(0, None))
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].invert_yaxis()
+    figure.axes[0].invert_yaxis()
     figure.suptitle("held-out documents after training")
     figure.savefig(out, dpi=120)
 
@@ -231,22 +185,19 @@ def compare(sweep: Path, *, latency: bool) -> None:
     header, rows = comparison_table(runs)
     # A table of few runs fits better on its side.
     first, *others = [header, *rows] if len(rows) > len(header) else zip(header, *rows, strict=True)
-    console = Console()
-    print_table(f"runs of {sweep.name}, on held-out documents", first, others, console=console)
+    print_table(f"runs of {sweep.name}, on held-out documents", first, others)
     write_json(sweep / "comparison.json", {"runs": runs})
     (sweep / "comparison.md").write_text(markdown_table(header, rows), "utf-8")
     plot_runs(runs, sweep / "comparison.png")
-    console.print(f"table and plot: {sweep / 'comparison'}.md, .json, .png", soft_wrap=True, highlight=False)
-    for run in runs:
-        console.print(f"{run['label']}: {run['folder']}/student", soft_wrap=True, highlight=False)
+    folders = [f"{run['label']}: {run['folder']}/student" for run in runs]
+    print(f"table and plot: {sweep / 'comparison'}.md, .json, .png", *folders, sep="\n")
 
 
+@dataclass(kw_only=True)
 class SweepReport(Callback):
-    """Hydra callback: compare the runs of a sweep when it has ended."""
+    """Hydra callback: compare the runs of a sweep when it has ended, with each student's latency if asked."""
 
-    def __init__(self, *, measure_latency: bool) -> None:
-        """Set whether each student's latency is measured too."""
-        self.measure_latency = measure_latency
+    measure_latency: bool
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Print and write the comparison."""

@@ -1,20 +1,23 @@
 """The size and speed of each model: parameters, latency and throughput on each device and backend."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from distilkit.report.drawing import Point, png, scatter
 from distilkit.report.frame import Scores
-from distilkit.report.page import Plot, Table, figure
+from distilkit.report.page import Plot, Table, figure, tabulate
 from distilkit.report.quality import roles_caption, score_axis
 
 
-def _against(details: Mapping[str, Any], backend: str) -> Iterator[str]:
+def _against(details: Mapping[str, Any], backend: str) -> str:
     """Describe how many times as fast this is as the models that were timed in turn with it."""
-    for other, ratios in details.get("against", {}).items():
-        for label, metric in (("latency", "latency_ms"), ("throughput", "sentences_per_second")):
-            if f"{backend}/{metric}" in ratios:
-                yield f"{label} {ratios[f'{backend}/{metric}']:.2f} x {other}"
+    metrics = {"latency": f"{backend}/latency_ms", "throughput": f"{backend}/sentences_per_second"}
+    return "; ".join(
+        f"{label} {ratios[metric]:.2f} x {other}"
+        for other, ratios in details.get("against", {}).items()
+        for label, metric in metrics.items()
+        if metric in ratios
+    )
 
 
 def _sorted_timings(scores: Scores) -> list[Any]:
@@ -29,68 +32,49 @@ def _sorted_timings(scores: Scores) -> list[Any]:
 
 
 def speeds(scores: Scores) -> list[dict[str, Any]]:
-    """List the timings: one record for each model, device and backend (``cpu``, ``cpu/onnx``), the later of two.
-
-    For the teacher it is the one in turn with a student, if there is one.
-    """
+    """List one record for each model, device and backend (``cpu``, ``cpu/onnx``): of two timings the last as sorted."""
     records: dict[tuple[str, str], dict[str, Any]] = {}
     for timing in _sorted_timings(scores):
-        backends: dict[str, dict[str, float]] = {}
+        backends: dict[str, dict[str, float]] = {"": {}}  # the sizes of files have no backend
         for name, value in timing.scores.items():
             backend, _, metric = name.rpartition("/")
             backends.setdefault(backend, {})[metric] = value
-        files = backends.pop("", {})
+        files = backends.pop("")
+        about = {"parameters": timing.parameters, "parameters_without_embeddings": timing.parameters_without_embeddings}
+        conditions = {"batch_sizes": " and ".join(map(str, timing.settings.get("batch_sizes", ())))}
+        conditions |= {"threads": timing.details.get("threads"), "sentences": timing.details.get("num_sentences")}
         for backend, values in backends.items():
             device, _, runtime = backend.partition("/")  # cpu, cpu/onnx or cpu/onnx-int8
-            records[timing.row, backend] = {
-                "model": timing.row,
-                "backend": backend,
-                "parameters": timing.parameters,
-                "parameters_without_embeddings": timing.parameters_without_embeddings,
-                "file_mb": files.get(f"{runtime.replace('-', '_')}_mb" if runtime else "file_mb"),
-                **{name: value for name, value in values.items() if not name.endswith("_mb")},
-                "against": "; ".join(_against(timing.details, backend)),
-                "machine": timing.details.get("processors", {}).get(device) or timing.cost.get("machine", ""),
-                "batch_sizes": " and ".join(map(str, timing.settings.get("batch_sizes", ()))),
-                "threads": timing.details.get("threads"),
-                "sentences": timing.details.get("num_sentences"),
-            }
+            size = files.get(f"{runtime.replace('-', '_')}_mb" if runtime else "file_mb")
+            record = {"model": timing.row, "backend": backend, **about, "file_mb": size}
+            record |= {name: value for name, value in values.items() if not name.endswith("_mb")}
+            machine = timing.details.get("processors", {}).get(device) or timing.cost.get("machine", "")
+            record |= {"against": _against(timing.details, backend), "machine": machine, **conditions}
+            records[timing.row, backend] = record
     order = list(scores.results.loc[scores.results["kind"] == "speed", "row"])
     return sorted(records.values(), key=lambda record: order.index(record["model"]))
-
-
-def _conditions(records: Sequence[Mapping[str, Any]]) -> str:
-    """Describe how models were timed, with all values if these differ."""
-    labels = {
-        "batch_sizes": "batches of",
-        "sentences": "sentences:",
-        "threads": "CPU threads:",
-        "machine": "measured on",
-    }
-    found = {name: dict.fromkeys(str(each[name]) for each in records if each[name]) for name in labels}
-    text = ", ".join(f"{labels[name]} {' or '.join(values)}" for name, values in found.items() if values)
-    return f" {text[0].upper()}{text[1:]}." if text else ""
 
 
 def speed_table(scores: Scores) -> Table | None:
     """Build the table of sizes, latencies and throughputs for each device and backend."""
     records = sorted(speeds(scores), key=lambda record: (record["backend"], record["model"] != scores.teacher))
-    rows = []
-    for record in records:
-        latency = figure(record.get("latency_ms"), "{:,.1f}")
-        if "latency_ms_p10" in record and "latency_ms_p90" in record:
-            latency += f" ({record['latency_ms_p10']:,.1f} to {record['latency_ms_p90']:,.1f})"
-        sizes = (f"{record[name]:,}" for name in ("parameters", "parameters_without_embeddings"))
-        rows.append([scores.label(record["model"]), record["backend"], *sizes, figure(record["file_mb"], "{:,.1f}")])
-        rows[-1] += [latency, figure(record.get("sentences_per_second"), "{:,.1f}"), record["against"] or "-"]
-    header = ["model", "device and backend", "parameters", "without embeddings", "file MB", "latency ms", "sentences/s"]
-    header.append("times as fast, timed in turn")
-    note = (
-        "Latency of one batch of the first size: median (10th to 90th percentile) over batches. Sentences per second at the "
-        "second size." + _conditions(records)
-    )
-    title = "Size and speed"
-    return Table(name="speed", title=title, header=header, rows=rows, records=records, notes=[note]) if rows else None
+    cells = []
+    for one in records:
+        latency = figure(one.get("latency_ms"), "{:,.1f}")
+        if "latency_ms_p10" in one and "latency_ms_p90" in one:
+            latency += f" ({one['latency_ms_p10']:,.1f} to {one['latency_ms_p90']:,.1f})"
+        cells.append({**one, "model": scores.label(one["model"]), "latency": latency, "against": one["against"] or "-"})
+    columns = {"model": "{}", "backend": "device and backend {}", "parameters": "{:,}"}
+    columns |= {"parameters_without_embeddings": "without embeddings {:,}", "file_mb": "file MB {:,.1f}"}
+    columns |= {"latency": "latency ms {}", "sentences_per_second": "sentences/s {:,.1f}"}
+    columns |= {"against": "times as fast, timed in turn {}"}
+    labels = {"batch_sizes": "batches of", "sentences": "sentences:"}
+    labels |= {"threads": "CPU threads:", "machine": "measured on"}
+    used = {name: dict.fromkeys(str(each[name]) for each in records if each[name]) for name in labels}
+    timed = ", ".join(f"{labels[name]} {' or '.join(values)}" for name, values in used.items() if values)
+    note = "Latency of one batch of the first size: median (10th to 90th percentile) over batches. Sentences per second at "
+    note += "the second size." + (f" {timed[0].upper()}{timed[1:]}." if timed else "")
+    return tabulate("speed", "Size and speed", records, columns, note, cells=cells)
 
 
 def latency_plot(scores: Scores) -> Plot | None:
@@ -98,11 +82,11 @@ def latency_plot(scores: Scores) -> Plot | None:
     label, values = score_axis(scores)
     timings = speeds(scores)
     panels: dict[str, list[Point]] = {}
-    for record in timings:
-        if record["model"] in values and "latency_ms" in record and not record["backend"].endswith("int8"):
-            ends = record.get("latency_ms_p10"), record.get("latency_ms_p90")
-            point = Point(record["model"], record["latency_ms"], values[record["model"]], *ends)
-            panels.setdefault(f"score against latency: {record['backend']}", []).append(point)
+    for one in timings:
+        name, backend = one["model"], one["backend"]
+        if name in values and "latency_ms" in one and not backend.endswith("int8"):
+            place = name, one["latency_ms"], values[name], one.get("latency_ms_p10"), one.get("latency_ms_p90")
+            panels.setdefault(f"score against latency: {backend}", []).append(Point(*place))
     panels = {title: points for title, points in panels.items() if len(points) > 1}
     if not panels:
         return None
