@@ -32,8 +32,8 @@ class DistillationModule(LightningModule):
     Each term is a sum over tokens, divided once by the tokens of the whole optimizer step, over all micro-batches and
     ranks. ``optimizer`` builds an optimizer from parameter groups. ``scheduler`` and ``scheduler_kwargs`` are name and
     arguments of ``transformers.get_scheduler``, with a warmup over ``warmup_share`` of the optimizer steps. Checkpoints
-    contain ``record``, the facts about the run that the model card shows. An objective that does not fit the models, and
-    a schedule that is unknown or out of range, raise a ``UserError``.
+    contain ``record``, the facts about the run that the model card shows. An objective that does not fit the models,
+    and a schedule that is unknown or out of range, raise a ``UserError``.
     """
 
     def __init__(

@@ -23,7 +23,7 @@ _NAMES = (  # of the tables and plots that a report may have written
 
 
 def find_teacher(scores: Scores, trained: Sequence[Run]) -> list[str]:
-    """List the rows that a run or a second distillation calls its teacher: by name, by folder or by the weights' hash."""
+    """List the rows that a run or a second distillation calls its teacher, by name, folder or weights' hash."""
     teachers = [each for each in (*(run.get("teacher") for run in trained), *scores.results["teacher"]) if each]
     named = [str(each["name"]) for each in teachers if "name" in each]
     known = {"teacher", *named, *(runs.teacher_label({"name": name}) for name in named)}
@@ -81,13 +81,13 @@ def write_report(
 ) -> Path:
     """Write report.md, report.html, a CSV file for each table and a PNG file for each plot; return report.md.
 
-    ``trained`` are summaries as ``find_runs`` reads them. The files of an earlier report in ``out`` are removed. ``wandb``
-    is the project of a Weights & Biases run that takes the same tables and plots, or None.
+    ``trained`` are summaries as ``find_runs`` reads them. The files of an earlier report in ``out`` are removed.
+    ``wandb`` is the project of a Weights & Biases run that takes the same tables and plots, or None.
     """
     if not results and not trained:
         raise UserError(
-            "there is nothing to report; score a model with python -m distilkit.evaluate model=<folder> task=glue, or train "
-            "one with python -m distilkit.train experiment=demo, and give its folder in runs=[...]"
+            "there is nothing to report; score a model with python -m distilkit.evaluate model=<folder> task=glue, or "
+            "train one with python -m distilkit.train experiment=demo, and give its folder in runs=[...]"
         )
     if out.exists() and not out.is_dir():
         raise UserError(f"out={str(out)!r} is a file; give the name of a folder")

@@ -21,7 +21,7 @@ def ablation_row(name: str) -> tuple[str, str] | None:
 
 
 def _groups(named: Iterable[tuple[str, str | None, Any]]) -> list[dict[str, Any]]:
-    """Group rows of ablations by their sweep, or else by the prefix of their name; only groups with a full row count."""
+    """Group rows of ablations by sweep, or else by the prefix of their name; a group needs a full row."""
     groups: dict[str, dict[str, Any]] = {}
     for name, sweep, value in named:
         if found := ablation_row(name):
@@ -61,9 +61,9 @@ def ablation_table(scores: Scores, runs: Sequence[Run]) -> Table | None:
     columns |= {"cross_entropy_change": "{:+.3f}", "published_change": "{:+.2f}", "signs_agree": "{}"}
     rows = formatted(records, columns)
     note = (
-        f"Changes against the full objective at equal tokens: of the average score {over}, in points, and of the held-out "
-        "cross-entropy in nats per token, where more is worse. Published: the paper's table 4, of the GLUE average. The "
-        "sign is that of the average, or else of the cross-entropy, reversed; "
+        f"Changes against the full objective at equal tokens: of the average score {over}, in points, and of the "
+        "held-out cross-entropy in nats per token, where more is worse. Published: the paper's table 4, of the GLUE "
+        "average. The sign is that of the average, or else of the cross-entropy, reversed; "
         f"{compared.count('yes')} of {len(compared)} agree with the paper's."
     )
     header = ["row", "average", "change", "cross-entropy", "its change", "published change", "signs agree"]

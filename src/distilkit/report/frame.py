@@ -1,4 +1,4 @@
-"""One frame of all scores: which results count, their medians over seeds, averages, and shares of the teacher's scores."""
+"""One frame of all scores: which results count, medians over seeds, averages, and shares of the teacher's scores."""
 
 import dataclasses
 import json
@@ -26,9 +26,9 @@ _COLUMNS = ("row", "task", "metric", "median", "lowest", "highest", "seeds", "sh
 class Scores:
     """All results, the scores that count, and the rows that the others are compared with.
 
-    ``results`` has a line for each result, with its ``row`` in tables and its ``setting``. ``frame`` has a line for each
-    row, task and metric that counts, with its median, lowest and highest value over seeds. The metric "" is the task's
-    score. ``plain`` lines are neither second distillations nor one of several settings.
+    ``results`` has a line for each result, with its ``row`` in tables and its ``setting``. ``frame`` has a line for
+    each row, task and metric that counts, with its median, lowest and highest value over seeds. The metric "" is the
+    task's score. ``plain`` lines are neither second distillations nor one of several settings.
     """
 
     results: pd.DataFrame
@@ -88,9 +88,10 @@ class Scores:
     def averages(self, *more: str) -> dict[str, tuple[str, ...]]:
         """Return the means that rows can be compared by, as labels with their tasks.
 
-        GLUE's macro average is the plain mean of nine tasks, as in the paper, if a row has them all. Each row adds the mean
-        of the tasks that it shares with the teacher, ``more`` and the baseline, or else with the first row. Second
-        distillations and rows of settings narrow nothing. GLUE's mean is first, then the widest, and last what one row has.
+        GLUE's macro average is the plain mean of nine tasks, as in the paper, if a row has them all. Each row adds the
+        mean of the tasks that it shares with the teacher, ``more`` and the baseline, or else with the first row. Second
+        distillations and rows of settings narrow nothing. GLUE's mean is first, then the widest, and last what one row
+        has.
         """
         counting = self.frame[(self.frame["metric"] == "") & self.frame["plain"] & self.frame["averaged"]]
         tasks: dict[str, list[str]] = counting.groupby("row", sort=False)["task"].agg(list).to_dict()
@@ -124,7 +125,7 @@ class Scores:
         return {name: pair for name, pair in differing.items() if name not in TOKENIZER} or differing
 
     def kept(self, row: str, *tasks: str) -> float | None:
-        """Return the percentage of the teacher's mean over tasks that a row keeps: a ratio of averages, as in the paper.
+        """Return the percentage of the teacher's mean over tasks that a row keeps: the paper's ratio of averages.
 
         For a perplexity it is the teacher's divided by the row's: per word if tokenizers differ, None if more differs.
         """

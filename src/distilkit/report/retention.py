@@ -19,7 +19,7 @@ _GRAYS = ("#999999", "#c8c8c8", "#6a6a6a")  # of published students: one for eac
 
 
 def _kept(scores: Scores, averages: Mapping[str, Sequence[str]]) -> dict[str, dict[str, float | None]]:
-    """Return the percentages that rows keep, first of the averages, then of the teacher's tasks, without rows that have none."""
+    """Return the percentages that rows keep: of the averages, then of the teacher's tasks; empty rows are left out."""
     shares = {**averages, **{task: (task,) for task in scores.of(scores.teacher)}}
     kept = {row: {name: scores.kept(row, *tasks) for name, tasks in shares.items()} for row in scores.rows}
     return {row: each for row, each in kept.items() if row != scores.teacher and set(each.values()) - {None}}
@@ -72,7 +72,7 @@ def _uncompared(scores: Scores) -> list[str]:
         elif differing:
             notes.append(f"{where} is not compared, because it differs from {teacher} in {', '.join(pairs)}.")
         elif score.row.startswith(f"{teacher} (") and scores.line(teacher, score.task) is None:
-            why = f"Without held-out scores it is not known which one counts; set teacher={score.row!r} or remove the others."
+            why = f"Without held-out scores none of them is chosen; set teacher={score.row!r} or remove the others."
             notes.append(f"{score.row} is one of several settings of {teacher} on {task_label(score.task)}. {why}")
     return notes
 
@@ -97,7 +97,7 @@ def _bars(scores: Scores) -> pd.DataFrame:
 
 
 def retention_plot(scores: Scores) -> Plot | None:
-    """Plot what each row keeps as bars for each task, the published rows last, without an ablation's if there are others."""
+    """Plot what each row keeps as bars for each task, published rows last, an ablation's only without others."""
     kept = _bars(scores)
     theirs = [row for row in kept if row.endswith(_PUBLISHED)]
     ours = [row for row in kept if row not in theirs]

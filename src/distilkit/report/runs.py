@@ -59,8 +59,8 @@ def training_table(runs: Sequence[Run]) -> Table | None:
         values += [run["after"].get(f"val/{name}") for name in ("nll", "teacher_nll", "agreement")]
         records.append(dict(zip(columns, values, strict=True)) | {"folder": run["folder"]})
     note = (
-        "Before, after and teacher: cross-entropy in nats per labelled token on held-out documents. Agreement: share of "
-        "labelled tokens for which student and teacher predict the same. Hours are of training without validation."
+        "Before, after and teacher: cross-entropy in nats per labelled token on held-out documents. Agreement: share "
+        "of labelled tokens for which student and teacher predict the same. Hours are of training without validation."
     )
     return tabulate("training", "Training runs", records, columns, note)
 

@@ -72,8 +72,10 @@ def speed_table(scores: Scores) -> Table | None:
     labels |= {"threads": "CPU threads:", "machine": "measured on"}
     used = {name: dict.fromkeys(str(each[name]) for each in records if each[name]) for name in labels}
     timed = ", ".join(f"{labels[name]} {' or '.join(values)}" for name, values in used.items() if values)
-    note = "Latency of one batch of the first size: median (10th to 90th percentile) over batches. Sentences per second at "
-    note += "the second size." + (f" {timed[0].upper()}{timed[1:]}." if timed else "")
+    note = (
+        "Latency of one batch of the first size: median (10th to 90th percentile) over batches. Sentences per second "
+    )
+    note += "at the second size." + (f" {timed[0].upper()}{timed[1:]}." if timed else "")
     return tabulate("speed", "Size and speed", records, columns, note, cells=cells)
 
 
