@@ -131,7 +131,7 @@ def test_a_model_is_trained_without_a_teacher(distill: Callable[..., Distilled],
         (
             [],
             {"text": ["ba be bi"]},
-            r"less than one batch of data.global_batch_size=16; give more text or set a smaller",
+            r"less than one batch of data.global_batch_size=16; add more text or set a smaller",
         ),
         ([], {"text": ["ba"], "paths": "x"}, r"both text and paths are given; give one of them"),
         ([], {"paths": "nowhere/*.txt"}, r"'nowhere/\*.txt' matches no file"),
