@@ -36,7 +36,7 @@ def _records(scores: Scores, rows: Mapping[str, str], runs: Mapping[str, Run]) -
     entropy = {name: run["after"].get("val/nll") for name, run in runs.items()}
     for name in [name for name in ("full", *ABLATION) if name in rows or name in runs]:
         both = [(values.get(name), values.get("full")) for values in (percents, entropy)]
-        change, more = (None if name == "full" or None in pair else pair[0] - pair[1] for pair in both)
+        change, more = (None if name == "full" or a is None or b is None else a - b for a, b in both)
         better = -more if change is None and more is not None else change  # a higher cross-entropy is worse
         signs = "-" if better is None or math.isnan(better) else "yes" if better * ABLATION[name] > 0 else "no"
         record = {"row": name, "model": rows.get(name) or runs[name]["label"], "tasks": ", ".join(tasks)}
@@ -48,7 +48,7 @@ def ablation_table(scores: Scores, runs: Sequence[Run]) -> Table | None:
     """Build the table of changes against the full objective next to those of the paper's table 4."""
     scored = _groups((row, None, row) for row in scores.frame.loc[scores.frame["plain"], "row"].unique())
     trained = _groups((str(run["label"]), str(PurePath(run["folder"]).parent), run) for run in runs)
-    pairs = [(rows, {}) for rows in scored] + [({}, rows) for rows in trained]
+    pairs: list[tuple[Run, Run]] = [(rows, {}) for rows in scored] + [({}, rows) for rows in trained]
     if len(scored) == len(trained) == 1:  # they belong together; of several it is not known which do
         pairs = [(scored[0], trained[0])]
     records = [record for rows, own in pairs for record in _records(scores, rows, own)]
