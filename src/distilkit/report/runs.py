@@ -76,7 +76,7 @@ def cost_table(scores: Scores) -> Table | None:
     costs["day"] = [str(cost.get("date", "-"))[:10] for cost in costs["cost"]]
     costs["version"] = [", ".join(map(" ".join, cost.get("versions", {}).items())) for cost in costs["cost"]]
     groups = costs.rename(columns={"row": "model"}).groupby(["model", "task", "machine"], sort=False)
-    table = groups[["tokens", "hours"]].sum()
+    table = groups[["tokens", "hours"]].agg(lambda values: sum(values))  # pandas rounds its own sum differently
     table["results"] = groups.size()
     table["dates"] = groups["day"].agg(lambda days: " to ".join(dict.fromkeys((min(days), max(days)))))
     table["versions"] = groups["version"].agg(lambda versions: "; ".join(versions.unique()))
@@ -86,7 +86,7 @@ def cost_table(scores: Scores) -> Table | None:
     every = list(dict.fromkeys(version for each in records for version in each["versions"].split("; ")))
     numbers = [", ".join(str(1 + every.index(one)) for one in each["versions"].split("; ")) for each in records]
     cells = [{**x, "task": task_label(x["task"]), "versions": n} for x, n in zip(records, numbers, strict=True)]
-    tokens, hours = costs["tokens"].sum(), costs["hours"].sum()
+    tokens, hours = sum(costs["tokens"]), sum(costs["hours"])
     notes = [f"All seeds and settings together: {tokens:,} tokens in {hours:.2f} hours."]
     notes += [f"Versions {number}: {version}." for number, version in enumerate(every, 1)]
     return tabulate("cost", "Cost of fine-tuning and scoring", records, columns, *notes, cells=cells)
