@@ -90,8 +90,7 @@ class Scores:
 
         GLUE's macro average is the plain mean of nine tasks, as in the paper, if a row has them all. Each row adds the
         mean of the tasks that it shares with the teacher, ``more`` and the baseline, or else with the first row. Second
-        distillations and rows of settings narrow nothing. GLUE's mean is first, then the widest, and last what one row
-        has.
+        distillations and rows of settings narrow nothing. GLUE's mean is first, then the widest, then those of one row.
         """
         counting = self.frame[(self.frame["metric"] == "") & self.frame["plain"] & self.frame["averaged"]]
         tasks: dict[str, list[str]] = counting.groupby("row", sort=False)["task"].agg(list).to_dict()
