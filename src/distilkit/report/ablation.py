@@ -7,7 +7,7 @@ from pathlib import PurePath
 from typing import Any
 
 from distilkit.report.frame import Scores, task_label
-from distilkit.report.page import Table, formatted
+from distilkit.report.page import Table, tabulate
 from distilkit.report.published import ABLATION
 
 Run = Mapping[str, Any]  # a summary.json with its ``label`` and ``folder``
@@ -52,19 +52,15 @@ def ablation_table(scores: Scores, runs: Sequence[Run]) -> Table | None:
     if len(scored) == len(trained) == 1:  # they belong together; of several it is not known which do
         pairs = [(scored[0], trained[0])]
     records = [record for rows, own in pairs for record in _records(scores, rows, own)]
-    if not records:
-        return None
     tasks = dict.fromkeys(task for record in records for task in record["tasks"].split(", ") if task)
     compared = [record["signs_agree"] for record in records if record["signs_agree"] != "-"]
     over = f"over {', '.join(map(task_label, tasks))}" if tasks else "(there is none: no task was scored for all rows)"
-    columns = {"row": "{}", "average": "{:.1f}", "change": "{:+.2f}", "cross_entropy": "{:.3f}"}
-    columns |= {"cross_entropy_change": "{:+.3f}", "published_change": "{:+.2f}", "signs_agree": "{}"}
-    rows = formatted(records, columns)
+    columns = {"row": "{}", "average": "{:.1f}", "change": "{:+.2f}", "cross_entropy": "cross-entropy {:.3f}"}
+    columns |= {"cross_entropy_change": "its change {:+.3f}", "published_change": "{:+.2f}", "signs_agree": "{}"}
     note = (
         f"Changes against the full objective at equal tokens: of the average score {over}, in points, and of the "
         "held-out cross-entropy in nats per token, where more is worse. Published: the paper's table 4, of the GLUE "
         "average. The sign is that of the average, or else of the cross-entropy, reversed; "
         f"{compared.count('yes')} of {len(compared)} agree with the paper's."
     )
-    header = ["row", "average", "change", "cross-entropy", "its change", "published change", "signs agree"]
-    return Table(name="ablation", title="Ablation", header=header, rows=rows, records=records, notes=[note])
+    return tabulate("ablation", "Ablation", records, columns, note)
