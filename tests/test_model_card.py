@@ -92,6 +92,25 @@ def test_a_student_inherits_licence_and_language_from_a_card_of_its_teacher(tmp_
     (tmp_path / "README.md").write_text("---\nlicense: mit\nlanguage: [de, fr]\ntags: [x]\n---\n# Teacher\n", "utf-8")
     assert teacher_metadata(str(tmp_path)) == {"license": "mit", "language": ["de", "fr"]}
     assert teacher_metadata("nobody/nothing") == {}  # the hub cannot be reached
+    (tmp_path / "README.md").write_text("---\nlanguage: [en, no]\nlicense: 2024-01-01\n---\n", "utf-8")
+    assert teacher_metadata(str(tmp_path)) == {"language": ["en", "no"]}  # YAML takes no for false, and makes a date
+
+
+@pytest.mark.parametrize("header", ["license: mit: x", "license: [mit\n: x", "license: mit\ntags: 3", "- a"])
+def test_a_card_with_damaged_metadata_stops_neither_training_nor_evaluation(
+    header: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "README.md").write_text(f"---\n{header}\n---\n# Someone\n", "utf-8")
+    assert teacher_metadata(str(tmp_path)) == {}
+    assert not add_scores(tmp_path, "| task | 60.0 |\n", {"rte": {"accuracy": 0.6}})
+
+
+def test_a_run_without_a_name_has_a_card() -> None:
+    assert head(card({"name": None}).content)["model-index"][0]["name"] == "DistilBertForMaskedLM"
+
+
+def test_a_bar_in_the_data_does_not_break_the_table() -> None:
+    assert "| data | a \\| b c |" in card({"data": "a | b\nc"}).text
 
 
 def test_the_datasets_are_the_hub_ids_that_the_corpus_reads() -> None:

@@ -68,6 +68,8 @@ def test_the_warmup_starts_at_zero_and_takes_its_share_of_the_steps(name: str, e
             r"cannot be built with scheduler.kwargs=\{'lr_end': 2\}: .*smaller.*; it takes lr_end",
         ),
         ("cosine_with_min_lr", {}, r"cannot be built with scheduler.kwargs=\{\}: .*min_lr_rate.*; it takes .*min_lr"),
+        ("polynomial", {"power": -1}, r"cannot be built with scheduler.kwargs=\{'power': -1\}"),
+        ("polynomial", {"lr_end": -1}, r"over 100 steps the learning rate is negative, not finite or always 0"),
         ("polynomial", {"power": "two"}, r"cannot be built with scheduler.kwargs=\{'power': 'two'\}"),
     ],
 )

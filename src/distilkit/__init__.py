@@ -1,11 +1,9 @@
 """Task-agnostic knowledge distillation of pretrained language models (DistilBERT, arXiv 1910.01108).
 
-    import distilkit
+import distilkit
 
-    result = distilkit.distill("roberta-base", paths="books/*.txt", out="runs/books", max_steps=1000)
-    result.path, result.metrics
-
-torch and the other libraries are imported when a name of this module is first used.
+result = distilkit.distill("roberta-base", paths="books/*.txt", out="runs/books", max_steps=1000)
+result.path, result.metrics
 """
 
 from importlib import import_module

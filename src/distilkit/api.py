@@ -1,10 +1,7 @@
 """Distil from Python in one call, on the same configs as ``python -m distilkit.train``."""
 
 import contextlib
-import hashlib
-import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +15,8 @@ from hydra.version import VersionBase
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from distilkit.cli import quiet, user_cause
+from distilkit.cli import keep_large_buffers, quiet, user_cause
+from distilkit.data.corpus import write_documents
 from distilkit.errors import UserError
 from distilkit.train import build, run
 
@@ -55,34 +53,42 @@ def distill(
     ``teacher`` is a hub id or a folder; None trains a student without one. The corpus is ``text``, the documents
     themselves, or ``paths``, files, folders and globs; without either it is the docstrings of installed packages.
     ``student`` is an option of conf/train/student, and ``overrides`` are those of the command line. ``out`` gets
-    the files of a run: config.yaml, metrics.csv, checkpoints/, summary.json and student/. Example::
+    the files of a run: config.yaml, metrics.csv, checkpoints/, summary.json and student/. A wrong setting, a finished
+    run in ``out`` and a loss that is not finite raise a ``UserError``. Example::
 
         result = distilkit.distill(
             "roberta-base", text=documents, out="runs/a", max_steps=500, overrides=["objective.temperature=4"]
         )
         model = AutoModelForMaskedLM.from_pretrained(result.path)
-
-    Raises:
-        UserError: a setting is wrong, ``out`` holds a finished run, or the loss is not finite.
     """
     if text is not None and paths is not None:
         raise UserError("both text and paths are given; give one of them, or neither for the docstring corpus")
+    for name, value in (("out", out), ("paths", paths)):
+        if value in ("", Path()):
+            raise UserError(f"{name}={str(value)!r} is the working folder; name a folder or file, or write it in full")
+    if isinstance(overrides, str):
+        raise UserError(f"overrides={overrides!r} is one string, but it takes a list; give [{overrides!r}]")
+    taken = {"teacher", "teacher.name", "student", "output_dir", "hydra.run.dir"}
+    taken |= {"data", "data.corpus.paths"} if text is not None or paths is not None else set()
+    taken |= set() if max_steps is None else {"trainer.max_steps"}
+    if wrong := taken & {str(override).lstrip("+~").partition("=")[0] for override in overrides}:
+        raise UserError(f"overrides set {wrong.pop()}, which an argument of distill sets too; drop one of the two")
     options = ["teacher=none" if teacher is None else "teacher=hf", f"student={student}"]
     options += ["data=text"] if text is not None or paths is not None else []
     options += [] if progress else ["callbacks.progress=null", "+trainer.enable_progress_bar=false"]
     with _isolated(), quiet():
         cfg = _compose([*options, *overrides])
-        cfg.output_dir = str(Path(out).expanduser().resolve())
+        cfg.output_dir = _literal(Path(out).expanduser().resolve())
         if teacher is not None:
-            cfg.teacher.name = str(teacher)
+            cfg.teacher.name = _literal(teacher)
         if max_steps is not None:
             cfg.trainer.max_steps = max_steps
         if text is not None:
-            cfg.data.corpus.paths, count = _write_documents(text, Path(cfg.cache_dir).expanduser() / "texts")
+            cfg.data.corpus.paths, count = write_documents(text, Path(cfg.cache_dir).expanduser() / "texts")
             cfg.data.description = f"{count:,} documents given to distilkit.distill"
         elif paths is not None:
             several = [paths] if isinstance(paths, str | Path) else paths
-            cfg.data.corpus.paths = [str(path) for path in several]
+            cfg.data.corpus.paths = [_literal(path) for path in several]
         job = build(cfg)
         run(job)
     before, after = (
@@ -90,6 +96,11 @@ def distill(
         for scores in (job.module.before, job.module.after)
     )
     return Distilled(path=job.out / "student", run=job.out, before=before, metrics=after)
+
+
+def _literal(path: str | Path) -> str:
+    """Keep OmegaConf from reading ``${`` in a path as an interpolation."""
+    return str(path).replace("${", "\\${")
 
 
 def _compose(overrides: list[str]) -> DictConfig:
@@ -105,7 +116,8 @@ def _isolated() -> Iterator[None]:
     """Set the caller's own Hydra aside, and turn the errors of Hydra that a user can fix into ``UserError``."""
     hydra, job, version = GlobalHydra.instance(), HydraConfig.instance(), VersionBase.instance()
     before = hydra.hydra, job.cfg, version.version_base
-    precision = torch.get_float32_matmul_precision()
+    precision, environment = torch.get_float32_matmul_precision(), dict(os.environ)
+    keep_large_buffers()
     hydra.hydra = job.cfg = None
     try:
         yield
@@ -115,29 +127,6 @@ def _isolated() -> Iterator[None]:
         GlobalHydra.set_instance(hydra)
         hydra.hydra, job.cfg, version.version_base = before
         torch.set_float32_matmul_precision(precision)
-
-
-def _write_documents(text: Iterable[str], folder: Path) -> tuple[str, int]:
-    """Write documents to a .jsonl file named by its content, unless it is there; return its path and their number."""
-    if isinstance(text, str):
-        raise UserError("text is one string, but it takes documents, such as [text]; for files use paths=")
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(suffix=".tmp", dir=folder)
-    digest, count = hashlib.sha256(), 0
-    try:
-        with os.fdopen(handle, "w", encoding="ascii") as stream:
-            for count, document in enumerate(text, start=1):
-                if not isinstance(document, str):
-                    raise UserError(f"document {count} of text is a {type(document).__name__}; give strings")
-                if count == 1 and len(document) < 256 and "\0" not in document and Path(document).is_file():
-                    raise UserError(f"text begins with {document!r}, which is a file; use paths= for files")
-                line = json.dumps({"text": document}) + "\n"
-                digest.update(line.encode("ascii"))
-                stream.write(line)
-        file = folder / f"{digest.hexdigest()[:32]}.jsonl"
-        if not file.exists():  # the token cache knows a file by its time, so that an old one is not replaced
-            Path(temporary).chmod(0o644)  # mkstemp makes it private
-            Path(temporary).rename(file)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    return str(file), count
+        for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # Lightning's, which would seed the caller's next run
+            os.environ.pop(name, None)
+            os.environ.update({name: environment[name]} if name in environment else {})

@@ -14,8 +14,8 @@ from distilkit.module import DistillationModule
 class ValidateEvery(Callback):
     """Validate at least every ``optimizer_steps`` and at the end, whereas Lightning's interval counts micro-batches.
 
-    The last step of an epoch may have fewer micro-batches. With a fixed interval, a validation would then fall inside a
-    step, and its checkpoint would lack a part of the gradient. The trainer needs ``check_val_every_n_epoch=None``.
+    Steps at the end of an epoch are shorter, so a fixed interval would save in the middle of a step, without a part of
+    its gradient. The trainer needs ``check_val_every_n_epoch=None``.
     """
 
     def __init__(self, *, optimizer_steps: int) -> None:

@@ -39,10 +39,7 @@ class Batch(TypedDict):
 
 
 def lm_of(model_type: str, architectures: list[str] | None = None) -> LM:
-    """Return the kind of a language model from ``config.architectures``, then from ``config.model_type``.
-
-    A type with both classes (BERT, RoBERTa) is masked unless ``architectures`` has the causal class.
-    """
+    """Return mlm or clm by ``architectures``, then by ``model_type``; a type with both classes is masked by default."""
     masked = MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(model_type)
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
     if masked is None and causal is None:

@@ -16,8 +16,7 @@ IGNORE_INDEX = -100  # the label of a token without a target, as in transformers
 def soft_target_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
     """Return the KL divergence from teacher to student, times temperature squared, in nats (tokens,).
 
-    Both logits are (tokens, vocabulary). The factor keeps gradients comparable across temperatures (Hinton et al. 2015,
-    section 2).
+    Both logits are (tokens, vocabulary). The factor keeps gradients comparable across temperatures (Hinton 2015, 2).
     """
     student = F.log_softmax(student_logits.float() / temperature, dim=-1)
     teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
@@ -25,10 +24,7 @@ def soft_target_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperatur
 
 
 def hard_target_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the language-model loss in nats (tokens,), 0 at a label of -100 (BERT, arXiv 1810.04805, section 3.1).
-
-    Logits are (tokens, vocabulary), labels (tokens,).
-    """
+    """Return the LM loss (tokens,) in nats of logits (tokens, vocabulary), 0 at label -100 (arXiv 1810.04805, 3.1)."""
     return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="none")
 
 
@@ -89,10 +85,7 @@ def reference_losses(
 
 
 def score(head: Head, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropy at ``targets`` (rows,), in nats, and the predictions, both (rows,).
-
-    Logits are computed for 512 rows at a time: those of a causal batch would take gigabytes.
-    """
+    """Return cross-entropy in nats and predictions, both (rows,), with the logits of 512 rows at a time in memory."""
     nlls, predictions = [], []
     for features, labels in zip(head.features.split(512), targets.split(512), strict=True):
         logits = F.linear(features, head.weight, head.bias)

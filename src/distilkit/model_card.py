@@ -6,27 +6,38 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 log = logging.getLogger(__name__)
 
+_METRICS = ("nll", "perplexity", "accuracy")
 _TAGS = ["knowledge-distillation", "distilkit"]
 _PIPELINES = {"mlm": "fill-mask", "clm": "text-generation"}
 _BEGIN, _END = "<!-- scores of distilkit.evaluate -->", "<!-- end of scores -->"
+_UNREADABLE = (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError)  # of a card
 _TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 
 
 def teacher_metadata(name: str) -> dict[str, Any]:
-    """Return ``license`` and ``language`` from a teacher's model card, if it has them."""
-    try:
-        file = Path(name) / "README.md"
-        if Path(name).is_dir() and not file.is_file():
-            return {}
-        data = ModelCard.load(file if file.is_file() else name).data.to_dict()
-    except (OSError, ValueError, HfHubHTTPError, OfflineModeIsEnabled):  # no card, no valid metadata, no network
+    """Return ``license`` and ``language`` from a teacher's model card, if it has them as text."""
+    file = Path(name) / "README.md"
+    if Path(name).is_dir() and not file.is_file():
         return {}
-    return {key: data[key] for key in ("license", "language") if data.get(key)}
+    try:
+        data = ModelCard.load(file if file.is_file() else name).data.to_dict()
+    except (*_UNREADABLE, HfHubHTTPError, OfflineModeIsEnabled) as error:  # no card, damaged metadata, no network
+        log.info("no licence and language from the card of %s: %s", name, error)
+        return {}
+    if isinstance(data.get("language"), list):  # YAML reads the Norwegian code ``no`` as false
+        data["language"] = ["no" if each is False else each for each in data["language"]]
+    return {key: data[key] for key in ("license", "language") if data.get(key) and is_text(data[key])}
+
+
+def is_text(value: Any) -> bool:
+    """Return whether a value is a text or a list of texts, as ``license`` and ``language`` are."""
+    return all(isinstance(each, str) and each for each in (value if isinstance(value, list) else [value]))
 
 
 def student_card(
@@ -42,13 +53,15 @@ def student_card(
     teacher, pipeline, data = record["teacher"], _PIPELINES[lm], f"held-out documents: {record['data']}"
     base_model = teacher["name"] if teacher and not Path(teacher["name"]).exists() else None
     named: Any = {"task_type": pipeline, "dataset_type": "held-out", "dataset_name": data}
-    scores = {name: results.get(f"val/{name}") for name in ("nll", "perplexity", "accuracy")}
+    scores = {name: results.get(f"val/{name}") for name in _METRICS}
     metadata = ModelCardData(
         base_model=base_model,
         library_name="transformers",
         pipeline_tag=pipeline,
         tags=_TAGS,
-        model_name=record["name"],
+        model_name=str(record["name"] or record["architecture"])
+        if any(f"val/{name}" in results for name in _METRICS)
+        else None,
         eval_results=[
             EvalResult(**named, metric_type=name, metric_value=round(value, 4))
             for name, value in scores.items()
@@ -57,7 +70,13 @@ def student_card(
         or None,
         **record.get("metadata", {}),
     )
-    facts: Any = {"record": record, "results": results, "tokens_seen": tokens_seen, "num_params": num_params}
+    plain = {key: " ".join(str(record[key]).split()) for key in ("name", "data")}  # one line each
+    facts: Any = {
+        "record": {**record, **plain},
+        "results": results,
+        "tokens_seen": tokens_seen,
+        "num_params": num_params,
+    }
     blank = f" {mask_token}." if lm == "mlm" else ""
     card: ModelCard = ModelCard.from_template(
         metadata, template_path=str(_TEMPLATE), **facts, base_model=base_model, pipeline=pipeline, blank=blank
@@ -73,7 +92,11 @@ def add_scores(folder: Path, table: str, medians: Mapping[str, Mapping[str, floa
     file = folder / "README.md"
     if not table or not file.is_file():
         return False
-    card = ModelCard.load(file, ignore_metadata_errors=True)
+    try:
+        card = ModelCard.load(file, ignore_metadata_errors=True)
+    except _UNREADABLE as error:
+        log.warning("%s cannot be read, and was not updated: %s", file, error)
+        return False
     if "distilkit" not in (card.data.to_dict().get("tags") or []):
         return False
     before, begin, rest = card.text.partition(_BEGIN)

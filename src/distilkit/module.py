@@ -31,9 +31,8 @@ class DistillationModule(LightningModule):
 
     Each term is a sum over tokens, divided once by the tokens of the whole optimizer step, over all micro-batches and
     ranks. ``optimizer`` builds an optimizer from parameter groups. ``scheduler`` and ``scheduler_kwargs`` are name and
-    arguments of ``transformers.get_scheduler``, with a warmup over ``warmup_share`` of the optimizer steps. Checkpoints
-    contain ``record``, the facts about the run that the model card shows. An objective that does not fit the models,
-    and a schedule that is unknown or out of range, raise a ``UserError``.
+    arguments of ``transformers.get_scheduler``, with a warmup over ``warmup_share`` of the steps. ``record`` holds what
+    the model card shows. An objective or a schedule that does not fit raises a ``UserError``.
     """
 
     def __init__(
@@ -94,7 +93,10 @@ class DistillationModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Check the ranks' configs and the precision, and cast the teacher once instead of at each step."""
         precision, strategy = str(self.trainer.precision), self.trainer.strategy
-        mine = hashlib.sha256(json.dumps(self.record, sort_keys=True, default=str).encode()).hexdigest()
+        same = {
+            name: value for name, value in self.record.items() if name != "metadata"
+        }  # read from the hub by each rank
+        mine = hashlib.sha256(json.dumps(same, sort_keys=True, default=str).encode()).hexdigest()
         if self.trainer.world_size > 1 and strategy.broadcast(mine) != mine:
             found = f"rank {self.global_rank} was started with another config than rank 0"
             raise UserError(f"{found}; start all ranks with one command line")
@@ -277,8 +279,7 @@ class DistillationModule(LightningModule):
             raise UserError("the checkpoint was not written by distilkit; give ckpt_path of a run of distilkit.train")
         cure = "resume with the same settings, or start again with student=hf student.name=<exported student>"
         for name, value in vars(self.objective).items():
-            was = saved["objective"][name]
-            if name != "implementation" and was != value:
+            if name != "implementation" and (was := saved["objective"][name]) != value:
                 raise UserError(f"the checkpoint was trained with objective.{name}={was}, this run has {value}; {cure}")
         if saved["teacher"]["sha256"] != self.teacher_sha256:
             found = f"the checkpoint was distilled from teacher {saved['teacher']['name']!r}"

@@ -148,10 +148,7 @@ class Objective:
 
 
 def real_rows(batch: Batch) -> Tensor | None:
-    """Return the flat indices (tokens,) of all tokens but padding, or None without padding.
-
-    The data module computes them on the host. Computing them here makes the host wait for the device.
-    """
+    """Return the flat indices (tokens,) of real tokens, None without padding; finding them waits for the device."""
     if "attention_mask" not in batch:
         return None
     return batch["real"] if "real" in batch else batch["attention_mask"].flatten().nonzero().squeeze(1)

@@ -33,10 +33,9 @@ class Result:
     """One model on one task with one seed.
 
     ``name`` is the model's row in tables. ``score`` is the task's one number, the mean of its metrics as in GLUE; it is
-    None for speed, which has no score. Shares lie between 0 and 1, correlations between -1 and 1; perplexities and
-    times have their own units. ``held_out`` is the score on rows of the training set that were held out to choose
-    settings. ``teacher`` describes the teacher of a second distillation. ``details`` holds everything that is not one
-    number.
+    None for speed. Shares lie between 0 and 1, correlations between -1 and 1; perplexities and times have their units.
+    ``held_out`` is the score on rows of the training set that were held out to choose settings. ``teacher`` describes
+    the teacher of a second distillation. ``details`` holds everything that is not one number.
     """
 
     name: str
@@ -163,10 +162,7 @@ def _overrides(folder: Path) -> list[str]:
 
 
 def run_label(folder: Path, common: set[str]) -> str:
-    """Label a run by the overrides that not all runs share, or else by its folder's name.
-
-    Added keys lose their plus and added options their group: +experiment/demo=teacher is labelled teacher.
-    """
+    """Label a run by the overrides that not all runs share, or its folder; +experiment/demo=teacher becomes teacher."""
     own = [item for item in _overrides(folder) if item not in common]
     return ", ".join(re.sub(r"^\+[^=]*/[^=]*=|^\++", "", item) for item in own) or folder.name
 

@@ -1,6 +1,7 @@
 """The learning-rate schedule: a name and arguments of ``transformers.get_scheduler``."""
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,8 @@ def build_schedule(
     optimizer: Optimizer, *, name: str, warmup_share: float, kwargs: Mapping[str, Any], num_steps: int
 ) -> LambdaLR:
     """Build a schedule over ``num_steps`` optimizer steps; ``kwargs`` are the arguments of this schedule alone."""
+    if not isinstance(kwargs, Mapping):
+        raise UserError(f"scheduler.kwargs={kwargs}, but it takes keys and values, as {{power: 2}}")
     if name not in _SCHEDULES:
         raise UserError(f"scheduler.name={name} is unknown; it takes {', '.join(sorted(_SCHEDULES))}")
     takes = {key: each for key, each in inspect.signature(_SCHEDULES[name]).parameters.items() if key not in _GIVEN}
@@ -40,8 +43,10 @@ def build_schedule(
             num_training_steps=num_steps,
             scheduler_specific_kwargs=dict(kwargs),
         )
-        for rate in schedule.lr_lambdas:
-            rate(num_steps - 1)  # a value of a wrong type shows only after the warm-up
+        steps = {round(num_steps * part / 64) for part in range(65)}  # the last is asked for after training
+        rates = [rate(step) for rate in schedule.lr_lambdas for step in steps]
+        if not all(0 <= each < math.inf for each in rates) or not max(rates):
+            raise ValueError(f"over {num_steps} steps the learning rate is negative, not finite or always 0")
     except (TypeError, ValueError, ArithmeticError) as error:
         raise UserError(
             f"scheduler.name={name} cannot be built with scheduler.kwargs={dict(kwargs)}: {error}; it takes {own}"

@@ -163,10 +163,7 @@ def new_student(
     model_type: str,
     config: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """Build a model with fresh weights from ``model_type`` and fields of its config, with the tokenizer's vocabulary.
-
-    With ``teacher=none``, this pretrains a model from scratch. With a teacher, the student may have any shape.
-    """
+    """Build a model of any shape with fresh weights: ``model_type``, config fields, and the tokenizer's vocabulary."""
     special = {name: value for name in _SPECIAL_IDS if (value := getattr(tokenizer, name, None)) is not None}
     try:
         built = AutoConfig.for_model(model_type)

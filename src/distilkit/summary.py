@@ -1,10 +1,11 @@
 """The end of a run: its record, summary.json and the loss curves."""
 
 import json
+import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -15,9 +16,10 @@ from rich.table import Column, Table
 from transformers import PreTrainedModel
 
 from distilkit.data.corpus import Corpus
+from distilkit.errors import UserError
 from distilkit.export import export_checkpoint
 from distilkit.language_model import num_parameters
-from distilkit.model_card import teacher_metadata
+from distilkit.model_card import is_text, teacher_metadata
 from distilkit.module import DistillationModule
 from distilkit.objective import Objective
 from distilkit.records import peak_memory_mb, read_metrics, versions, write_json
@@ -64,13 +66,20 @@ def _plot_curves(metrics_file: Path, out: Path, *, title: str) -> None:
 def _hub_datasets(fingerprint: Mapping[str, Any]) -> list[str]:
     """Return the hub ids in the fingerprint of a corpus, each once."""
     own = [fingerprint[kind]["path"] for kind in ("hub", "wikipedia") if kind in fingerprint]
+    own = [
+        path for path in own if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists()
+    ]  # not a local one
     return list(dict.fromkeys(own + [path for part in fingerprint.get("parts", ()) for path in _hub_datasets(part)]))
 
 
 def card_metadata(own: DictConfig, *, teacher: Mapping[str, Any], datasets: list[str]) -> dict[str, Any]:
     """Return the hub's metadata of a student: the config's ``card``, else what the teacher's own card says."""
-    given = cast(dict[str, Any], OmegaConf.to_container(own, resolve=True))
-    found = {**teacher, **{key: value for key, value in given.items() if value is not None}}
+    given: Any = OmegaConf.to_container(own, resolve=True) if own else {}
+    given = {key: value for key, value in given.items() if value is not None}
+    for key, value in given.items():
+        if not is_text(value):
+            raise UserError(f"card.{key}={value}, but it must be a text or a list of texts, as en or [en,de]")
+    found = {**teacher, **given}
     return found | ({"datasets": datasets} if datasets else {})
 
 

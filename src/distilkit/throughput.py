@@ -45,8 +45,7 @@ def step_flops(
 ) -> float:
     """Return the FLOPs of a batch: one pass of the teacher, and three of the student, whose backward counts as two.
 
-    Padding counts. Heads count for the rows that the objective reads. Recomputation, as in activation checkpointing,
-    does not count (PaLM, arXiv 2204.02311, appendix B).
+    Padding counts, heads for the rows that the objective reads, recomputation never (PaLM, arXiv 2204.02311, B).
     """
     tokens, length = batch["input_ids"].numel(), batch["input_ids"].shape[1]
     rows = tokens if objective.takes_all_rows(lm) else len(labelled_rows(batch))
@@ -70,10 +69,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 class Throughput(Callback):
-    """Log ``throughput/tokens_per_second`` over all ranks and ``throughput/mfu``, without validation.
-
-    The MFU is the models' FLOP/s divided by the devices' measured peak.
-    """
+    """Log tokens per second over all ranks and the MFU, a share of the devices' measured peak, without validation."""
 
     def __init__(self) -> None:
         """Set all counts to zero."""

@@ -33,9 +33,9 @@ def _offline_reason() -> str | None:
 
 
 def wandb_logger(*, save_dir: str, project: str, name: str, group: str | None, **settings: Any) -> WandbLogger:
-    """Build Lightning's W&B logger, which runs offline if W&B cannot be reached.
+    """Build Lightning's W&B logger, offline if W&B cannot be reached; ``settings`` go to ``wandb.init``.
 
-    Runs of a sweep share a ``group``, by default the name of the sweep's folder. Other settings go to ``wandb.init``.
+    Runs of a sweep share a ``group``, by default the name of the sweep's folder.
     """
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
         group = group or Path(HydraConfig.get().sweep.dir).name

@@ -78,7 +78,7 @@ def build(cfg: DictConfig) -> Job:
         optimizer=instantiate(cfg.optimizer),
         scheduler=cfg.scheduler.name,
         warmup_share=cfg.scheduler.warmup_share,
-        scheduler_kwargs=dict(cfg.scheduler.kwargs or {}),
+        scheduler_kwargs=cfg.scheduler.kwargs or {},
         seed=cfg.seed,
         record=describe(cfg, objective=objective, teacher=teacher, student=student, corpus=data.corpus),
     )
@@ -127,10 +127,10 @@ def _check_config(cfg: DictConfig) -> None:
     """Refuse unknown keys, missing values, and the scheduler group of earlier versions."""
     check_keys(cfg)
     if not isinstance(cfg.scheduler, DictConfig):
-        name = "constant_with_warmup" if cfg.scheduler == "constant" else cfg.scheduler
+        name = {"constant": "constant_with_warmup", None: "constant"}.get(cfg.scheduler, cfg.scheduler)
         raise UserError(f"scheduler={cfg.scheduler}, but it is no group of options; set scheduler.name={name}")
     check_names(cfg.scheduler, ("name", "warmup_share", "kwargs"), path="scheduler")
-    check_names(cfg.card, ("license", "language"), path="card")
+    check_names(cfg.card or (), ("license", "language"), path="card")
 
 
 def _apply_options(cfg: DictConfig, *, teacher: Teacher | None, student: PreTrainedModel) -> None:

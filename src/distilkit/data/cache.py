@@ -112,11 +112,12 @@ def prepare(
 
 def open_cache(folder: Path, tokenizer: PreTrainedTokenizerBase) -> TokenCache:
     """Map a complete cache into memory, after checking its format, tokenizer and file sizes."""
+    wanted = tokenizer_hash(tokenizer)
     try:
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
         sizes = {name: int(meta["bytes"][name]) for name in ("train", "val", "counts")}
         dtype, found = np.dtype(meta["dtype"]), int(meta["format"])
-        same_tokenizer = str(meta["tokenizer"]) == tokenizer_hash(tokenizer)
+        same_tokenizer = str(meta["tokenizer"]) == wanted
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is not a token cache ({error!r}); delete it to prepare it again") from error
     if found != FORMAT or not same_tokenizer:

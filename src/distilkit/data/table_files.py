@@ -7,6 +7,7 @@ import io
 import json
 import lzma
 import sys
+import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,10 +21,12 @@ from distilkit.errors import UserError
 OPENERS: dict[str, Any] = {  # by suffix; each raises at the end of a file that was cut short
     ".gz": gzip.open,
     ".xz": lzma.open,
+    ".lzma": lzma.open,
     ".zst": lambda file, _: pyarrow.input_stream(str(file), compression="zstd"),
     ".bz2": bz2.open,
+    ".zip": lambda file, _: zipfile.Path(file, zipfile.ZipFile(file).namelist()[0]).open("rb"),
 }
-_DAMAGED = (OSError, EOFError, lzma.LZMAError, zlib.error, csv.Error, pyarrow.ArrowInvalid)
+_DAMAGED = (OSError, EOFError, lzma.LZMAError, zlib.error, zipfile.BadZipFile, csv.Error, pyarrow.ArrowInvalid)
 
 
 @contextmanager
@@ -65,14 +68,12 @@ def json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
 def delimited_rows(file: Path) -> Iterator[tuple[int, list[str]]]:
     """Yield the line number and the fields of each row that is not blank, the header included.
 
-    Fields of .csv are separated by commas and may be quoted. Those of .tsv are separated by tabs and hold quotes as
-    text.
+    Fields of .csv are separated by commas and may be quoted. Those of .tsv are separated by tabs; quotes are text.
     """
     csv.field_size_limit(sys.maxsize)  # 128 kB by default, less than some documents
     with open_text(file, newline="") as stream:
-        rows = (
-            csv.reader(stream) if ".csv" in file.suffixes else csv.reader(stream, "excel-tab", quoting=csv.QUOTE_NONE)
-        )
+        tabs: Any = {} if ".csv" in file.suffixes else {"dialect": "excel-tab", "quoting": csv.QUOTE_NONE}
+        rows = csv.reader(stream, **tabs)
         for fields in rows:
             if fields:
                 yield rows.line_num, fields

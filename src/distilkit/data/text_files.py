@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distilkit.data.corpus import has_surrogate, nonempty
-from distilkit.data.table_files import OPENERS, delimited_rows, json_rows, name_errors, open_text
+from distilkit.data.table_files import delimited_rows, json_rows, name_errors, open_text
 from distilkit.errors import UserError
 
+_COMPRESSIONS = (".gz", ".xz", ".zst", ".bz2")
 _FORMATS = (".txt", ".jsonl", ".csv", ".parquet")
 
 
 class TextFiles:
-    """Read .txt, .jsonl, .csv and .parquet, plain or as .gz, .xz, .zst, from files, folders and globs.
+    """Read .txt, .jsonl, .csv and .parquet, plain or as .gz, .xz, .zst or .bz2, from files, folders and globs.
 
     ``column`` names the text in .jsonl, .csv and .parquet, a row a document. In .txt a document ends at a
     ``blank_line``, at each ``line``, or with the ``file``.
@@ -77,7 +78,7 @@ class TextFiles:
         rows = delimited_rows(file)
         _, header = next(rows, (0, []))
         self._check_column(file, header)
-        column = header.index(self.column)
+        column = len(header) - 1 - header[::-1].index(self.column)  # of a repeated name the last
         for _, fields in rows:
             yield fields[column] if column < len(fields) else ""
 
@@ -113,7 +114,7 @@ class TextFiles:
 
 
 def _format(file: Path) -> str:
-    return (Path(file.stem) if file.suffix in OPENERS else file).suffix
+    return (Path(file.stem) if file.suffix in _COMPRESSIONS else file).suffix
 
 
 def _find(path: str) -> list[Path]:
@@ -129,12 +130,12 @@ def _find(path: str) -> list[Path]:
     if not found:
         raise UserError(
             f"data.corpus.paths: {path!r} matches no file; known formats are {', '.join(_FORMATS)}, plain "
-            f"or with {', '.join(OPENERS)}"
+            f"or with {', '.join(_COMPRESSIONS)}"
         )
     for file in found:
         if _format(file) not in _FORMATS or (_format(file) == ".parquet" and file.suffix != ".parquet"):
             raise UserError(
                 f"{file} has an unknown format; known are {', '.join(_FORMATS)}, the first three also "
-                f"with {', '.join(OPENERS)}"
+                f"with {', '.join(_COMPRESSIONS)}"
             )
     return [file.resolve() for file in found]

@@ -21,7 +21,7 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # of the models of a
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def silenced() -> Iterator[None]:
     """Silence the warnings of other libraries, such as those on a new head or on missing torchvision."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -71,7 +71,7 @@ def load_task_model(
         if not needs_head:
             for name, value in head.items():
                 setattr(config, name, value)
-        with quiet():  # missing weights are checked below
+        with silenced():  # missing weights are checked below
             loaded, info = auto_class.from_pretrained(
                 model,
                 config=config,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distilkit.errors import UserError
-from distilkit.evaluate.models import quiet
+from distilkit.evaluate.models import silenced
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
@@ -43,7 +43,7 @@ def export_onnx(model: PreTrainedModel, folder: Path, *, example: Mapping[str, T
     inputs = tuple(tensor.repeat(2, 1) if len(tensor) == 1 else tensor for tensor in example.values())
     free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     try:
-        with quiet():
+        with silenced():
             torch.onnx.export(
                 _Logits(model, list(example)).eval(),
                 inputs,
@@ -68,7 +68,7 @@ def quantize_int8(file: Path, folder: Path) -> Path:
 
     folder.mkdir(parents=True)
     quantized = folder / file.name
-    with quiet():
+    with silenced():
         quantize_dynamic(file, quantized, weight_type=QuantType.QInt8, use_external_data_format=True)
     return quantized
 
