@@ -52,9 +52,9 @@ def distill(
 
     ``teacher`` is a hub id or a folder; None trains a student without one. The corpus is ``text``, the documents
     themselves, or ``paths``, files, folders and globs; without either it is the docstrings of installed packages.
-    ``student`` is an option of conf/train/student, and ``overrides`` are those of the command line. ``out`` gets
-    the files of a run: config.yaml, metrics.csv, checkpoints/, summary.json and student/. A wrong setting, a finished
-    run in ``out`` and a loss that is not finite raise a ``UserError``. Example::
+    ``student`` is an option of conf/train/student, and ``overrides`` are those of the command line. Training ends after
+    ``max_steps`` or three epochs. ``out`` gets config.yaml, metrics.csv, checkpoints/, summary.json and student/. A
+    wrong setting, a finished run in ``out`` and a loss that is not finite raise a ``UserError``. Example::
 
         result = distilkit.distill(
             "roberta-base", text=documents, out="runs/a", max_steps=500, overrides=["objective.temperature=4"]
