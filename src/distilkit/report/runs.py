@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from omegaconf import DictConfig, OmegaConf
 
+from distilkit.cli import quiet
 from distilkit.records import read_metrics, read_runs, write_json
 from distilkit.report.ablation import Run
 from distilkit.report.drawing import COLOURS, WIDTH, finish, plain, png
@@ -180,7 +181,8 @@ def compare(sweep: Path, *, latency: bool) -> None:
         return
     if latency:
         block_size = min(int(run["block_size"]) for run in runs)
-        measured = measure_latency([f"{run['folder']}/student" for run in runs], block_size=block_size)
+        with quiet():
+            measured = measure_latency([f"{run['folder']}/student" for run in runs], block_size=block_size)
         runs = [{**run, "latency_ms": milliseconds} for run, milliseconds in zip(runs, measured, strict=True)]
     header, rows = comparison_table(runs)
     # A table of few runs fits better on its side.
