@@ -12,7 +12,6 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 log = logging.getLogger(__name__)
 
-_METRICS = ("nll", "perplexity", "accuracy")
 _TAGS = ["knowledge-distillation", "distilkit"]
 _PIPELINES = {"mlm": "fill-mask", "clm": "text-generation"}
 _BEGIN, _END = "<!-- scores of distilkit.evaluate -->", "<!-- end of scores -->"
@@ -53,20 +52,14 @@ def student_card(
     teacher, pipeline, data = record["teacher"], _PIPELINES[lm], f"held-out documents: {record['data']}"
     base_model = teacher["name"] if teacher and not Path(teacher["name"]).exists() else None
     named: Any = {"task_type": pipeline, "dataset_type": "held-out", "dataset_name": data}
-    scores = {name: results.get(f"val/{name}") for name in _METRICS}
+    scores = {name: results[f"val/{name}"] for name in ("nll", "perplexity", "accuracy") if f"val/{name}" in results}
     metadata = ModelCardData(
         base_model=base_model,
         library_name="transformers",
         pipeline_tag=pipeline,
         tags=_TAGS,
-        model_name=str(record["name"] or record["architecture"])
-        if any(f"val/{name}" in results for name in _METRICS)
-        else None,
-        eval_results=[
-            EvalResult(**named, metric_type=name, metric_value=round(value, 4))
-            for name, value in scores.items()
-            if value is not None
-        ]
+        model_name=str(record["name"] or record["architecture"]) if scores else None,
+        eval_results=[EvalResult(**named, metric_type=name, metric_value=round(scores[name], 4)) for name in scores]
         or None,
         **record.get("metadata", {}),
     )

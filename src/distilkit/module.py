@@ -93,9 +93,8 @@ class DistillationModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Check the ranks' configs and the precision, and cast the teacher once instead of at each step."""
         precision, strategy = str(self.trainer.precision), self.trainer.strategy
-        same = {
-            name: value for name, value in self.record.items() if name != "metadata"
-        }  # read from the hub by each rank
+        # Each rank reads the metadata from the hub, where one may fail.
+        same = {name: value for name, value in self.record.items() if name != "metadata"}
         mine = hashlib.sha256(json.dumps(same, sort_keys=True, default=str).encode()).hexdigest()
         if self.trainer.world_size > 1 and strategy.broadcast(mine) != mine:
             found = f"rank {self.global_rank} was started with another config than rank 0"
