@@ -62,7 +62,7 @@ class DistillationModule(LightningModule):
         self.keeps_teacher_dtype = teacher is not None and teacher.dtype == "float32"
         self.files = student_files(student, tokenizer)  # before training, so that an error in saving costs no run
         self.lm, self.objective, self.optimizer, self.seed = lm, objective, optimizer, seed
-        kwargs = dict(scheduler_kwargs or {})
+        kwargs: Any = dict(scheduler_kwargs) if isinstance(scheduler_kwargs, Mapping) else scheduler_kwargs or {}
         self.schedule = functools.partial(build_schedule, name=scheduler, warmup_share=warmup_share, kwargs=kwargs)
         self.schedule(optimizer([{"params": [nn.Parameter(torch.zeros(1))]}]), num_steps=100)  # refuse a wrong one now
         self.record, self.tokens_seen = dict(record), 0

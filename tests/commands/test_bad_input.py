@@ -138,6 +138,8 @@ def test_an_unknown_key_is_refused_with_the_known_ones(
             ["scheduler.name=warmup_stable_decay"],
             ["warmup_stable_decay needs num_decay_steps", "add +scheduler.kwargs.num_decay_steps=..."],
         ),
+        (["scheduler.kwargs=[1]"], ["scheduler.kwargs=[1]", "it takes keys and values"]),
+        (["card.license=3"], ["card.license=3", "must be a text or a list of texts"]),
         (["scheduler.warmup_share=2"], ["scheduler.warmup_share=2", "between 0 and 1", "the paper's is 0.05"]),
         (["teacher.dtype=float16"], ["teacher.dtype is 'float16'", "auto or float32"]),
         (["trainer.max_epochs=-1", "trainer.max_steps=-1"], ["are both -1", "set one of them above 0"]),
