@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import resource
+import zipfile
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -15,12 +16,16 @@ from importlib.metadata import version
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 from omegaconf import OmegaConf
 
 from distilkit.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+
+Array = NDArray[Any]
 
 FILE = "results.json"
 FORMAT = 1
@@ -55,6 +60,33 @@ class Result:
     teacher: dict[str, Any] | None = None
     details: dict[str, Any] = field(default_factory=dict)
     cost: dict[str, Any] = field(default_factory=dict)
+    folder: str | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rows:
+    """What a model said of each row of one split.
+
+    ``ids`` (rows,) are int64 places in the split, or strings such as the ids of questions. ``gold`` and ``said`` (rows,)
+    are int64 classes or float64 numbers, and ``logits`` (rows, classes) float16. ``sums`` holds, by name, float64 parts
+    (rows,) whose sums over rows give a metric.
+    """
+
+    ids: Array
+    gold: Array | None = None
+    said: Array | None = None
+    logits: Array | None = None
+    sums: dict[str, Array] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.ids)
+
+    def take(self, index: ArrayLike) -> Rows:
+        """Select rows by their places, as often as each is given."""
+        gold, said, logits = (None if part is None else part[index] for part in (self.gold, self.said, self.logits))
+        sums = {name: part[index] for name, part in self.sums.items()}
+        return Rows(ids=self.ids[index], gold=gold, said=said, logits=logits, sums=sums)
 
 
 def model_name(model: str) -> str:
@@ -116,10 +148,39 @@ def write_json(file: Path, content: Any) -> None:
     temporary.replace(file)
 
 
+def write_rows(folder: Path, split: str, rows: Rows) -> None:
+    """Write the rows of one split to rows-<split>.npz; a reader finds all of them or none."""
+    arrays = {name: part for name, part in vars(rows).items() if name != "sums" and part is not None}
+    arrays |= {f"sums/{name}": part for name, part in rows.sums.items()}
+    file = folder / f"rows-{split}.npz"
+    temporary = file.with_suffix(".tmp")
+    with temporary.open("wb") as stream:
+        np.savez_compressed(stream, allow_pickle=False, **arrays)
+    temporary.replace(file)
+
+
+def read_rows(folder: str | Path, split: str) -> Rows | None:
+    """Read the rows of one split; None where there are none, as beside results of older versions."""
+    file = Path(folder) / f"rows-{split}.npz"
+    if not file.is_file():
+        return None
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            arrays = dict(stored)
+        sums = {name.removeprefix("sums/"): arrays.pop(name) for name in list(arrays) if name.startswith("sums/")}
+        return Rows(**arrays, sums=sums)
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{file} is damaged ({error}); delete it and score the model again") from error
+
+
 def write_results(folder: Path, results: Sequence[Result]) -> None:
     """Write the results of one job; a reader finds all of them or none."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / FILE, {"format": FORMAT, "results": [asdict(result) for result in results]})
+    write_json(folder / FILE, {"format": FORMAT, "results": [_record(result) for result in results]})
+
+
+def _record(result: Result) -> dict[str, Any]:
+    return {name: value for name, value in asdict(result).items() if name != "folder"}
 
 
 def read_file(file: Path) -> list[Result]:
@@ -129,7 +190,7 @@ def read_file(file: Path) -> list[Result]:
         if content["format"] != FORMAT:
             found = content["format"]
             raise UserError(f"{file} has format {found}, this distilkit reads {FORMAT}; score the model again")
-        return [Result(**record) for record in content["results"]]
+        return [Result(**record, folder=str(file.parent)) for record in content["results"]]
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not a result of distilkit.evaluate ({error}); delete it") from error
 
