@@ -65,3 +65,37 @@ def _of_predictions(metric: str, gold: Array, said: Array) -> float:
     if metric == "matthews":
         return float(metrics.matthews_corrcoef(gold, said))
     return float(getattr(stats, f"{metric}r")(gold, said).statistic)
+
+
+def agreement(mine: Rows, theirs: Rows) -> float | None:
+    """Return the share of rows for which two models say the same class; None for other rows or numbers."""
+    if not _of_the_same_rows(mine, theirs) or mine.said is None or theirs.said is None:
+        return None
+    if "f" in (mine.said.dtype.kind, theirs.said.dtype.kind):
+        return None
+    return float(np.mean(mine.said == theirs.said))
+
+
+def kl(mine: Rows, theirs: Rows) -> float | None:
+    """Return the mean KL divergence in nats from their classes to mine; None for other rows, or where there are none.
+
+    ``theirs`` are a teacher's. Logits are read as float64, at temperature 1.
+    """
+    if not _of_the_same_rows(mine, theirs) or mine.logits is None or theirs.logits is None:
+        return None
+    if mine.logits.shape != theirs.logits.shape or mine.logits.shape[1] < 2:
+        return None
+    student, teacher = (_log_softmax(each.logits) for each in (mine, theirs))
+    return float((np.exp(teacher) * (teacher - student)).sum(axis=1).mean())
+
+
+def _log_softmax(logits: Array) -> Array:
+    from scipy.special import log_softmax
+
+    return np.asarray(log_softmax(logits.astype(np.float64), axis=1))
+
+
+def _of_the_same_rows(mine: Rows, theirs: Rows) -> bool:
+    if (mine.gold is None) != (theirs.gold is None) or not np.array_equal(mine.ids, theirs.ids):
+        return False
+    return mine.gold is None or theirs.gold is None or np.array_equal(mine.gold, theirs.gold)
