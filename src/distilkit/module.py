@@ -65,7 +65,8 @@ class DistillationModule(LightningModule):
         kwargs: Any = dict(scheduler_kwargs) if isinstance(scheduler_kwargs, Mapping) else scheduler_kwargs or {}
         self.schedule = functools.partial(build_schedule, name=scheduler, warmup_share=warmup_share, kwargs=kwargs)
         self.schedule(optimizer([{"params": [nn.Parameter(torch.zeros(1))]}]), num_steps=100)  # refuse a wrong one now
-        self.record, self.tokens_seen = dict(record), 0
+        self.record = dict(record)
+        self.tokens, self.step_tokens = torch.tensor(0), torch.tensor(0)  # without padding, over all ranks
         self.step_terms: dict[str, Tensor] = {}
         self.denominators: dict[str, Tensor] = {}
         self.all_finite = torch.tensor(True)
@@ -82,6 +83,11 @@ class DistillationModule(LightningModule):
         settings = {"scheduler": scheduler, "warmup_share": warmup_share, "seed": seed, "scheduler_kwargs": kwargs}
         self.save_hyperparameters(vars(objective) | settings)
         self.train()  # models are loaded in eval mode, and ``Trainer.fit`` keeps it
+
+    @property
+    def tokens_seen(self) -> int:
+        """The tokens of all finished optimizer steps over all ranks, without padding; reading it waits for the device."""
+        return int(self.tokens)
 
     def train(self, mode: bool = True) -> "DistillationModule":
         """Set the mode of the student; the teacher stays in eval mode."""
@@ -129,6 +135,7 @@ class DistillationModule(LightningModule):
         if batch["is_first"]:
             counts = torch.stack([batch["num_tokens"], batch["num_labels"]]).to(self.device)  # (2,)
             counts = self._sum_over_ranks(counts)
+            self.step_tokens = counts[0]
             self.denominators = self.objective.denominators(num_tokens=counts[0], num_labels=counts[1], lm=self.lm)
             self.step_terms = {}
         loss, terms = self.objective.loss(self.student, self.teacher, batch, lm=self.lm, denominators=self.denominators)
@@ -136,7 +143,8 @@ class DistillationModule(LightningModule):
         self.all_finite = self.all_finite.to(loss.device) & loss.detach().isfinite()
         for name, term in {**terms, "": loss.detach()}.items():
             self.step_terms[name] = self.step_terms.get(name, 0.0) + term
-        self.tokens_seen += batch["input_ids"].numel() * self.trainer.world_size
+        if batch["is_last"]:
+            self.tokens = self.tokens.to(loss.device) + self.step_tokens
         log_every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by one of its connectors
         if batch["is_last"] and log_every and (self.trainer.global_step + 1) % log_every == 0:
             self._check_finite()
@@ -286,4 +294,4 @@ class DistillationModule(LightningModule):
         for name in sorted(saved["shapes"] | self.shapes):
             if saved["shapes"].get(name) != self.shapes.get(name):
                 raise UserError(f"the checkpoint has another student: {name} differs; {cure}")
-        self.tokens_seen = saved["tokens_seen"]
+        self.tokens = torch.tensor(saved["tokens_seen"])

@@ -130,7 +130,7 @@ def finish(trainer: Trainer, module: DistillationModule, *, out: Path) -> None:
             "teacher_parameters": record["teacher"]["parameters"] if record["teacher"] else None,
             "optimizer_steps": trainer.global_step,
             "tokens_seen": module.tokens_seen,
-            "tokens_per_second": round(throughput.tokens_per_second, 1) if throughput else None,
+            "tokens_per_second": round(module.tokens_seen / max(throughput.seconds, 1e-9), 1) if throughput else None,
             "wall_seconds": round(throughput.seconds, 1) if throughput else None,
             "peak_memory_mb": peak_memory_mb(trainer.strategy.root_device),
             "before": module.before,

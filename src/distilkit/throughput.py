@@ -72,10 +72,10 @@ class Throughput(Callback):
     """Log tokens per second over all ranks and the MFU, a share of the devices' measured peak, without validation."""
 
     def __init__(self) -> None:
-        """Set all counts to zero."""
-        self.tokens = self.window_tokens = 0
+        """Start from zero."""
+        self.window_start = 0  # the module's tokens when the window began
         self.window_flops = self.peak = 0.0
-        self.seconds = self.window_seconds = 0.0
+        self.seconds = self.window_seconds = 0.0  # of all parts of a resumed run; of the window
         self.started: float | None = None  # None: the clock is stopped
         self.costs: tuple[_ForwardCost, _ForwardCost | None] | None = None
 
@@ -90,6 +90,10 @@ class Throughput(Callback):
         precision = str(trainer.precision)
         dtype = torch.bfloat16 if "bf16" in precision else torch.float16 if "16" in precision else torch.float32
         self.peak = peak_flops(pl_module.device, dtype) * trainer.world_size
+        if pl_module.device.type == "cuda":  # the matrices of this measurement are none of the training's memory
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
+        assert isinstance(pl_module, DistillationModule)
+        self.window_start = pl_module.tokens_seen
         self.started = time.perf_counter()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -110,10 +114,7 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count tokens, and log the rates since the last logged step."""
-        tokens = batch["input_ids"].numel() * trainer.world_size
-        self.tokens += tokens
-        self.window_tokens += tokens
+        """Count operations, and log the rates since the last logged step."""
         assert isinstance(pl_module, DistillationModule)
         assert self.costs is not None
         self.window_flops += step_flops(pl_module.objective, *self.costs, batch, lm=pl_module.lm) * trainer.world_size
@@ -122,11 +123,12 @@ class Throughput(Callback):
             self._stop()
             self.started = time.perf_counter()
             seconds = max(self.window_seconds, 1e-9)
-            rate = self.window_tokens / seconds
+            tokens = pl_module.tokens_seen
+            rate = (tokens - self.window_start) / seconds
             pl_module.log("throughput/tokens_per_second", rate)
             pl_module.log("throughput/mfu", self.window_flops / seconds / self.peak)
             pl_module.shown["tokens/s"] = rate
-            self.window_tokens, self.window_flops, self.window_seconds = 0, 0.0, 0.0
+            self.window_start, self.window_flops, self.window_seconds = tokens, 0.0, 0.0
 
     def _stop(self) -> None:
         if self.started is not None:
@@ -135,7 +137,10 @@ class Throughput(Callback):
             self.window_seconds += elapsed
             self.started = None
 
-    @property
-    def tokens_per_second(self) -> float:
-        """The average over the whole training."""
-        return self.tokens / max(self.seconds, 1e-9)
+    def state_dict(self) -> dict[str, float]:
+        """Return the seconds of training so far, which a resumed run adds to."""
+        return {"seconds": self.seconds + (0.0 if self.started is None else time.perf_counter() - self.started)}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """Go on from the seconds of the part before."""
+        self.seconds = state_dict["seconds"]
