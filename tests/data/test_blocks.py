@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, processors
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from distilkit.data.blocks import Blocks, special_tokens_around
+from distilkit.errors import UserError
 from distilkit.losses import IGNORE_INDEX
 from streams import CLS, PAD, SEP, MakeBlocks, causal_or_not, originals, stream_of
 from tiny import SPECIAL
@@ -125,3 +126,25 @@ def test_a_tokenizers_opening_and_closing_tokens_are_found(
 ) -> None:
     assert special_tokens_around(tokenizer) == ([CLS], [SEP])
     assert special_tokens_around(causal_tokenizer) == ([], [])
+
+
+def without_unknown(alphabet: str, *, keeps: str) -> PreTrainedTokenizerFast:
+    """Make a tokenizer that drops every character which is not in ``keeps``."""
+    ids = {token: index for index, token in enumerate([*SPECIAL, *alphabet])}
+    backend = Tokenizer(models.BPE(ids, []))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(f"[^{keeps}]"), "removed")
+    backend.post_processor = processors.BertProcessing(("[SEP]", SEP), ("[CLS]", CLS))
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+@pytest.mark.parametrize("alphabet", ["ACGT", "0123456789", "나는학교", "a"])
+def test_opening_tokens_are_found_whatever_the_alphabet_is(alphabet: str) -> None:
+    tokenizer = without_unknown(alphabet, keeps=alphabet[-1])
+    assert tokenizer("xyz")["input_ids"] == [CLS, SEP]
+    assert special_tokens_around(tokenizer) == ([CLS], [SEP])
+
+
+def test_a_tokenizer_that_drops_all_of_its_words_is_an_error() -> None:
+    with pytest.raises(UserError, match="turns none of its 9 words into tokens, .*; check its normalizer and vocab"):
+        special_tokens_around(without_unknown("ACGT", keeps="z"))

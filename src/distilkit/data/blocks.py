@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from distilkit.data.cache import separator_id
 from distilkit.data.masking import Ids, Masker
+from distilkit.errors import UserError
 from distilkit.language_model import Batch
 from distilkit.losses import IGNORE_INDEX
 
@@ -100,8 +101,20 @@ class Blocks(Dataset[Batch]):
 
 
 def special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Return the ids that the tokenizer puts before and after a sequence: [CLS] and [SEP], <s> and </s>, or none."""
-    inner = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    start = next(i for i in range(len(whole)) if whole[i : i + len(inner)] == inner)
-    return whole[:start], whole[start + len(inner) :]
+    """Return the ids that the tokenizer puts before and after a sequence: [CLS] and [SEP], <s> and </s>, or none.
+
+    The probe is the first text of the vocabulary that becomes words, because a tokenizer may drop any fixed one.
+    """
+    special = set(tokenizer.all_special_ids)
+    for word in sorted(set(tokenizer.get_vocab().values()) - special):
+        text = tokenizer.decode([word])
+        inner = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if inner and not special.intersection(inner):
+            whole = tokenizer(text)["input_ids"]
+            starts = [at for at in range(len(whole)) if whole[at : at + len(inner)] == inner]
+            if starts:
+                return whole[: starts[0]], whole[starts[0] + len(inner) :]
+    raise UserError(
+        f"the tokenizer turns none of its {len(tokenizer)} words into tokens, so that its opening and closing tokens "
+        "are unknown; check its normalizer and vocabulary, or set tokenizer=wordpiece or tokenizer=bpe"
+    )
