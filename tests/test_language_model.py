@@ -78,7 +78,7 @@ def test_a_head_that_does_more_is_refused() -> None:
         return output
 
     model.forward = scaled
-    with pytest.raises(UserError, match="model type 'gpt2' cannot be split into backbone and head; supported are bert"):
+    with pytest.raises(UserError, match="model type 'gpt2' cannot be split into backbone and head; choose a model"):
         check_split(model)
 
 

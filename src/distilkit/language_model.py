@@ -1,6 +1,9 @@
 """Load a Hugging Face language model, and run its head separately, so that only chosen tokens need logits."""
 
+import functools
 import hashlib
+import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, cast
 
@@ -16,7 +19,6 @@ from distilkit.losses import Head
 LM = Literal["mlm", "clm"]
 
 _AUTO_CLASS = {"mlm": AutoModelForMaskedLM, "clm": AutoModelForCausalLM}
-_POSITIONS_AFTER_PAD = ("roberta", "xlm-roberta")  # their first position is pad_token_id + 1
 
 
 class Batch(TypedDict):
@@ -38,14 +40,23 @@ class Batch(TypedDict):
     is_last: NotRequired[bool]
 
 
-def lm_of(model_type: str, architectures: list[str] | None = None) -> LM:
-    """Return mlm or clm by ``architectures``, then by ``model_type``; a type with both classes is masked by default."""
-    masked = MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(model_type)
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
-    if masked is None and causal is None:
+def lm_of(model_type: str, architectures: list[str] | None = None, auto_map: Mapping[str, Any] | None = None) -> LM:
+    """Return mlm or clm by ``architectures``, then by ``model_type``; a type with both classes is masked by default.
+
+    ``auto_map`` names the classes of a model that brings its own code.
+    """
+    own = {name: str(of).rpartition(".")[2] for name, of in (auto_map or {}).items()}
+    masked = {own.get("AutoModelForMaskedLM"), MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(model_type)} - {None}
+    causal = {own.get("AutoModelForCausalLM"), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)} - {None}
+    if not masked and not causal:
         found = f"model type {model_type!r} has neither a masked nor a causal language-model class"
         raise UserError(f"{found}; choose another model")
-    return "clm" if masked is None or (architectures and causal in architectures) else "mlm"
+    return "clm" if not masked or causal & set(architectures or ()) else "mlm"
+
+
+def lm_of_model(model: PreTrainedModel) -> LM:
+    """Return mlm or clm by the model's class, whatever its config says."""
+    return lm_of(model.config.model_type, [type(model).__name__], getattr(model.config, "auto_map", None))
 
 
 def load_language_model(
@@ -55,7 +66,7 @@ def load_language_model(
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(name, **source)
-        lm = lm or lm_of(config.model_type, config.architectures)
+        lm = lm or lm_of(config.model_type, config.architectures, getattr(config, "auto_map", None))
         model, info = _AUTO_CLASS[lm].from_pretrained(
             name, **source, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
@@ -78,7 +89,7 @@ def load_language_model(
 
 def build_from_config(config: PretrainedConfig) -> PreTrainedModel:
     """Build the language model of a config with random weights, in float32."""
-    auto: Any = _AUTO_CLASS[lm_of(config.model_type, config.architectures)]
+    auto: Any = _AUTO_CLASS[lm_of(config.model_type, config.architectures, getattr(config, "auto_map", None))]
     return cast(PreTrainedModel, auto.from_config(config, dtype=torch.float32))
 
 
@@ -91,15 +102,45 @@ def weight_hash(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def _restarting_positions(model: PreTrainedModel, document_ids: Tensor) -> Tensor:
-    """Number the tokens of each document from its start: (batch, length) -> (batch, length)."""
-    index = torch.arange(document_ids.shape[1], device=document_ids.device)  # (length,)
+def _padding_position(model: PreTrainedModel) -> int | None:
+    """Return the position of padding where a model numbers its tokens after it, as RoBERTa does, or None."""
+    embeddings = getattr(model.base_model, "embeddings", None)
+    return getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
+
+
+def _restarting_positions(model: PreTrainedModel, ids: Tensor, document_ids: Tensor) -> Tensor:
+    """Number the tokens of each document as the model numbers them in a document alone: (batch, length) -> the same."""
     starts = torch.ones_like(document_ids, dtype=torch.bool)  # (batch, length)
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    pad = _padding_position(model)
+    counted = torch.ones_like(ids) if pad is None else (ids != pad).long()
+    before = counted.cumsum(dim=1) - counted  # (batch, length), counted tokens before each one
     # The running maximum carries each start to the end of its document, without a loop that waits for the device.
-    positions = index - torch.where(starts, index, 0).cummax(dim=1).values
-    after_pad = model.config.model_type in _POSITIONS_AFTER_PAD
-    return positions + model.config.pad_token_id + 1 if after_pad else positions
+    positions = before - torch.where(starts, before, 0).cummax(dim=1).values
+    return positions if pad is None else (positions + 1) * counted + pad
+
+
+def _apart(model: PreTrainedModel, document_ids: Tensor, *, causal: bool) -> Tensor | dict[str, Tensor]:
+    """Return the masks of a family that keeps its own attention, in the form that it reads."""
+    length, window = document_ids.shape[1], getattr(model.config, "sliding_window", None)
+
+    def mask(reach: int) -> Tensor:
+        seen = dense_mask(document_ids, length=length, causal=causal, reach=reach, device=document_ids.device)
+        if model.config._attn_implementation == "sdpa":
+            return seen
+        hidden = torch.zeros(seen.shape, dtype=model.dtype, device=seen.device)  # eager attention adds its mask
+        return hidden.masked_fill(~seen, torch.finfo(model.dtype).min)
+
+    full, sliding = mask(length), length if window is None else window - 1 if causal else window
+    types = getattr(model.config, "layer_types", None)
+    if types and "sliding_attention" in types:
+        return {"full_attention": full, "sliding_attention": mask(sliding)}
+    return full if types or window is None else mask(sliding)
+
+
+@functools.cache
+def _arguments(backbone: type[PreTrainedModel]) -> frozenset[str]:
+    return frozenset(inspect.signature(backbone.forward).parameters)
 
 
 def last_hidden_state(
@@ -109,23 +150,18 @@ def last_hidden_state(
 
     ``attention_mask`` (batch, length) is 0 on padding, or None without padding. ``document_ids`` (batch, length) is
     constant within a document; a document's states are then the same as without its neighbours. Padding has its own
-    document id, and its states are not meaningful.
+    document id, and its states are not meaningful. ``probe`` finds the model types for which this is not so.
     """
-    causal = lm_of(model.config.model_type, model.config.architectures) == "clm"
+    causal = lm_of_model(model) == "clm"
     arguments: dict[str, Any] = {"use_cache": False} if causal else {}
     if document_ids is None:
         arguments["attention_mask"] = attention_mask
-    else:
-        arguments["position_ids"] = _restarting_positions(model, document_ids)
+    elif "position_ids" in _arguments(type(model.base_model)):
+        arguments["position_ids"] = _restarting_positions(model, ids, document_ids)
     if use_attention(model):
         arguments["document_ids"] = document_ids
     elif document_ids is not None:
-        length, window = ids.shape[1], getattr(model.config, "sliding_window", None)
-        if window is not None and window < length:  # one mask for all layers would replace the window
-            found = f"{type(model).__name__} has a sliding window of {window} tokens, which this mask does not support"
-            raise UserError(f"data.attend_across_documents=false, but {found}; set data.attend_across_documents=true")
-        mask = dense_mask(document_ids, length=length, causal=causal, reach=length, device=ids.device)
-        arguments["attention_mask"] = mask
+        arguments["attention_mask"] = _apart(model, document_ids, causal=causal)
     return cast(Tensor, model.base_model(input_ids=ids, **arguments).last_hidden_state)
 
 
@@ -136,22 +172,27 @@ def token_states(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def lm_head(model: PreTrainedModel, states: Tensor) -> Head:
-    """Return the parts of the logits of last hidden states (rows, width): transformed states, weight and bias."""
+    """Return the parts of the logits of last hidden states (rows, width): transformed states, weight and bias.
+
+    The head is recognised by its modules, and ``check_split`` compares it with the model's own.
+    """
     parts: Any = model
-    features = states
-    match model.config.model_type:
-        case "bert" if hasattr(model, "cls"):
-            features = parts.cls.predictions.transform(states)
-        case "roberta" | "xlm-roberta" if hasattr(model, "lm_head"):
-            features = parts.lm_head.layer_norm(nn.functional.gelu(parts.lm_head.dense(states)))
-        case "distilbert":
-            features = parts.vocab_layer_norm(parts.activation(parts.vocab_transform(states)))
-        case "electra":
-            features = parts.generator_predictions(states)
-        case "modernbert":
-            features = parts.head(states)
     output = parts.get_output_embeddings()
-    return Head(features, output.weight, output.bias)
+    bias, features = output.bias, states
+    predictions = getattr(getattr(parts, "cls", parts), "predictions", None)
+    block = getattr(parts, "generator_predictions", None) or predictions or getattr(parts, "lm_head", None)
+    if hasattr(predictions, "transform"):  # as in BERT
+        features = predictions.transform(states)
+    elif hasattr(block, "dense"):  # as in RoBERTa, ELECTRA and ALBERT
+        norm = block.layer_norm if hasattr(block, "layer_norm") else block.LayerNorm
+        features = norm(getattr(block, "activation", nn.functional.gelu)(block.dense(states)))
+        bias = getattr(block, "bias", None) if bias is None else bias  # ESM adds it after the product
+    elif hasattr(parts, "vocab_transform"):  # as in DistilBERT
+        features = parts.vocab_layer_norm(parts.activation(parts.vocab_transform(states)))
+    elif getattr(parts, "head", output) is not output:  # as in ModernBERT
+        features = parts.head(states)
+    scale = getattr(model.config, "logit_scale", None) or 1 / (getattr(model.config, "logits_scaling", None) or 1)
+    return Head(features if scale == 1 else features * scale, output.weight, bias)  # Cohere and Granite scale
 
 
 @torch.no_grad()
@@ -159,16 +200,31 @@ def check_split(model: PreTrainedModel) -> None:
     """Check on a short sequence that backbone and head give the logits of the whole model."""
     was_training = model.training
     model.eval()
-    ids = torch.arange(4, device=model.device)[None, :] + 4  # (1, 4)
-    whole = model(input_ids=ids).logits[0]  # (4, vocabulary); before ``last_hidden_state``, which changes the attention
-    is_linear = isinstance(model.get_output_embeddings(), nn.Linear)
-    split = nn.functional.linear(*lm_head(model, last_hidden_state(model, ids)[0])) if is_linear else None
-    model.train(was_training)
-    if split is None or not torch.allclose(whole, split, rtol=1e-3, atol=1e-3):
-        raise UserError(
-            f"model type {model.config.model_type!r} cannot be split into backbone and head; supported are bert, "
-            "roberta, xlm-roberta, distilbert, electra, modernbert, gpt2 and causal models with a plain linear head"
+    reason = ""
+    try:
+        ids = (torch.arange(4, device=model.device)[None, :] + 4) % num_embeddings(model)  # (1, 4)
+        whole = model(input_ids=ids).logits[0]  # (4, vocabulary); before ``last_hidden_state``, which changes attention
+        split = nn.functional.linear(*lm_head(model, last_hidden_state(model, ids)[0]))
+        same = isinstance(model.get_output_embeddings(), nn.Linear) and torch.allclose(
+            whole, split, rtol=1e-3, atol=1e-3
         )
+    except UserError:
+        raise
+    except Exception as error:  # whatever a foreign architecture does with its head
+        same, reason = False, f" ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
+    finally:
+        model.train(was_training)
+    if not same:
+        found = f"model type {model.config.model_type!r} cannot be split into backbone and head{reason}"
+        raise UserError(
+            f"{found}; choose a model whose logits are a linear map of transformed last hidden states, "
+            "such as bert, roberta, deberta-v2, modernbert, gpt2 or llama"
+        )
+
+
+def num_embeddings(model: PreTrainedModel) -> int:
+    """Return the number of ids that a model embeds."""
+    return len(cast(nn.Embedding, model.get_input_embeddings()).weight)
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -184,8 +240,8 @@ def num_parameters_without_embeddings(model: nn.Module) -> int:
 
 def max_positions(model: PreTrainedModel) -> int:
     """Return the maximum number of tokens of a sequence."""
-    reserved = model.config.pad_token_id + 1 if model.config.model_type in _POSITIONS_AFTER_PAD else 0
-    return int(model.config.max_position_embeddings - reserved)
+    pad = _padding_position(model)
+    return int(model.config.max_position_embeddings) - (0 if pad is None else pad + 1)
 
 
 def check_positions(model: PreTrainedModel, length: int, *, key: str, name: str) -> None:

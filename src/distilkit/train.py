@@ -28,8 +28,15 @@ from distilkit.cli import (
 from distilkit.data import DistillationDataModule
 from distilkit.errors import UserError
 from distilkit.export import read_checkpoint
-from distilkit.language_model import check_positions, checkpoint_activations, compile_backbone, lm_of, num_parameters
+from distilkit.language_model import (
+    check_positions,
+    checkpoint_activations,
+    compile_backbone,
+    lm_of_model,
+    num_parameters,
+)
 from distilkit.module import DistillationModule
+from distilkit.probe import probe
 from distilkit.summary import describe, finish, print_result
 from distilkit.teacher import Teacher
 
@@ -66,8 +73,10 @@ def build(cfg: DictConfig) -> Job:
     tokenizer = instantiate(cfg.tokenizer)
     teacher = instantiate(cfg.teacher, needs_head=objective.reads_teacher_logits)
     student = instantiate(cfg.student)(teacher=teacher, tokenizer=tokenizer)
+    apart = not cfg.data.get("attend_across_documents", True)
+    probe(student=student, teacher=teacher, tokenizer=tokenizer, apart=apart, max_length=cfg.data.block_size)
     _apply_options(cfg, teacher=teacher, student=student)
-    lm = lm_of(student.config.model_type, student.config.architectures)
+    lm = lm_of_model(student)
     data = instantiate(cfg.data, tokenizer=tokenizer, lm=lm)
     module = DistillationModule(
         student=student,
