@@ -49,7 +49,7 @@ def throughput(seconds: NDArray[np.float64], *, num_sentences: int) -> dict[str,
 def times_faster(scores: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
     """Return how many times faster each timed value is than in ``other``; above 1 is faster."""
     timed = [key for key in scores if "/" in key]
-    return {key: other[key] / scores[key] if "latency" in key else scores[key] / other[key] for key in timed}
+    return {key: scores[key] / other[key] if "per_second" in key else other[key] / scores[key] for key in timed}
 
 
 def torch_pass(model: nn.Module, batches: Sequence[Batch], *, device: str) -> Pass:

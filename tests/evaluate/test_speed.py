@@ -32,6 +32,7 @@ PAIRS = [(text, text[::-1].replace(".", "") + " ba") for text in make_documents(
 def build_speed(**changes: Any) -> Speed:
     """Make the task from its own config, small enough for tests."""
     small = {"max_sentences": 5, "batch_sizes": [1, 3], "warm_up": 1, "rounds": 2, "devices": "cpu", "onnx": False}
+    small["whole_pass"] = False
     task = instantiate(OmegaConf.merge(OmegaConf.load(CONFIG), {**small, **changes}))
     assert isinstance(task, Speed)
     return task
@@ -106,9 +107,10 @@ def test_throughput_is_the_median_round() -> None:
 
 
 def test_a_ratio_above_one_is_faster() -> None:
-    student = {"cpu/latency_ms": 10.0, "cpu/sentences_per_second": 300.0, "file_mb": 1.0}
-    teacher = {"cpu/latency_ms": 25.0, "cpu/sentences_per_second": 100.0, "file_mb": 2.0}
-    assert times_faster(student, teacher) == {"cpu/latency_ms": 2.5, "cpu/sentences_per_second": 3.0}
+    student = {"cpu/latency_ms": 10.0, "cpu/sentences_per_second": 300.0, "cpu/pass_seconds": 2.0, "file_mb": 1.0}
+    teacher = {"cpu/latency_ms": 25.0, "cpu/sentences_per_second": 100.0, "cpu/pass_seconds": 8.0, "file_mb": 2.0}
+    expected = {"cpu/latency_ms": 2.5, "cpu/sentences_per_second": 3.0, "cpu/pass_seconds": 4.0}
+    assert times_faster(student, teacher) == expected
 
 
 def test_each_model_is_set_against_the_others(
@@ -134,6 +136,30 @@ def test_each_model_is_set_against_the_others(
     one_round = ["1", "4", "2"], ["2", "4", "1"]
     assert clock.ran == [*one_round[0] * 5, *one_round[1] * 5, *one_round[0] * 2, *one_round[1] * 2]
     assert mine.cost["seconds"] == pytest.approx(2 * 5 * 0.01 * 2, abs=0.051)
+
+
+def test_a_whole_pass_takes_every_sentence_once_and_alone(
+    clock: Clock, glue: Path, save_teacher: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fake_pass(model: Any, batches: Any, *, device: str) -> Any:
+        layers = model.config.num_hidden_layers
+        return [
+            clock.run(f"{layers}x{len(batch['input_ids'])}", layers * batch["input_ids"].shape[1]) for batch in batches
+        ]
+
+    monkeypatch.setattr(distilkit.evaluate.speed, "torch_pass", fake_pass)
+    student, teacher = (save_teacher("bert", num_layers=layers) for layers in (1, 4))
+    task = build_speed(data_dir=str(glue), against=str(teacher), warm_up=0, whole_pass=True, batch_sizes=[2, 3])
+    mine, theirs = measure(task, student)
+    alone = build_speed().load(make_job(student), [(f'"{one}', two) for one, two in PAIRS])
+    lengths = sum(batch["input_ids"].shape[1] for batch in alone.batches[0])
+    assert (mine.scores["cpu/pass_seconds"], theirs.scores["cpu/pass_seconds"]) == (lengths, 4 * lengths)
+    assert mine.details["against"][teacher.name]["cpu/pass_seconds"] == 4
+    assert mine.details["pass_sentences"] == 9
+    assert mine.details["num_sentences"] == 5
+    assert clock.ran[-18:] == ["1x1", "4x1"] * 9
+    rounds = 2 * 2 * mine.details["tokens_per_sentence"] * 5
+    assert mine.cost["tokens"] == pytest.approx(rounds + alone.num_tokens)
 
 
 # ------------------------------------------------------------------------------------- sizes

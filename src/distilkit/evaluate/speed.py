@@ -39,11 +39,12 @@ Switch = Literal["auto"] | bool
 
 @dataclass(kw_only=True)
 class Candidate:
-    """A model to be timed, its batches for latency and for throughput, and its measurements so far."""
+    """A model to be timed, its batches for latency, throughput and a whole pass, and its measurements so far."""
 
     job: Job
     model: PreTrainedModel
     batches: tuple[list[Batch], list[Batch]]
+    whole: list[Batch]
     num_tokens: int
     scores: dict[str, float]
     details: dict[str, Any]
@@ -70,6 +71,7 @@ class Speed:
     batch_sizes: Sequence[int]
     warm_up: int
     rounds: int
+    whole_pass: bool
     devices: str | Sequence[str]
     threads: int | None
     onnx: Switch
@@ -125,7 +127,13 @@ class Speed:
         return ["onnx"] if self.int8 is False else ["onnx", "onnx-int8"]
 
     def sentences(self) -> Sentences:
-        """Read sentences or pairs of sentences, ``max_sentences`` of them at even intervals."""
+        """Take ``max_sentences`` of all at even intervals."""
+        found = self.all_sentences()
+        number = min(self.max_sentences or len(found), len(found))
+        return [found[index * len(found) // number] for index in range(number)]
+
+    def all_sentences(self) -> Sentences:
+        """Read sentences or pairs of sentences."""
         path = Path(self.data_dir).expanduser() if self.data_dir is not None else None
         if path is not None and not path.exists():
             raise UserError(f"task.data_dir={self.data_dir} does not exist; give GLUE's folder, or a .txt file")
@@ -141,8 +149,7 @@ class Speed:
             columns: Any = {"texts": ("sentence1", "sentence2"), "label": "label", "labels": None, "aliases": {}}
             examples = read_examples(split, **columns, skip_malformed=self.skip_malformed)
             found = [example.texts for example in examples]
-        number = min(self.max_sentences or len(found), len(found))
-        return [found[index * len(found) // number] for index in range(number)]
+        return found
 
     def check_data(self) -> None:
         """Read the sentences once."""
@@ -150,8 +157,8 @@ class Speed:
 
     def measure(self, job: Job) -> list[Result]:
         """Measure one model and then each of ``against``."""
-        sentences = self.sentences()
-        candidates = [self.load(job, sentences)]
+        sentences, every = self.sentences(), self.all_sentences() if self.whole_pass else ()
+        candidates = [self.load(job, sentences, every)]
         for source in [self.against] if isinstance(self.against, str) else self.against:
             if source in [candidate.job.model for candidate in candidates]:
                 raise UserError(f"{source!r} is given twice; task.against takes models other than model=, each once")
@@ -159,17 +166,18 @@ class Speed:
             name = source if model_name(source) in taken else model_name(source)  # two runs may share a folder's name
             sha256 = weights_id(source, revision="main")
             other = replace(job, model=source, revision="main", tokenizer=None, name=name, sha256=sha256)
-            candidates.append(self.load(other, sentences))
+            candidates.append(self.load(other, sentences, every))
         with torch_threads(self.threads) as threads, tempfile.TemporaryDirectory() as folder:
             for number, candidate in enumerate(candidates):
                 self._export(candidate, Path(folder, str(number)))
             with torch.inference_mode():
                 self._time_all(candidates, num_sentences=len(sentences), threads=threads)
         details = {"num_sentences": len(sentences), "threads": threads, "rounds": self.rounds}
+        details |= {"pass_sentences": len(every)} if self.whole_pass else {}
         return [self._result(candidate, candidates[1:], details) for candidate in candidates]
 
-    def load(self, job: Job, sentences: Sentences) -> Candidate:
-        """Load a model and its tokenizer, and cut the sentences into batches of both sizes.
+    def load(self, job: Job, sentences: Sentences, every: Sentences = ()) -> Candidate:
+        """Load a model and its tokenizer, and cut the sentences into batches of both sizes, and ``every`` one into 1s.
 
         A new head is random by the seed: neither size nor speed depends on its values.
         """
@@ -183,9 +191,9 @@ class Speed:
         if model.config.pad_token_id is None:  # GPT-2 refuses batches without
             model.config.pad_token_id = tokenizer.pad_token_id
         model.config.use_cache = False  # nothing is generated
-        single, many = (
-            encode(sentences, tokenizer, model, batch_size=size, max_length=self.max_length)
-            for size in self.batch_sizes
+        sizes = ((sentences, self.batch_sizes[0]), (sentences, self.batch_sizes[1]), (every, 1))
+        single, many, whole = (
+            encode(some, tokenizer, model, batch_size=size, max_length=self.max_length) for some, size in sizes
         )
         num_tokens = sum(int(batch["attention_mask"].sum()) for batch in single)
         megabytes, file = file_size(job.model, num_params=num_parameters(model))
@@ -193,6 +201,7 @@ class Speed:
             job=job,
             model=model,
             batches=(single, many),
+            whole=whole,
             num_tokens=num_tokens,
             scores={"file_mb": megabytes},
             details={"file": file, "tokens_per_sentence": num_tokens / len(sentences)},
@@ -216,6 +225,8 @@ class Speed:
         for device in self._devices():
             makers: list[Any] = [partial(torch_pass, candidate.model, device=device) for candidate in candidates]
             self._time(device, candidates, makers, num_sentences=num_sentences)
+            if self.whole_pass:
+                self._time_whole(device, candidates)
         for runtime in self._runtimes():
             files = [candidate.onnx_files[runtime] for candidate in candidates]
             makers = [partial(onnx_pass, open_session(file, threads=threads)) for file in files]
@@ -232,6 +243,16 @@ class Speed:
                 candidate.scores |= {f"{place}/{key}": value for key, value in measure(own).items()}
                 candidate.seconds += float(own.sum())
                 candidate.tokens += self.rounds * candidate.num_tokens
+
+    def _time_whole(self, device: str, candidates: list[Candidate]) -> None:
+        """Time one pass over all sentences, one at a time: the paper's measure."""
+        log.info("%s: one pass over %d sentences, one at a time", device, len(candidates[0].whole))
+        passes = [torch_pass(candidate.model, candidate.whole, device=device) for candidate in candidates]
+        seconds = seconds_in_turn(passes, warm_up=self.warm_up, rounds=1)
+        for candidate, own in zip(candidates, seconds, strict=True):
+            candidate.scores[f"{device}/pass_seconds"] = float(own.sum())
+            candidate.seconds += float(own.sum())
+            candidate.tokens += sum(int(batch["attention_mask"].sum()) for batch in candidate.whole)
 
     def _result(self, candidate: Candidate, against: Sequence[Candidate], details: dict[str, Any]) -> Result:
         job, devices = candidate.job, self._devices()
