@@ -2,11 +2,16 @@
 
 import ctypes
 import functools
+import gc
 import inspect
+import io
 import logging
+import math
 import os
 import platform
+import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -14,14 +19,21 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import InstantiationException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf, flag_override
 
 from distilkit.errors import UserError
 
+log = logging.getLogger(__name__)
+
 P = ParamSpec("P")
 R = TypeVar("R")
+
+failures: list[str] = []  # a line for each failed job of the sweep that this process runs
 
 
 def user_cause(error: Exception) -> Exception | None:
@@ -34,21 +46,84 @@ def user_cause(error: Exception) -> Exception | None:
     return cause if isinstance(cause, UserError) else None
 
 
+def in_sweep() -> bool:
+    """Return whether this is a job of a multirun."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def replace_unprintable() -> None:
+    """Print a replacement for what the encoding of standard output lacks, where Python would raise an error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
 def report_errors(entry: Callable[P, R]) -> Callable[P, R]:
-    """Print a user error as one message and exit with status 1; ``HYDRA_FULL_ERROR=1`` keeps the traceback."""
+    """Print a user error as one message and exit with status 1; ``HYDRA_FULL_ERROR=1`` keeps the traceback.
+
+    Errors of a sweep's job are raised, for ``SweepFailures``.
+    """
 
     @functools.wraps(entry)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        replace_unprintable()
         try:
             return entry(*args, **kwargs)
         except Exception as error:
             cause = user_cause(error)
-            if cause is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
+            if cause is None or in_sweep() or os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
             print(f"error: {cause}", file=sys.stderr)
             sys.exit(1)
 
     return wrapped
+
+
+def _plain(override: str) -> str:
+    """Return an override without quotes, spaces and capitals, which a sweeper may write in its own way."""
+    return re.sub(r"[\s'\"]", "", override).casefold()
+
+
+class SweepFailures(Callback):
+    """Hydra callback: let a sweep go on after a failed job, and end it with exit status 1 and the list of failures.
+
+    It stands before other callbacks in the config, so that it ends the command after they have printed their tables.
+    """
+
+    def __init__(self) -> None:
+        """Begin without tracebacks."""
+        self.common: set[str] = set()  # the overrides of the command line, which all jobs share
+        self.shown: set[str] = set()  # where the errors came from whose traceback was logged
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Forget an earlier sweep of this process."""
+        replace_unprintable()
+        failures.clear()
+        self.common = {_plain(each) for each in config.hydra.overrides.task}
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Log the error of a job, and give Hydra's own sweeper NaN instead; others have rules for failed jobs."""
+        if config.hydra.mode != RunMode.MULTIRUN or job_return.status != JobStatus.FAILED:
+            return
+        error: Any = job_return._return_value  # the property would raise it
+        cause = user_cause(error)
+        own = ", ".join(each for each in job_return.overrides or () if _plain(each) not in self.common)
+        what = " ".join(str(cause or f"{type(error).__name__}: {error}").split())
+        failures.append(f"job {config.hydra.job.num} ({own}) failed: {what}")
+        raised_at = "".join(traceback.format_tb(error.__traceback__))
+        bug = os.environ.get("HYDRA_FULL_ERROR") == "1" or (cause is None and raised_at not in self.shown)
+        self.shown.add(raised_at)
+        log.error("%s", failures[-1], exc_info=error if bug else None)
+        parts = config.hydra.launcher._target_, config.hydra.sweeper._target_
+        if all(part.startswith("hydra._internal.core_plugins.basic_") for part in parts):
+            job_return.status, job_return.return_value = JobStatus.COMPLETED, math.nan
+            traceback.clear_frames(error.__traceback__)  # they hold the models, whose memory the next job needs
+            gc.collect()
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """List the failures, and end with exit status 1; Hydra would turn an error into a warning."""
+        if failures:
+            print(f"{len(failures)} failed:", *failures, sep="\n")
+            raise SystemExit(1)
 
 
 def check_names(names: Iterable[Any], known: Iterable[str], *, path: str) -> None:
@@ -135,17 +210,26 @@ _RANK_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MAST
 
 
 @contextmanager
-def ranks_on_config(config_file: Path) -> Iterator[None]:
+def ranks_on_config(config_file: Path, *, launcher: Any = None) -> Iterator[None]:
     """Let child ranks run ``config_file``, and afterwards remove all traces of the process group.
 
     1. Lightning starts each rank with ``sys.argv``. In a multirun that is the whole sweep, so each rank would choose a
        job. Without a Hydra command line, as in a notebook, child ranks repeat the caller's own script.
     2. Lightning's rank variables would make the next job of a sweep a waiting child; those of torchrun and SLURM stay.
+    3. In a sweep, the ranks of a failed job are ended. Else the thread in which Lightning's ``launcher`` watches them
+       would kill this process, and with it the sweep.
     """
     unset = [name for name in _RANK_VARIABLES if name not in os.environ]
     try:
         with _command_line(config_file):
             yield
+    except Exception:
+        children: list[Any] = getattr(launcher, "procs", []) if in_sweep() else []
+        for child in children:
+            child.kill()
+            child.wait()
+        children.clear()  # the thread reads the same list
+        raise
     finally:
         if "LOCAL_RANK" in unset:  # the ranks were started here
             import torch

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import hydra
 import torch
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Trainer, seed_everything
@@ -19,6 +17,7 @@ from distilkit.callbacks import ValidateEvery
 from distilkit.cli import (
     check_keys,
     check_names,
+    in_sweep,
     keep_large_buffers,
     quiet,
     ranks_on_config,
@@ -63,8 +62,7 @@ def build(cfg: DictConfig) -> Job:
         raise UserError(
             f"{out} holds a finished run; choose another hydra.run.dir (from Python: out), or delete {out / 'student'}"
         )
-    in_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-    checkpoint = find_checkpoint(cfg.ckpt_path, out, in_sweep=in_sweep)
+    checkpoint = find_checkpoint(cfg.ckpt_path, out, in_sweep=in_sweep())
     cfg.ckpt_path = str(checkpoint) if checkpoint else None
     set_matmul_precision(cfg.matmul_precision)
     seed_everything(cfg.seed, workers=True, verbose=False)
@@ -100,7 +98,7 @@ def run(job: Job) -> float:
     _record_config(job)
     if torch.cuda.is_initialized():  # by an earlier job in this process
         torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
-    with ranks_on_config(job.out / "config.yaml"):
+    with ranks_on_config(job.out / "config.yaml", launcher=trainer.strategy.launcher):
         trainer.fit(module, datamodule=job.data, ckpt_path=job.checkpoint)
         trainer.save_checkpoint(job.out / "checkpoints" / "last.ckpt", weights_only=False)
         if not module.after:  # a finished run was resumed, or validation was taken out of the callbacks

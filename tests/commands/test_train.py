@@ -682,6 +682,17 @@ def test_a_sweep_on_two_ranks_trains_both_ranks_on_the_same_job_and_finishes_bot
 
 
 @pytest.mark.slow
+def test_a_sweep_on_two_ranks_goes_on_after_a_job_that_failed_on_both(
+    deterministic: tuple[str, ...], tmp_path: Path
+) -> None:
+    rates = "optimizer.lr=1e30,0.01", "hydra.sweep.dir=sweep"
+    swept = spawn("-m", "distilkit.train", "-m", *deterministic, *TWO_RANKS, *rates, cwd=tmp_path)
+    assert swept.code == 1, swept.err
+    assert re.search(r"job 0 \(optimizer.lr=1e.?30\) failed: the loss is not finite at step", swept.out)
+    assert summary_of(tmp_path / "sweep" / "1")["optimizer_steps"] == 4
+
+
+@pytest.mark.slow
 def test_torchrun_starts_all_ranks_with_one_command_line(deterministic: tuple[str, ...], tmp_path: Path) -> None:
     one = call(distilkit.train.main, *deterministic, "hydra.run.dir=one", cwd=tmp_path)
     assert one.code == 0, one.err

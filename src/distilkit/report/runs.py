@@ -11,12 +11,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from omegaconf import DictConfig, OmegaConf
 
-from distilkit.cli import quiet
+from distilkit.cli import failures, quiet
 from distilkit.records import read_metrics, read_runs, write_json
 from distilkit.report.ablation import Run
 from distilkit.report.drawing import COLOURS, WIDTH, finish, plain, png
 from distilkit.report.frame import Scores, task_label
-from distilkit.report.page import Plot, Table, markdown_table, print_table, tabulate
+from distilkit.report.page import Plot, Table, markdown, markdown_table, print_table, tabulate
 
 
 def teacher_label(teacher: Mapping[str, Any] | None) -> str:
@@ -158,7 +158,10 @@ def comparison_table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
 
 
 def plot_runs(runs: Sequence[Run], out: Path) -> None:
-    """Plot the held-out cross-entropy and accuracy of each run as bars."""
+    """Plot the held-out cross-entropy and accuracy of each scored run as bars."""
+    runs = [run for run in runs if {"val/nll", "val/accuracy"} <= run["after"].keys()]
+    if not runs:
+        return
     labels = [str(run["label"]) for run in runs]
     colours = ["tab:gray" if label == "teacher" else "tab:blue" for label in labels]
     figure = Figure(figsize=(11, 1.6 + 0.5 * len(runs)), layout="constrained")
@@ -174,10 +177,13 @@ def plot_runs(runs: Sequence[Run], out: Path) -> None:
     figure.savefig(out, dpi=120)
 
 
-def compare(sweep: Path, *, latency: bool) -> None:
-    """Print the table of a sweep, and write comparison.json, .md and .png into its folder."""
+def compare(sweep: Path, *, latency: bool, failed: Sequence[str] = ()) -> None:
+    """Print the table of a sweep, and write comparison.json, .md and .png into its folder; ``failed`` are its notes."""
+    notes = "".join(f"\n{markdown(failure)}\n" for failure in failed)
     runs = read_runs(sweep)
     if not runs:
+        if notes:
+            (sweep / "comparison.md").write_text(notes.lstrip(), "utf-8")
         return
     if latency:
         block_size = min(int(run["block_size"]) for run in runs)
@@ -188,8 +194,8 @@ def compare(sweep: Path, *, latency: bool) -> None:
     # A table of few runs fits better on its side.
     first, *others = [header, *rows] if len(rows) > len(header) else zip(header, *rows, strict=True)
     print_table(f"runs of {sweep.name}, on held-out documents", first, others)
-    write_json(sweep / "comparison.json", {"runs": runs})
-    (sweep / "comparison.md").write_text(markdown_table(header, rows), "utf-8")
+    write_json(sweep / "comparison.json", {"runs": runs, "failed": list(failed)})
+    (sweep / "comparison.md").write_text(markdown_table(header, rows) + notes, "utf-8")
     plot_runs(runs, sweep / "comparison.png")
     folders = [f"{run['label']}: {run['folder']}/student" for run in runs]
     print(f"table and plot: {sweep / 'comparison'}.md, .json, .png", *folders, sep="\n")
@@ -203,4 +209,4 @@ class SweepReport(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Print and write the comparison."""
-        compare(Path(config.hydra.sweep.dir), latency=self.measure_latency)
+        compare(Path(config.hydra.sweep.dir), latency=self.measure_latency, failed=failures)
