@@ -14,7 +14,7 @@ def test_results_are_read_back_as_they_were_written(tmp_path: Path) -> None:
     results = [*glue(seeds=[1]), speed("bert", 33.0), perplexity("bert", 16.3)]
     write_results(tmp_path / "a", results)
     assert read_results([tmp_path]) == results
-    assert json.loads((tmp_path / "a" / "results.json").read_text("utf-8"))["format"] == 1
+    assert json.loads((tmp_path / "a" / "results.json").read_text("utf-8"))["format"] == 2
 
 
 def test_runs_are_read_in_the_order_they_ended_and_unfinished_ones_are_left_out(tmp_path: Path) -> None:

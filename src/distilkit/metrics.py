@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
+import functools
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from distilkit.errors import UserError
+from distilkit.records import Array, Rows
 
-if TYPE_CHECKING:
-    from distilkit.records import Array, Rows
-
-
-def _nll(rows: Rows) -> float:
-    return float(rows.sums["nll"].sum() / rows.sums["tokens"].sum())
+OF_NUMBERS = ("pearson", "spearman")
+OWN = ("accuracy", "f1", "matthews", *OF_NUMBERS)
 
 
 def exp(nats: float) -> float:
@@ -23,48 +24,160 @@ def exp(nats: float) -> float:
     return math.exp(min(nats, 700.0))
 
 
-_OF_SUMS: dict[str, Callable[[Rows], float]] = {
-    "perplexity": lambda rows: exp(_nll(rows)),
-    "pseudo_perplexity": lambda rows: exp(_nll(rows)),
-    "word_perplexity": lambda rows: exp(_nll(rows) * float(rows.sums["text_tokens"].sum() / rows.sums["words"].sum())),
-    "masked_accuracy": lambda rows: float(rows.sums["masked_correct"].sum() / rows.sums["masked_tokens"].sum()),
-    "masked_cross_entropy": lambda rows: float(rows.sums["masked_nll"].sum() / rows.sums["masked_tokens"].sum()),
-    "entity_f1": lambda rows: _ratio(2 * rows.sums["tp"].sum(), rows.sums["said"].sum() + rows.sums["gold"].sum()),
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else math.nan
+
+
+def _nll(sums: dict[str, float]) -> float:
+    return _ratio(sums["nll"], sums["tokens"])
+
+
+_OF_SUMS: dict[str, Callable[[dict[str, float]], float]] = {  # of all rows
+    "perplexity": lambda sums: exp(_nll(sums)),
+    "pseudo_perplexity": lambda sums: exp(_nll(sums)),
+    # Per word of the scored text: adjacent windows leave out their first tokens.
+    "word_perplexity": lambda sums: exp(_nll(sums) * sums["text_tokens"] / max(1.0, sums["words"])),
+    "masked_accuracy": lambda sums: _ratio(sums["masked_correct"], sums["masked_tokens"]),
+    "masked_cross_entropy": lambda sums: _ratio(sums["masked_nll"], sums["masked_tokens"]),
+}
+_OF_ENTITIES: dict[str, Callable[[dict[str, float]], float]] = {  # sums tp, said and gold; 0 where nothing is said
+    "f1": lambda sums: 2 * sums["tp"] / max(1.0, sums["said"] + sums["gold"]),
+    "precision": lambda sums: sums["tp"] / max(1.0, sums["said"]),
+    "recall": lambda sums: sums["tp"] / max(1.0, sums["gold"]),
 }
 
 
-def _ratio(part: float, whole: float) -> float:
-    return float(part / whole) if whole else 0.0
+def measure(metrics: Sequence[str], rows: Rows) -> dict[str, float]:
+    """Score rows by several metrics."""
+    return {metric: score(metric, rows) for metric in metrics}
 
 
 def score(metric: str, rows: Rows) -> float:
-    """Score rows by the metric of that name.
+    """Score rows by the metric of that name; NaN where it is not defined.
 
-    A metric of ``rows.sums`` is a formula of their sums over rows, or the mean of the sums of its name. The others
-    compare ``gold`` with ``said``.
+    With ``rows.sums`` it is a formula of their totals, such as a perplexity or the F1 of entities, or the mean of the
+    sums of that name. Otherwise it compares ``gold`` with ``said``, or with the probabilities of ``logits`` where
+    scikit-learn's metric takes them. A correlation with something constant is 0, as is the Matthews coefficient of a
+    model that says one class.
     """
-    if metric in _OF_SUMS and rows.sums:
-        return _OF_SUMS[metric](rows)
+    if not len(rows):
+        return math.nan
+    formulas = _OF_ENTITIES if "tp" in rows.sums else _OF_SUMS
+    if rows.sums and metric in formulas:
+        return formulas[metric]({name: math.fsum(part) for name, part in rows.sums.items()})
     if metric in rows.sums:
-        return float(rows.sums[metric].mean())
+        return math.fsum(rows.sums[metric]) / len(rows)
     if rows.gold is None or rows.said is None:
         raise UserError(f"metric {metric!r} cannot be taken from rows with sums of {', '.join(rows.sums) or 'nothing'}")
-    return _of_predictions(metric, rows.gold, rows.said)
+    if not all(np.isfinite(part).all() for part in (rows.gold, rows.said)):
+        return math.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of scikit-learn and scipy, where a metric is not defined
+        if metric in OWN:
+            return _own(metric, rows.gold, rows.said)
+        try:
+            return float(_scikit_learn(metric)(rows))
+        except ValueError:  # such as the area under a curve where there is only one class
+            return math.nan
 
 
-def _of_predictions(metric: str, gold: Array, said: Array) -> float:
-    from scipy import stats
-    from sklearn import metrics
-
+def _own(metric: str, gold: Array, said: Array) -> float:
     if metric == "accuracy":
         return float(np.mean(gold == said))
-    if metric == "f1":
-        return float(metrics.f1_score(gold, said, zero_division=0.0))
+    if metric == "f1":  # of class 1, as in GLUE
+        return 2 * float(np.sum((gold == 1) & (said == 1))) / max(1.0, float(np.sum(gold == 1) + np.sum(said == 1)))
     if not (np.ptp(gold) and np.ptp(said)):
         return 0.0
     if metric == "matthews":
-        return float(metrics.matthews_corrcoef(gold, said))
-    return float(getattr(stats, f"{metric}r")(gold, said).statistic)
+        from sklearn.metrics import matthews_corrcoef
+
+        return float(matthews_corrcoef(gold, said))
+    from scipy import stats
+
+    return float(np.nan_to_num({"pearson": stats.pearsonr, "spearman": stats.spearmanr}[metric](gold, said).statistic))
+
+
+def _function(metric: str) -> Any:
+    """Return scikit-learn's function of a score: cohen_kappa is cohen_kappa_score."""
+    import sklearn.metrics
+
+    return getattr(sklearn.metrics, f"{metric.removesuffix('_score')}_score", None)
+
+
+@functools.cache
+def _scikit_learn(metric: str) -> Callable[[Rows], Any]:
+    """Return one of scikit-learn's scorers, or functions of gold and said, as a function of rows."""
+    from sklearn.metrics import get_scorer, get_scorer_names
+
+    if metric not in get_scorer_names():
+        function = _function(metric)
+        return lambda rows: function(rows.gold, rows.said)
+    scorer = get_scorer(metric)
+    return lambda rows: scorer(_estimator()(rows), np.arange(len(rows)), rows.gold)
+
+
+@functools.cache
+def _estimator() -> Any:
+    """Return a class whose objects predict for row numbers what rows say, as scorers ask it of a trained model."""
+    from scipy.special import softmax
+    from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+
+    class Number(RegressorMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
+        def __init__(self, rows: Any = None) -> None:
+            self.rows = rows
+
+        def predict(self, index: Array) -> Array:
+            return self.rows.said[index]  # type: ignore[no-any-return]
+
+    class Class(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+        def __init__(self, rows: Any = None) -> None:
+            self.rows, self.classes_ = rows, np.arange(rows.logits.shape[1])
+
+        def predict(self, index: Array) -> Array:
+            return self.rows.said[index]  # type: ignore[no-any-return]
+
+        def predict_proba(self, index: Array) -> Array:
+            return softmax(self.rows.logits[index].astype(np.float64), axis=1)  # type: ignore[no-any-return]
+
+    return lambda rows: (Number if rows.logits is None else Class)(rows)
+
+
+def check_metrics(metrics: Sequence[str], *, num_classes: int | None) -> None:
+    """Make sure that metrics have known names, and can be taken from so many classes, or from numbers for None."""
+    import sklearn.metrics
+
+    names = [*OWN, *sklearn.metrics.get_scorer_names()]
+    for metric in metrics:
+        if metric in names or _function(metric) is not None:
+            continue
+        near = difflib.get_close_matches(metric, names, n=5, cutoff=0.5)
+        raise UserError(
+            f"task.metrics={list(metrics)}, but {metric!r} is no metric"
+            + (f"; near it are {', '.join(near)}" if near else "")
+            + f". It takes {', '.join(OWN)} and scikit-learn's, such as f1_macro"
+        )
+    trial = _trial(num_classes)
+    for metric in set(metrics) - set(OWN):
+        reason = "it is not defined"
+        with warnings.catch_warnings(), contextlib.suppress(TypeError):
+            warnings.simplefilter("ignore")
+            try:
+                if math.isfinite(float(_scikit_learn(metric)(trial))):
+                    continue
+            except (ValueError, AttributeError) as error:
+                reason = str(error).splitlines()[0]
+        what = "numbers (task.labels=null)" if num_classes is None else f"{num_classes} classes"
+        raise UserError(f"task.metrics={list(metrics)}, but {metric} cannot be taken from {what}: {reason}")
+
+
+def _trial(num_classes: int | None) -> Rows:
+    """Return rows on which every metric of their kind is defined."""
+    if num_classes is None:
+        gold = np.arange(1.0, 9.0)
+        return Rows(ids=np.arange(8), gold=gold, said=gold + 0.25)
+    gold = np.tile(np.arange(num_classes), 3)
+    logits = np.random.default_rng(0).normal(size=(len(gold), num_classes)).astype(np.float16)
+    return Rows(ids=np.arange(len(gold)), gold=gold, said=np.roll(gold, 1) * (gold > 0), logits=logits)
 
 
 def agreement(mine: Rows, theirs: Rows) -> float | None:

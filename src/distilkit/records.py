@@ -17,7 +17,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
 from distilkit.errors import UserError
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 
 FILE = "results.json"
-FORMAT = 1
+FORMAT = 2
+_READ = (1, FORMAT)  # the first had no hashes of rows
 _PACKAGES = ("distilkit", "torch", "pytorch-lightning", "transformers", "tokenizers", "datasets", "hydra-core", "numpy")
 _NEEDED = ("before", "after", "student_parameters", "tokens_seen")  # of a summary.json
 
@@ -37,10 +38,19 @@ _NEEDED = ("before", "after", "student_parameters", "tokens_seen")  # of a summa
 class Result:
     """One model on one task with one seed.
 
-    ``name`` is the model's row in tables. ``score`` is the task's one number, the mean of its metrics as in GLUE; it is
-    None for speed. Shares lie between 0 and 1, correlations between -1 and 1; perplexities and times have their units.
-    ``held_out`` is the score on rows of the training set that were held out to choose settings. ``teacher`` describes
-    the teacher of a second distillation. ``details`` holds everything that is not one number.
+    ``name`` is the model's row in tables. ``sha256`` is the hash of a folder's weights, config, code and tokenizer, or
+    the commit of a hub model. ``score`` is the task's one number, the mean of its metrics as in GLUE; it is None for
+    speed. Shares lie between 0 and 1, correlations between -1 and 1; perplexities and times have their units.
+
+    ``settings`` holds what decides a score beside the model and the seed, with plain keys: of fine-tuning ``epochs``,
+    ``lr``, ``batch_size``, ``max_length``, ``precision``, ``train_rows`` and so on, the keys of the task but for where
+    its rows lie, and the hashes of its rows, ``scored_data`` and ``train_data``. Scores of other settings do not
+    compare. A refit after a grid has ``refit=True`` and ``settings_tried``.
+
+    ``held_out`` is the score on rows of the training set that were held out to choose settings; that of a refit is the
+    median of the setting that it took. ``teacher`` describes the teacher of a second distillation. ``details`` holds
+    what is not one number: ``rows``, how many of each split, whose file read_rows reads, and ``task``, the composed
+    node. ``folder`` is that of the file that it was read from.
     """
 
     name: str
@@ -82,7 +92,7 @@ class Rows:
         """Return the number of rows."""
         return len(self.ids)
 
-    def take(self, index: ArrayLike) -> Rows:
+    def take(self, index: Array) -> Rows:
         """Select rows by their places, as often as each is given."""
         gold, said, logits = (None if part is None else part[index] for part in (self.gold, self.said, self.logits))
         sums = {name: part[index] for name, part in self.sums.items()}
@@ -152,6 +162,7 @@ def write_rows(folder: Path, split: str, rows: Rows) -> None:
     """Write the rows of one split to rows-<split>.npz; a reader finds all of them or none."""
     arrays = {name: part for name, part in vars(rows).items() if name != "sums" and part is not None}
     arrays |= {f"sums/{name}": part for name, part in rows.sums.items()}
+    folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"rows-{split}.npz"
     temporary = file.with_suffix(".tmp")
     with temporary.open("wb") as stream:
@@ -187,9 +198,9 @@ def read_file(file: Path) -> list[Result]:
     """Read the results of one job."""
     try:
         content = json.loads(file.read_text("utf-8"))
-        if content["format"] != FORMAT:
-            found = content["format"]
-            raise UserError(f"{file} has format {found}, this distilkit reads {FORMAT}; score the model again")
+        if content["format"] not in _READ:
+            found, known = content["format"], " and ".join(map(str, _READ))
+            raise UserError(f"{file} has format {found}, this distilkit reads {known}; score the model again")
         return [Result(**record, folder=str(file.parent)) for record in content["results"]]
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not a result of distilkit.evaluate ({error}); delete it") from error

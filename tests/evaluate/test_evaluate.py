@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_module
@@ -17,7 +18,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 import distilkit.evaluate.__main__
 from distilkit.evaluate.finetune import Batches, FinetuningModule, hold_out
 from distilkit.evaluate.job import job_id
-from distilkit.records import read_results
+from distilkit.metrics import measure
+from distilkit.records import read_results, read_rows
 from jobs import Outcome, call, only, write_rows
 from tiny import build_model
 
@@ -60,15 +62,25 @@ def test_a_model_learns_a_task_and_leaves_its_record(score: Callable[..., Outcom
     assert found.score > 0.85
     assert found.scores == {"accuracy": found.score}
     assert (found.name, found.task, found.kind, found.seed) == ("mine", "sst2", "finetuned", 1)
-    assert (found.model_type, found.details) == ("distilbert", {"rows": {"dev": 60}, "train_rows": 160})
-    assert found.settings["lr"] == 2e-3 and found.settings["epochs"] == 6
+    assert (found.model_type, found.details["rows"]) == ("distilbert", {"dev": 60})
+    expected = {"lr": 2e-3, "epochs": 6, "batch_size": 16, "max_length": 60, "precision": "32-true", "train_rows": 160}
+    assert expected.items() <= found.settings.items()
+    assert found.settings["labels"] == found.details["task"]["labels"] == ["negative", "positive"]
+    assert found.details["task"]["data_dir"] == str(rows)
     assert found.cost["tokens"] > 6 * 160 * 3
     folder = only(tmp_path, "outputs/evaluate/mine/sst2/seed1-*")
-    assert sorted(path.name for path in folder.iterdir()) == ["model", "predictions-dev.json", "results.json"]
+    files = ["model", "predictions-dev.json", "results.json", "rows-dev.npz"]
+    assert sorted(path.name for path in folder.iterdir()) == files
     said = json.loads((folder / "predictions-dev.json").read_text("utf-8"))
     wanted = [line[-1] for line in (rows / "SST-2" / "dev.tsv").read_text("utf-8").splitlines()[1:]]
     right = sum((word == "positive") == (label == "1") for word, label in zip(said, wanted, strict=True))
     assert right / len(said) == pytest.approx(found.score)
+    kept = read_rows(found.folder, "dev")
+    assert kept is not None
+    assert measure(["accuracy"], kept) == found.scores
+    assert (kept.ids.tolist(), kept.gold.tolist()) == (list(range(60)), list(map(int, wanted)))
+    assert [("negative", "positive")[each] for each in kept.said] == said
+    assert (kept.logits.argmax(axis=1) == kept.said).all() and kept.logits.dtype == np.float16
     model = AutoModelForSequenceClassification.from_pretrained(folder / "model")
     assert model.config.id2label == {0: "negative", 1: "positive"}
 
@@ -150,6 +162,9 @@ def test_early_stopping_takes_the_best_epoch_by_held_out_rows(score: Callable[..
     found = result(tmp_path)
     assert found.details["train_rows"] == 120
     assert 0.5 < found.held_out <= 1
+    held_out = read_rows(found.folder, "held_out")
+    assert held_out is not None and len(held_out) == len(set(held_out.ids)) == 40
+    assert measure(["accuracy"], held_out) == {"accuracy": found.held_out}
     one = 120 * 9  # tokens of an epoch at most
     assert found.cost["tokens"] < 30 * one  # it stopped before its forty epochs
     assert not list(tmp_path.glob("**/*.ckpt"))
@@ -280,7 +295,7 @@ def test_the_id_of_a_job_survives_a_move_of_its_classes() -> None:
     def id_of(*overrides: str) -> str:
         with initialize_config_module("distilkit.conf.evaluate", version_base="1.3"):
             cfg = compose("evaluate", ["model=m", "task=rte", *overrides])
-        return job_id(cfg, teacher_id=None, model_id="0")
+        return job_id(cfg, ids={"model": "0"})
 
     before = id_of()
     for same in ("task._target_=elsewhere.TextTask", "trainer._target_=Trainer", "trainer.accelerator=cpu", "seed=7"):

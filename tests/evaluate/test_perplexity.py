@@ -28,6 +28,11 @@ MASKED = ("bert", "roberta", "distilbert", "modernbert")
 SaveTeacher = Callable[..., Path]
 
 
+@pytest.fixture(autouse=True)
+def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # rows are written into the job's folder
+
+
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six documents of 5 to 61 tokens, one with a word that no tokenizer here knows."""
@@ -100,7 +105,7 @@ def test_masked_accuracy_and_cross_entropy_are_those_of_a_loop_over_windows(
     windows = windows_of(texts, tokenizer, room=22)
     losses: list[float] = []
     right, seen = 0, []
-    arrays = [np.array(window) for window in windows]
+    arrays = [(0, np.array(window)) for window in windows]
     for batch in masked_batches(arrays, tokenizer, batch_size=1, masked_share=0.3, seed=7):  # no padding, no neighbours
         hidden = batch.labels[0] >= 0
         assert (batch.input_ids[0, hidden] == tokenizer.mask_token_id).all()
@@ -120,7 +125,7 @@ def test_masked_accuracy_and_cross_entropy_are_those_of_a_loop_over_windows(
 
 def test_a_share_of_each_window_is_hidden_and_the_draw_follows_the_seed(tokenizer: PreTrainedTokenizerBase) -> None:
     rng = np.random.default_rng(0)
-    windows = [np.array([2, *rng.integers(5, len(VOCABULARY), 98), 3]) for _ in range(6)]
+    windows = [(0, np.array([2, *rng.integers(5, len(VOCABULARY), 98), 3])) for _ in range(6)]
 
     def hidden(seed: int) -> Ids:
         batches = masked_batches(windows, tokenizer, batch_size=4, masked_share=0.15, seed=seed)
@@ -203,8 +208,8 @@ def test_a_limit_takes_the_first_tokens_and_the_words_they_spell(
     text = read_text(TextFiles(paths=str(texts)), causal_tokenizer, max_tokens=50, separator="\n\n")
     whole = texts.read_text("utf-8")
     assert np.concatenate(text.documents).tolist() == stream(texts, causal_tokenizer)[:50]
-    assert text.words == len(causal_tokenizer.decode(np.concatenate(text.documents)).replace(" .", ".").split())
-    assert text.words < len(whole.split())
+    assert sum(text.words) == len(causal_tokenizer.decode(np.concatenate(text.documents)).replace(" .", ".").split())
+    assert sum(text.words) < len(whole.split())
     result = measure(texts, save_teacher("gpt2"), max_tokens=50, block_size=16)
     assert result.details["tokens"] == 49
     assert result.details["text_tokens"] == 50
@@ -252,7 +257,8 @@ def test_the_result_can_be_written_and_read(texts: Path, tmp_path: Path, save_te
     assert result.parameters - result.parameters_without_embeddings == sum(part.weight.numel() for part in tables)
     assert result.settings["block_size"] == 64  # as many as the model has positions
     write_results(tmp_path, [result])
-    assert [asdict(read) for read in read_file(tmp_path / "results.json")] == [json.loads(json.dumps(asdict(result)))]
+    written = json.loads(json.dumps(asdict(result))) | {"folder": str(tmp_path)}
+    assert [asdict(read) for read in read_file(tmp_path / "results.json")] == [written]
 
 
 def test_the_text_is_wikitext_unless_files_are_given() -> None:

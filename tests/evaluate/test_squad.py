@@ -399,7 +399,10 @@ def test_scores_are_those_of_the_official_script() -> None:
     said_by_id = {question.id: best_text(given) for question, given in zip(questions, answers, strict=True)}
     expected = official_scores(questions, said_by_id)
     assert 0.3 < expected["exact_match"] != expected["f1"]
-    assert squad_scores(questions, answers) == pytest.approx(expected, rel=1e-12)
+    parts = squad_scores(questions, answers)
+    assert {name: part.mean() for name, part in parts.items()} == pytest.approx(expected, rel=1e-12)
+    each = [official_scores([question], said_by_id) for question in questions]
+    assert [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)] == each
 
 
 def test_an_answer_without_a_word_matches_exactly_but_has_no_f1_as_in_the_official_script() -> None:
@@ -408,7 +411,8 @@ def test_an_answer_without_a_word_matches_exactly_but_has_no_f1_as_in_the_offici
         Question(id="b", question="?", context="cat", answers=(("cat", 0),)),
     ]
     answers = [[Answer(".", 0, 1, 0.0)], [Answer("The cat!", 0, 3, 0.0)]]
-    assert squad_scores(questions, answers) == {"exact_match": 1.0, "f1": 0.5}
+    parts = squad_scores(questions, answers)
+    assert {name: part.tolist() for name, part in parts.items()} == {"exact_match": [1.0, 1.0], "f1": [0.0, 1.0]}
 
 
 # ------------------------------------------------------------------ the command

@@ -3,6 +3,7 @@
 import copy
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from distilkit.errors import UserError
 from distilkit.evaluate.models import load_task_tokenizer
 from distilkit.evaluate.rows import Example
 from distilkit.evaluate.texts import TextTask
+from distilkit.metrics import measure
 
 
 def task(**changes: Any) -> TextTask:
@@ -43,6 +45,12 @@ NUMBERS = {"labels": None, "metrics": ["pearson", "spearman"]}
 THREE = {"labels": ["a", "b", "c"]}
 
 
+def measured(own: TextTask, logits: Sequence[tuple[torch.Tensor]], targets: Sequence[float]) -> dict[str, float]:
+    """Score logits, one for each row, against targets."""
+    examples = [Example(texts=("ba", "be"), label=target, row=row) for row, target in enumerate(targets)]
+    return measure(own.metrics, own.rows(logits, [{"target": target} for target in targets], examples))
+
+
 def random_case(num_classes: int) -> tuple[torch.Tensor, list[int]]:
     generator = torch.Generator().manual_seed(num_classes)
     logits = torch.randn(50, num_classes, generator=generator)
@@ -52,10 +60,8 @@ def random_case(num_classes: int) -> tuple[torch.Tensor, list[int]]:
 def test_metrics_of_classes_are_scikit_learns() -> None:
     logits, targets = random_case(2)
     said = logits.argmax(dim=-1).numpy()
-    measured = task(metrics=["accuracy", "f1", "matthews"]).scores(
-        [(row,) for row in logits], [{"target": target} for target in targets], []
-    )
-    assert measured == pytest.approx(
+    found = measured(task(metrics=["accuracy", "f1", "matthews"]), [(row,) for row in logits], targets)
+    assert found == pytest.approx(
         {
             "accuracy": sklearn.metrics.accuracy_score(targets, said),
             "f1": sklearn.metrics.f1_score(targets, said),
@@ -66,22 +72,22 @@ def test_metrics_of_classes_are_scikit_learns() -> None:
 
 def test_accuracy_of_three_classes_is_scikit_learns() -> None:
     logits, targets = random_case(3)
-    measured = task(**THREE).scores([(row,) for row in logits], [{"target": target} for target in targets], [])
-    assert measured == pytest.approx({"accuracy": sklearn.metrics.accuracy_score(targets, logits.argmax(-1).numpy())})
+    found = measured(task(**THREE), [(row,) for row in logits], targets)
+    assert found == pytest.approx({"accuracy": sklearn.metrics.accuracy_score(targets, logits.argmax(-1).numpy())})
 
 
 def test_correlations_are_scipys() -> None:
     generator = torch.Generator().manual_seed(0)
     said = torch.randn(50, 1, generator=generator)
     targets = (said[:, 0] + torch.randn(50, generator=generator)).round(decimals=1).tolist()  # with ties
-    measured = task(**NUMBERS).scores([(row,) for row in said], [{"target": target} for target in targets], [])
-    assert measured["pearson"] == pytest.approx(scipy.stats.pearsonr(said[:, 0], targets).statistic, abs=1e-12)
-    assert measured["spearman"] == pytest.approx(scipy.stats.spearmanr(said[:, 0], targets).statistic, abs=1e-12)
+    found = measured(task(**NUMBERS), [(row,) for row in said], targets)
+    assert found["pearson"] == pytest.approx(scipy.stats.pearsonr(said[:, 0], targets).statistic, abs=1e-12)
+    assert found["spearman"] == pytest.approx(scipy.stats.spearmanr(said[:, 0], targets).statistic, abs=1e-12)
 
 
 def test_one_number_alone_predicted_is_a_correlation_of_zero() -> None:
     same = [(torch.tensor([0.5]),)] * 5
-    assert task(**NUMBERS).scores(same, [{"target": float(n)} for n in range(5)], []) == {
+    assert measured(task(**NUMBERS), same, [float(n) for n in range(5)]) == {
         "pearson": 0.0,
         "spearman": 0.0,
     }
@@ -121,10 +127,10 @@ def test_special_tokens_that_a_text_spells_are_text(tokenizer: PreTrainedTokeniz
 def test_one_class_alone_predicted_is_a_matthews_of_zero() -> None:
     logits = [(torch.tensor([1.0, 0.0]),)] * 6
     for num_positive in (3, 1, 6, 0):
-        targets = [{"target": int(index < num_positive)} for index in range(6)]
+        targets = [int(index < num_positive) for index in range(6)]
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            scores = task(metrics=["matthews", "f1"]).scores(logits, targets, [])
+            scores = measured(task(metrics=["matthews", "f1"]), logits, targets)
         assert scores == {"matthews": 0.0, "f1": 0.0}
 
 
@@ -132,9 +138,9 @@ def test_a_correlation_of_large_numbers_keeps_its_digits() -> None:
     rng = np.random.default_rng(0)
     targets = 1e7 + rng.normal(size=200)
     said = [(torch.tensor([value]),) for value in (targets - 1e7) + rng.normal(size=200)]
-    measured = task(**NUMBERS).scores(said, [{"target": float(target)} for target in targets], [])
+    found = measured(task(**NUMBERS), said, [float(target) for target in targets])
     values = torch.cat([each for (each,) in said]).double().numpy()
-    assert measured["pearson"] == pytest.approx(np.corrcoef(targets, values)[0, 1], abs=1e-9)
+    assert found["pearson"] == pytest.approx(np.corrcoef(targets, values)[0, 1], abs=1e-9)
 
 
 def test_the_longest_text_is_cut_first(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -216,13 +222,20 @@ def test_a_teacher_must_predict_the_same_classes() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"metrics": ["bleu"]}, "task.metrics=\\['bleu'\\]; it takes one or more of accuracy, f1, matthews"),
-        ({"metrics": []}, "it takes one or more of"),
+        ({"metrics": ["bleu"]}, "'bleu' is no metric. It takes accuracy, f1, matthews, pearson, spearman and scikit-"),
+        ({"metrics": ["macro_f1"]}, "'macro_f1' is no metric; near it are f1_macro"),
+        ({"metrics": []}, "task.metrics is empty; it takes one or more of"),
+        ({"metrics": ["roc_auc"], "labels": ["a", "b", "c"]}, "roc_auc cannot be taken from 3 classes: multi_class"),
+        ({"metrics": ["roc_auc"], "labels": None}, "roc_auc cannot be taken from numbers \\(task.labels=null\\): "),
+        ({"metrics": ["silhouette"]}, "silhouette cannot be taken from 2 classes: "),
         ({"labels": ["one"]}, "task.labels=\\['one'\\], but it takes two or more names, each once"),
         ({"labels": ["a", "a"]}, "it takes two or more names, each once"),
         ({"metrics": ["pearson"]}, "does not match task.labels=\\['no', 'yes'\\]"),
         ({"labels": None}, "does not match task.labels=None"),
-        ({"metrics": ["f1"], "labels": ["a", "b", "c"]}, "f1, which is for two classes, but task.labels has 3"),
+        (
+            {"metrics": ["f1"], "labels": ["a", "b", "c"]},
+            "f1, which is for two classes, but task.labels has 3; take f1_macro",
+        ),
         ({"texts": ["a", "b", "c"]}, "it takes one column or two"),
         ({"max_train_rows": 0}, "task.max_train_rows=0, but it must be at least 1"),
         ({"max_length": 4}, "task.max_length=4, but it must be at least 8"),

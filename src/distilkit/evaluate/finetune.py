@@ -13,6 +13,8 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from distilkit.errors import UserError
 from distilkit.evaluate.models import INPUTS, inputs_of
+from distilkit.metrics import measure
+from distilkit.records import Rows
 
 Feature = Mapping[str, Any]
 Logits = tuple[Tensor, ...]
@@ -28,6 +30,10 @@ class FinetuningTask(Protocol):
     name: str
     max_length: int
     auto_class: ClassVar[Any]
+
+    @property
+    def metrics(self) -> Sequence[str]:
+        """Return the names of the metrics whose mean is the score."""
 
     @property
     def head(self) -> dict[str, Any]:
@@ -54,10 +60,8 @@ class FinetuningTask(Protocol):
     def soft_loss(self, logits: Logits, teacher_logits: Logits, *, temperature: float) -> Tensor:
         """Return the mean loss against the teacher."""
 
-    def scores(
-        self, logits: Sequence[Logits], features: Sequence[Feature], examples: Sequence[Any]
-    ) -> dict[str, float]:
-        """Score one split."""
+    def rows(self, logits: Sequence[Logits], features: Sequence[Feature], examples: Sequence[Any]) -> Rows:
+        """Return what the model says of each example of a split; ``metrics`` score it."""
 
     def predictions(self, logits: Sequence[Logits], features: Sequence[Feature], examples: Sequence[Any]) -> Any:
         """Return the model's predictions, as JSON."""
@@ -208,7 +212,7 @@ class FinetuningModule(LightningModule):
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         logits = [self.collected[row] for row in range(len(self.collected))]
         self.collected = {}
-        scores = self.task.scores(logits, data.held_out, data.held_out_examples)
+        scores = measure(self.task.metrics, self.task.rows(logits, data.held_out, data.held_out_examples))
         self.log("held_out", sum(scores.values()) / len(scores), prog_bar=True)
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[int, Logits]:

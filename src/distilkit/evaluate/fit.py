@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Callback, Trainer, seed_everything
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar, Timer
 from pytorch_lightning.loggers import WandbLogger
@@ -17,10 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distilkit.errors import UserError
 from distilkit.evaluate.finetune import Batches, FinetuningModule, FinetuningTask, Logits, hold_out
-from distilkit.evaluate.job import Job
+from distilkit.evaluate.job import PLACES, Job
 from distilkit.evaluate.models import described, load_task_model, load_task_tokenizer
 from distilkit.language_model import check_positions
-from distilkit.records import Result, cost, write_json
+from distilkit.metrics import measure
+from distilkit.records import Result, cost, write_json, write_rows
 
 log = logging.getLogger(__name__)
 
@@ -51,13 +52,16 @@ def finetune_and_score(task: FinetuningTask, job: Job) -> Result:
     model.eval()
     if held_out:
         logits = predict(trainer, module, data, data.held_out)
-        held_out_score = fmean(task.scores(logits, data.held_out, held_out).values())
-    job.folder.mkdir(parents=True, exist_ok=True)
+        rows = task.rows(logits, data.held_out, held_out)
+        held_out_score = fmean(measure(task.metrics, rows).values())
+        write_rows(job.folder, "held_out", rows)
     for split, examples in scored.items():
         features = task.encode(examples, tokenizer)
         num_scored += sum(len(feature["input_ids"]) for feature in features)
         logits = predict(trainer, module, data, features)
-        for metric, value in task.scores(logits, features, examples).items():
+        rows = task.rows(logits, features, examples)
+        write_rows(job.folder, split, rows)
+        for metric, value in measure(task.metrics, rows).items():
             scores[f"{split}/{metric}" if len(scored) > 1 else metric] = value
         write_json(job.folder / f"predictions-{split}.json", task.predictions(logits, features, examples))
     if cfg.save_model and trains:
@@ -72,7 +76,7 @@ def finetune_and_score(task: FinetuningTask, job: Job) -> Result:
         task=task.name,
         kind="finetuned",
         seed=job.seed,
-        settings=recorded_settings(cfg, vocabulary=len(tokenizer)),
+        settings=recorded_settings(cfg, vocabulary=len(tokenizer), train_rows=len(kept)),
         scores=scores,
         score=fmean(scores.values()),
         held_out=held_out_score,
@@ -162,10 +166,12 @@ def predict(trainer: Trainer, module: FinetuningModule, data: Batches, features:
     return [found[row] for row in range(len(features))]
 
 
-def recorded_settings(cfg: DictConfig, *, vocabulary: int) -> dict[str, Any]:
-    """Return the settings that a reader wants to see next to a score."""
-    task = {key: value for key, value in cfg.task.items() if isinstance(value, int | float | bool)}
-    other = {"precision": str(cfg.trainer.precision), "vocabulary": vocabulary}
+def recorded_settings(cfg: DictConfig, *, vocabulary: int, train_rows: int) -> dict[str, Any]:
+    """Return what decides a score besides model, rows and seed; keys of the task that are not set are left out."""
+    node: Any = OmegaConf.to_container(cfg.task, resolve=True)
+    task = {key: value for key, value in node.items() if key not in ("_target_", "name", *PLACES)}
+    task = {key: value for key, value in task.items() if value not in (None, [], {})}
+    other = {"precision": str(cfg.trainer.precision), "vocabulary": vocabulary, "train_rows": train_rows}
     return {**cfg.finetune, **task, **other, **({"tokenizer": cfg.tokenizer} if cfg.tokenizer else {})}
 
 

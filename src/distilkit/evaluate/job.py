@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -16,7 +16,7 @@ from rich.console import Console
 
 from distilkit.cli import check_keys, check_names, set_matmul_precision
 from distilkit.errors import UserError
-from distilkit.evaluate.models import weights_id
+from distilkit.evaluate.models import resolved, tokenizer_id, weights_id
 from distilkit.model_card import add_scores
 from distilkit.records import FILE, Result, model_name, read_file, read_results, write_results
 from distilkit.report.page import print_table
@@ -28,6 +28,8 @@ _WHERE = {  # settings of the trainer that decide no score
     *("accelerator", "devices", "default_root_dir"),
     *("log_every_n_steps", "enable_model_summary", "enable_progress_bar"),
 }
+
+PLACES = ("data_dir", "hub", "files", "paths", "column", "dataset", "device")  # of a task: the rows' hash decides
 
 _NUMBERS: dict[str, tuple[type, float, float, bool]] = {  # kind, least, most, and whether the least is allowed
     "finetune.lr": (float, 0, math.inf, False),
@@ -46,9 +48,10 @@ _NUMBERS: dict[str, tuple[type, float, float, bool]] = {  # kind, least, most, a
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A model to measure: a folder or hub id, the hash of its weights, its name in tables, and the results' folder.
+    """A model to measure: a folder or hub id, the hash of its files, its name in tables, and the results' folder.
 
-    ``tokenizer`` is None for the model's own. ``cfg`` is the composed config, which tasks that fine-tune read.
+    ``revision`` is the commit of a hub id where it is known. ``tokenizer`` is None for the model's own. ``cfg`` is the
+    composed config, which tasks that fine-tune read.
     """
 
     model: str
@@ -67,8 +70,11 @@ class Task(Protocol):
     name: str
     trains: ClassVar[bool]
 
-    def check_data(self) -> None:
-        """Read the data, so that an error in it shows before models are trained."""
+    def check_data(self, *, train: bool = True) -> dict[str, str]:
+        """Read the data, so that an error in it shows before models are trained, and return the hash of its rows.
+
+        ``scored_data`` is that of the rows to score, and ``train_data``, with ``train``, that of the rows to train on.
+        """
 
     def measure(self, job: Job) -> list[Result]:
         """Score the model of a job, and then the models that it is compared with."""
@@ -106,21 +112,33 @@ def _check_numbers(cfg: DictConfig) -> None:
             raise UserError(f"{key}={value}, but it must be {what} {low}{high}")
 
 
-def job_id(cfg: DictConfig, *, teacher_id: str | None, model_id: str) -> str:
-    """Return a short hash of everything that decides a score, except the seed and the machine."""
+def job_id(cfg: DictConfig, *, ids: Mapping[str, str | None]) -> str:
+    """Return a short hash of everything that decides a score, except the seed and the machine.
+
+    ``ids`` are those of the rows, the model, the tokenizer and the teacher, instead of the names they were given by.
+    """
     settings = json.loads(
         json.dumps(OmegaConf.to_container(cfg, resolve=True), default=str), object_hook=_without_module
     )
-    decisive = {name: settings[name] for name in ("task", "finetune", "tokenizer")} | product_precision(cfg)
-    decisive |= {"model": model_id}
+    task = {key: value for key, value in settings["task"].items() if key not in PLACES}
+    decisive = {"task": task, "finetune": settings["finetune"], **ids} | product_precision(cfg)
     decisive |= {"trainer": {key: value for key, value in settings["trainer"].items() if key not in _WHERE}}
-    decisive |= {"teacher": teacher_id, "distil": settings["distil"]} if teacher_id else {}
+    decisive |= {"distil": settings["distil"]} if ids.get("teacher") else {}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _without_module(node: dict[str, Any]) -> dict[str, Any]:
     """Reduce a ``_target_`` to the name of its class, so that a file can move without a change of ids."""
     return node | {"_target_": node["_target_"].rpartition(".")[2]} if "_target_" in node else node
+
+
+def _check_name(key: str, name: str, *, nested: bool = True) -> None:
+    """Refuse a name that would lead out of the output folder, of which it is a part."""
+    path = Path(name)
+    if not path.parts or path.is_absolute() or ".." in path.parts or (len(path.parts) > 1 and not nested):
+        raise UserError(
+            f"{key}={name}, but it names a folder in output_dir; give a name without {'..' if nested else '/'}"
+        )
 
 
 def product_precision(cfg: DictConfig) -> dict[str, str]:
@@ -144,20 +162,28 @@ def evaluate(cfg: DictConfig) -> float | None:
     if cfg.trust_remote_code and not task.trains:
         raise UserError(f"trust_remote_code=true, but task={task.name} runs no code of a model; set it to false")
     name = cfg.name or model_name(cfg.model)
-    model_id = weights_id(cfg.model, revision=cfg.revision)
-    teacher_id = None if cfg.teacher is None else weights_id(cfg.teacher, revision="main")
-    key = job_id(cfg, teacher_id=teacher_id, model_id=model_id)
-    folder = (Path(cfg.output_dir).expanduser() / name / task.name / f"seed{cfg.seed}-{key}").resolve()
+    _check_name("name", name)
+    _check_name("task.name", task.name, nested=False)
+    revision = resolved(cfg.model, revision=cfg.revision)
+    model_id, data = weights_id(cfg.model, revision=revision), task.check_data(train=cfg.finetune.epochs > 0)
+    ids: dict[str, str | None] = {"model": model_id, **data}
+    ids["tokenizer"] = None if cfg.tokenizer is None else tokenizer_id(cfg.tokenizer)
+    ids["teacher"] = None if cfg.teacher is None else weights_id(cfg.teacher, revision="main")
+    folder = Path(cfg.output_dir).expanduser() / name / task.name / f"seed{cfg.seed}-{job_id(cfg, ids=ids)}"
+    folder = folder.resolve()
     lacks_model = task.trains and cfg.save_model and cfg.finetune.epochs and not (folder / "model").is_dir()
     if (folder / FILE).is_file() and not lacks_model:
         log.info("already scored; delete %s to score it again", folder)
         results = read_file(folder / FILE)
     else:
         cfg.output_dir, cfg.name = str(folder), name  # where loggers write
-        given = {key: cfg[key] for key in ("model", "revision", "tokenizer", "seed")}
-        job = Job(**given, sha256=model_id, name=name, folder=folder, cfg=cfg)
-        measured = task.measure(job)
-        results = [replace(result, settings={**result.settings, **product_precision(cfg)}) for result in measured]
+        given = {key: cfg[key] for key in ("model", "tokenizer", "seed")}
+        job = Job(**given, revision=revision, sha256=model_id, name=name, folder=folder, cfg=cfg)
+        more, node = {**data, **product_precision(cfg)}, OmegaConf.to_container(cfg.task, resolve=True)
+        results = [
+            replace(each, settings=each.settings | more, details=each.details | {"task": node})
+            for each in task.measure(job)
+        ]
         write_results(folder, results)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # they were for resuming
         mine = [result for result in read_results([folder.parents[1]]) if result.sha256 == model_id]

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -18,6 +20,7 @@ from distilkit.errors import UserError
 from distilkit.language_model import num_parameters, num_parameters_without_embeddings
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # of the models of all tasks
+_TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
 
 
 @contextmanager
@@ -33,20 +36,47 @@ def silenced() -> Iterator[None]:
         logging.disable(before)
 
 
+def resolved(name: str, *, revision: str) -> str:
+    """Return the commit that a revision of a hub id names now, on the hub or else in its cache.
+
+    The revision of a folder, or of what cannot be found, is returned as it is: loading says what is wrong.
+    """
+    if Path(name).expanduser().is_dir():
+        return revision
+    try:
+        return Path(hf_hub_download(name, "config.json", revision=revision)).parent.name
+    except (OSError, ValueError):
+        return revision
+
+
 def weights_id(model: str, *, revision: str) -> str:
-    """Identify a model's weights: the SHA-256 of a folder's files, or a hub id's name and revision."""
+    """Identify a model: the SHA-256 of a folder's weights, config, code and tokenizer, or the commit of a hub id."""
     folder = Path(model).expanduser()
     if not folder.is_dir():
-        return f"{model}@{revision}"
-    digest = hashlib.sha256()
-    files = sorted(folder.glob("*.safetensors"))
-    if not files or not (folder / "config.json").is_file():
+        return _hub_id(model, revision=revision)
+    if not list(folder.glob("*.safetensors")) or not (folder / "config.json").is_file():
         raise UserError(
             f"{model} has no config.json or no .safetensors; give the student/ folder of a run, or a hub id"
         )
-    for file in [folder / "config.json", *files]:
+    return _digest(folder, "config.json", "*.safetensors", "*.py", *_TOKENIZER)
+
+
+def tokenizer_id(name: str) -> str:
+    """Identify a tokenizer: the SHA-256 of a folder's files, or the commit of a hub id."""
+    folder = Path(name).expanduser()
+    return _digest(folder, *_TOKENIZER) if folder.is_dir() else _hub_id(name, revision="main")
+
+
+def _hub_id(name: str, *, revision: str) -> str:
+    commit = resolved(name, revision=revision)
+    return commit if re.fullmatch("[0-9a-f]{40}", commit) else f"{name}@{commit}"
+
+
+def _digest(folder: Path, *patterns: str) -> str:
+    digest = hashlib.sha256()
+    for file in sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}):
         with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+            digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
 
 

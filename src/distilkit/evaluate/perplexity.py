@@ -22,6 +22,7 @@ from distilkit.data.tokenizer import load_tokenizer
 from distilkit.errors import UserError
 from distilkit.evaluate.job import Job
 from distilkit.evaluate.models import described
+from distilkit.evaluate.rows import rows_hash
 from distilkit.language_model import (
     check_positions,
     check_split,
@@ -33,41 +34,48 @@ from distilkit.language_model import (
 )
 from distilkit.losses import IGNORE_INDEX
 from distilkit.losses import score as score_rows
-from distilkit.records import Result, cost
+from distilkit.metrics import measure
+from distilkit.records import Result, Rows, cost, write_rows
 from distilkit.student import check_vocabulary
 
 _MAX_BLOCK_SIZE = 512  # tokens, as most encoders have
 
 
 class Text(NamedTuple):
-    """The ids of each document without special tokens, and how many whitespace-separated words they spell."""
+    """The ids of each document without special tokens, its whitespace-separated words, and its place in the corpus."""
 
     documents: list[Ids]
-    words: int
+    words: list[int]
+    places: list[int]
 
     def counts(self) -> dict[str, int]:
         """Return the size of the text."""
         tokens = sum(map(len, self.documents))
-        return {"documents": len(self.documents), "text_tokens": tokens, "words": self.words}
+        return {"documents": len(self.documents), "text_tokens": tokens, "words": max(1, sum(self.words))}
 
 
-Scored = tuple[dict[str, float], dict[str, Any], dict[str, int]]  # scores, the task's own first; settings; counts
+Scored = tuple[Rows, dict[str, Any], dict[str, int]]  # one a document; settings; counts
+_METRICS = {  # the first is the score
+    "mlm": ("pseudo_perplexity", "masked_accuracy", "masked_cross_entropy"),
+    "clm": ("perplexity", "word_perplexity"),
+}
 
 
 class ScoredBatch(NamedTuple):
-    """Padded windows, all (batch, length): ids, the token that each state predicts or -100, and what is real."""
+    """Padded windows, all (batch, length): ids, the token that each state predicts or -100, what is real, documents."""
 
     input_ids: Ids
     labels: Ids
     real: NDArray[np.bool_]
+    documents: Ids
 
 
 class Sums(NamedTuple):
-    """Sums over scored tokens: negative log-likelihood in nats, correct predictions, and the tokens themselves."""
+    """Sums over the scored tokens of each document: negative log-likelihood in nats, correct predictions, tokens."""
 
-    nll: float
-    correct: int
-    tokens: int
+    nll: NDArray[np.float64]
+    correct: NDArray[np.float64]
+    tokens: NDArray[np.float64]
 
 
 def read_text(
@@ -78,8 +86,10 @@ def read_text(
     Text that spells a special token is still text.
     """
     documents: list[Ids] = []
-    left, words = max_tokens, 0
-    for document in corpus.documents():
+    words: list[int] = []
+    places: list[int] = []
+    left = max_tokens
+    for place, document in enumerate(corpus.documents()):
         text = separator + document if documents else document
         encoding = tokenizer(
             text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
@@ -87,16 +97,20 @@ def read_text(
         ids = np.array(encoding["input_ids"][:left], dtype=np.int64)
         if len(ids):
             documents.append(ids)
-            words += len(text[: encoding["offset_mapping"][len(ids) - 1][1]].split())
+            words.append(len(text[: encoding["offset_mapping"][len(ids) - 1][1]].split()))
+            places.append(place)
         left = None if left is None else left - len(ids)
         if left == 0:
             break
     if not documents:
         raise UserError("the text to score is empty; check task.paths, or the split of task.dataset")
-    return Text(documents, max(1, words))
+    return Text(documents, words, places)
 
 
-def masked_windows(text: Text, tokenizer: PreTrainedTokenizerBase, *, block_size: int) -> list[Ids]:
+Window = tuple[int, Ids]  # the number of its document, and its ids
+
+
+def masked_windows(text: Text, tokenizer: PreTrainedTokenizerBase, *, block_size: int) -> list[Window]:
     """Cut each document into windows with the tokenizer's special tokens around them."""
     before, after = special_tokens_around(tokenizer)
     room = block_size - len(before) - len(after)
@@ -105,12 +119,15 @@ def masked_windows(text: Text, tokenizer: PreTrainedTokenizerBase, *, block_size
             f"task.block_size={block_size} has no room next to the {len(before) + len(after)} special tokens of a "
             f"window; set task.block_size to {block_size - room + 1} or more"
         )
-    pieces = (ids[start : start + room] for ids in text.documents for start in range(0, len(ids), room))
-    return [np.array([*before, *piece, *after]) for piece in pieces]
+    return [
+        (number, np.array([*before, *ids[start : start + room], *after]))
+        for number, ids in enumerate(text.documents)
+        for start in range(0, len(ids), room)
+    ]
 
 
 def pseudo_places(
-    windows: Sequence[Ids], tokenizer: PreTrainedTokenizerBase, *, max_tokens: int | None
+    windows: Sequence[Window], tokenizer: PreTrainedTokenizerBase, *, max_tokens: int | None
 ) -> list[tuple[int, int]]:
     """List window and place of each token to mask, or ``max_tokens`` at even intervals, from long windows to short
     ones.
@@ -118,21 +135,23 @@ def pseudo_places(
     Special tokens, [UNK] among them, are left out.
     """
     special = tokenizer.all_special_ids
-    places = [(row, int(place)) for row, ids in enumerate(windows) for place in np.flatnonzero(~np.isin(ids, special))]
+    known = [np.flatnonzero(~np.isin(ids, special)) for _, ids in windows]
+    places = [(row, int(place)) for row, own in enumerate(known) for place in own]
     if not places:
         raise UserError("the tokenizer knows no token of the text; check task.paths, or the tokenizer of the model")
     if max_tokens is not None and len(places) > max_tokens:
         places = [places[number * len(places) // max_tokens] for number in range(max_tokens)]
-    return sorted(places, key=lambda place: -len(windows[place[0]]))
+    return sorted(places, key=lambda place: -len(windows[place[0]][1]))
 
 
 def pseudo_batches(
-    windows: Sequence[Ids], places: Sequence[tuple[int, int]], tokenizer: PreTrainedTokenizerBase, *, batch_size: int
+    windows: Sequence[Window], places: Sequence[tuple[int, int]], tokenizer: PreTrainedTokenizerBase, *, batch_size: int
 ) -> Iterator[ScoredBatch]:
     """Mask one token of a window at a time (Salazar et al. 2020, section 2)."""
     for start in range(0, len(places), batch_size):
         chosen = places[start : start + batch_size]
-        batch = padded([windows[row] for row, _ in chosen], tokenizer)
+        batch = padded([windows[row][1] for row, _ in chosen], tokenizer)
+        batch.documents[:] = np.array([windows[row][0] for row, _ in chosen])[:, None]
         index = (np.arange(len(chosen)), np.array([place for _, place in chosen]))
         batch.labels[index] = batch.input_ids[index]
         batch.input_ids[index] = cast(int, tokenizer.mask_token_id)
@@ -140,19 +159,19 @@ def pseudo_batches(
 
 
 def masked_batches(
-    windows: Sequence[Ids], tokenizer: PreTrainedTokenizerBase, *, batch_size: int, masked_share: float, seed: int
+    windows: Sequence[Window], tokenizer: PreTrainedTokenizerBase, *, batch_size: int, masked_share: float, seed: int
 ) -> Iterator[ScoredBatch]:
     """Mask a share of each window at once, drawn from the seed and the window's number, always by the mask token."""
     masking = Masking(mlm_probability=masked_share, mask_share=1.0, random_share=0.0, smoothing=0.0, whole_word=False)
     masker = Masker(masking, tokenizer=tokenizer, token_counts=np.zeros(0, dtype=np.int64), seed=seed)
-    order = np.argsort([-len(ids) for ids in windows], kind="stable")
+    order = np.argsort([-len(ids) for _, ids in windows], kind="stable")
     for start in range(0, len(order), batch_size):
         samples = order[start : start + batch_size]
-        batch = padded([windows[sample] for sample in samples], tokenizer)
+        batch = padded([windows[sample][1] for sample in samples], tokenizer)
+        batch.documents[:] = np.array([windows[sample][0] for sample in samples])[:, None]
         lengths = batch.real.sum(axis=1)
-        yield ScoredBatch(
-            *masker(batch.input_ids, epoch=VALIDATION_EPOCH, samples=samples, lengths=lengths), batch.real
-        )
+        masked = masker(batch.input_ids, epoch=VALIDATION_EPOCH, samples=samples, lengths=lengths)
+        yield ScoredBatch(*masked, batch.real, batch.documents)
 
 
 def window_begins(num_tokens: int, *, block_size: int, stride: int) -> range:
@@ -161,13 +180,14 @@ def window_begins(num_tokens: int, *, block_size: int, stride: int) -> range:
 
 
 def causal_batches(
-    ids: Ids, tokenizer: PreTrainedTokenizerBase, *, block_size: int, stride: int, batch_size: int
+    documents: Sequence[Ids], tokenizer: PreTrainedTokenizerBase, *, block_size: int, stride: int, batch_size: int
 ) -> Iterator[ScoredBatch]:
-    """Slide a window over one stream of tokens, as in transformers' guide to the perplexity of fixed-length models.
+    """Slide a window over documents as one stream of tokens, as in transformers' guide to the perplexity of fixed-length models.
 
     The first window predicts all its tokens except the first, later ones their last ``stride``. A window never predicts
     its own first token, so ``stride == block_size`` leaves out one token of each window.
     """
+    ids, numbers = np.concatenate(documents), np.repeat(np.arange(len(documents)), [len(ids) for ids in documents])
     all_begins = window_begins(len(ids), block_size=block_size, stride=stride)
     for start in range(0, len(all_begins), batch_size):
         begins = all_begins[start : start + batch_size]
@@ -176,6 +196,7 @@ def causal_batches(
             end = min(begin + block_size, len(ids))
             scored = max(begin + 1, begin + block_size - stride if begin else 0)
             batch.labels[row, scored - begin - 1 : end - begin - 1] = ids[scored:end]
+            batch.documents[row, scored - begin - 1 : end - begin - 1] = numbers[scored:end]
         yield batch
 
 
@@ -184,23 +205,23 @@ def padded(rows: Sequence[Ids], tokenizer: PreTrainedTokenizerBase) -> ScoredBat
     real = np.arange(max(map(len, rows))) < np.array([len(row) for row in rows])[:, None]
     input_ids = np.full(real.shape, tokenizer.pad_token_id or 0, dtype=np.int64)
     input_ids[real] = np.concatenate(rows)
-    return ScoredBatch(input_ids, np.full(real.shape, IGNORE_INDEX, dtype=np.int64), real)
+    return ScoredBatch(input_ids, np.full(real.shape, IGNORE_INDEX, dtype=np.int64), real, np.zeros_like(input_ids))
 
 
 @torch.inference_mode()
-def score(model: PreTrainedModel, batches: Iterable[ScoredBatch]) -> Sums:
-    """Sum the scores of the labelled tokens; logits are computed for their states only."""
-    nll, correct, tokens = 0.0, 0, 0
+def score(model: PreTrainedModel, batches: Iterable[ScoredBatch], *, num_documents: int) -> Sums:
+    """Sum the scores of the labelled tokens by document; logits are computed for their states only."""
+    sums = Sums(*np.zeros((3, num_documents)))
     for batch in batches:
-        input_ids, labels, real = (torch.from_numpy(part).to(model.device) for part in batch)
+        input_ids, labels, real = (torch.from_numpy(part).to(model.device) for part in batch[:3])
         states = last_hidden_state(model, input_ids, attention_mask=None if batch.real.all() else real.long())
         scored = labels != IGNORE_INDEX
         targets = labels[scored]
         nlls, predictions = score_rows(lm_head(model, states[scored]), targets)
-        nll += nlls.double().sum().item()
-        correct += int((predictions == targets).sum())
-        tokens += len(targets)
-    return Sums(nll, correct, tokens)
+        numbers = batch.documents[batch.labels != IGNORE_INDEX]
+        for part, values in zip(sums, (nlls, predictions == targets, torch.ones_like(targets)), strict=True):
+            part += np.bincount(numbers, values.double().cpu().numpy(), minlength=num_documents)
+    return sums
 
 
 def choose_device(name: str) -> torch.device:
@@ -212,11 +233,6 @@ def choose_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise UserError(f"task.device={name!r} cannot be used ({reason}); set task.device=auto or cpu") from error
     return device
-
-
-def _exp(nats: float) -> float:
-    """Return a perplexity; a text without spaces has words whose perplexity exceeds the largest float."""
-    return math.exp(min(nats, 700.0))
 
 
 @dataclass(kw_only=True)
@@ -265,10 +281,17 @@ class LanguageScore:
             keys = "task.dataset." if self.paths is None else "task."
             raise UserError(str(error).replace("data.corpus.", keys)) from error
 
-    def check_data(self) -> None:
-        """Read the first document."""
+    def check_data(self, *, train: bool = True) -> dict[str, str]:
+        """Read the text, and return its hash; a document has at least as many tokens as words."""
+        left = math.inf if self.max_tokens is None else self.max_tokens
+        documents = []
         with self._own_keys():
-            next(self.corpus.documents(), None)
+            for document in self.corpus.documents():
+                documents.append(rows_hash([document]))
+                left -= len(document.split())
+                if left <= 0:
+                    break
+        return {"scored_data": rows_hash(documents)}
 
     def measure(self, job: Job) -> list[Result]:
         """Score one model; the seed draws the masks of masked accuracy."""
@@ -281,12 +304,14 @@ class LanguageScore:
         block_size = self._window(model, name=job.model)
         start = time.perf_counter()
         if kind == "mlm":
-            scores, own, counts = self._masked(model, tokenizer, block_size=block_size, seed=job.seed)
+            rows, own, counts = self._masked(model, tokenizer, block_size=block_size, seed=job.seed)
         else:
-            scores, own, counts = self._causal(model, tokenizer, block_size=block_size)
+            rows, own, counts = self._causal(model, tokenizer, block_size=block_size)
+        write_rows(job.folder, "text", rows)
+        scores = measure(_METRICS[kind], rows)
         task = next(iter(scores))
         seconds = time.perf_counter() - start
-        settings = {"text": self.corpus.fingerprint(), "max_tokens": self.max_tokens, "block_size": block_size}
+        settings = {"max_tokens": self.max_tokens, "block_size": block_size}
         return [
             Result(
                 name=job.name,
@@ -300,7 +325,7 @@ class LanguageScore:
                 scores=scores,
                 score=scores[task],
                 higher_is_better=False,
-                details={**counts, "weights_sha256": tensors},
+                details={**counts, "rows": {"text": len(rows)}, "weights_sha256": tensors},
                 cost=cost(seconds=seconds, tokens=counts["tokens"], device=str(self.place)),
             )
         ]
@@ -318,7 +343,7 @@ class LanguageScore:
     def _masked(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, block_size: int, seed: int
     ) -> Scored:
-        """Mask each token in turn, then a share of each window at once; return scores, settings and counts."""
+        """Mask each token in turn, then a share of each window at once; return rows, settings and counts."""
         if tokenizer.mask_token_id is None:
             raise UserError(
                 f"the tokenizer of a masked {model.config.model_type} has no mask token; give the model's own, "
@@ -329,37 +354,41 @@ class LanguageScore:
         windows = masked_windows(text, tokenizer, block_size=block_size)
         places = pseudo_places(windows, tokenizer, max_tokens=self.max_pseudo_tokens)
         one = pseudo_batches(windows, places, tokenizer, batch_size=self.batch_size)
-        pseudo = score(model, self._show(one, len(places), "one token masked at a time"))
+        number = {"num_documents": len(text.documents)}
+        pseudo = score(model, self._show(one, len(places), "one token masked at a time"), **number)
         many = masked_batches(windows, tokenizer, batch_size=self.batch_size, masked_share=self.masked_share, seed=seed)
-        masked = score(model, self._show(many, len(windows), f"{self.masked_share:.0%} masked at once"))
-        scores = {
-            "pseudo_perplexity": _exp(pseudo.nll / pseudo.tokens),
-            "masked_accuracy": masked.correct / masked.tokens,
-            "masked_cross_entropy": masked.nll / masked.tokens,
-        }
+        masked = score(model, self._show(many, len(windows), f"{self.masked_share:.0%} masked at once"), **number)
+        sums = pseudo._asdict() | {f"masked_{name}": part for name, part in masked._asdict().items()}
         settings = {"max_pseudo_tokens": self.max_pseudo_tokens, "masked_share": self.masked_share}
-        counts = {"tokens": pseudo.tokens, "masked_tokens": masked.tokens, "windows": len(windows)}
-        return scores, settings, {**text.counts(), **counts}
+        counts = {
+            "tokens": int(pseudo.tokens.sum()),
+            "masked_tokens": int(masked.tokens.sum()),
+            "windows": len(windows),
+        }
+        return Rows(ids=np.array(text.places), sums=sums), settings, {**text.counts(), **counts}
 
     def _causal(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, block_size: int) -> Scored:
-        """Slide a window over the whole text; return scores, settings and counts."""
+        """Slide a window over the whole text; return rows, settings and counts."""
         with self._own_keys():
             text = read_text(self.corpus, tokenizer, max_tokens=self.max_tokens, separator="\n\n")
-        ids = np.concatenate(text.documents)
-        if len(ids) < 2:
+        lengths = np.array([len(ids) for ids in text.documents], dtype=np.float64)
+        num_tokens = int(lengths.sum())
+        if num_tokens < 2:
             raise UserError(
                 "the text to score is one token, but the first token is never predicted; give a longer text in "
                 "task.paths"
             )
         stride = block_size // 2 if self.stride is None else self.stride
-        begins = window_begins(len(ids), block_size=block_size, stride=stride)
-        batches = causal_batches(ids, tokenizer, block_size=block_size, stride=stride, batch_size=self.batch_size)
-        sums = score(model, self._show(batches, len(begins), f"windows of {block_size} tokens"))
-        mean = sums.nll / sums.tokens
-        # Per word of the scored text: adjacent windows leave out their first tokens.
-        scores = {"perplexity": _exp(mean), "word_perplexity": _exp(mean * (len(ids) - 1) / text.words)}
-        counts = {"tokens": sums.tokens, "windows": len(begins)}
-        return scores, {"stride": stride}, {**text.counts(), **counts}
+        begins = window_begins(num_tokens, block_size=block_size, stride=stride)
+        windows: Any = {"block_size": block_size, "stride": stride, "batch_size": self.batch_size}
+        batches = self._show(
+            causal_batches(text.documents, tokenizer, **windows), len(begins), f"windows of {block_size} tokens"
+        )
+        sums = score(model, batches, num_documents=len(lengths))
+        lengths[0] -= 1  # the first token is never predicted
+        parts = {**sums._asdict(), "text_tokens": lengths, "words": np.array(text.words, dtype=np.float64)}
+        counts = {"tokens": int(sums.tokens.sum()), "windows": len(begins)}
+        return Rows(ids=np.array(text.places), sums=parts), {"stride": stride}, {**text.counts(), **counts}
 
     def _show(self, batches: Iterable[ScoredBatch], rows: int, description: str) -> Iterable[ScoredBatch]:
         total = -(-rows // self.batch_size)

@@ -1,11 +1,13 @@
 """Labelled examples from the hub, or from local files in the layouts of GLUE, XNLI and IMDb."""
 
+import hashlib
+import json
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -16,6 +18,16 @@ log = logging.getLogger(__name__)
 
 Row = Mapping[str, Any]
 E = TypeVar("E")
+
+
+class ReadsRows(Protocol):
+    """A task that reads examples to train on and, by split, to score."""
+
+    def train_examples(self) -> list[Any]:
+        """Read the training split."""
+
+    def scored_examples(self) -> dict[str, list[Any]]:
+        """Read the splits that are scored, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,10 +146,31 @@ def some_of(examples: list[E], limit: int | None) -> list[E]:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One or two texts, and the id of their class or the number to predict."""
+    """One or two texts, the id of their class or the number to predict, and the place of the row in its split."""
 
     texts: tuple[str, ...]
     label: float
+    row: int = field(default=0, compare=False)
+
+
+def rows_hash(rows: Iterable[Any]) -> str:
+    """Return a short hash of rows in their order, each as JSON."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row).encode() + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def rows_hashes(task: ReadsRows, content: Callable[[Any], Any], *, train: bool) -> dict[str, str]:
+    """Read a task's splits and hash the ``content`` of their examples: of those scored and, with ``train``, trained on.
+
+    The hashes are settings of a result, so that scores on different rows are told apart wherever the rows came from.
+    """
+    trained = {"train_data": rows_hash(map(content, task.train_examples()))} if train else {}
+    splits = task.scored_examples()
+    if not splits:
+        raise UserError("task.files.scored or task.hub.scored names no split to score; name one, such as dev")
+    return trained | {"scored_data": rows_hash((name, content(row)) for name, rows in splits.items() for row in rows)}
 
 
 def read_examples(
@@ -164,7 +197,7 @@ def read_examples(
         if value is None:
             faults.append(f"{place} has {label} {row[label]!r}, not one of {', '.join(labels or ['a number'])}")
             continue
-        examples.append(Example(texts=tuple(row[name] for name in texts), label=value))
+        examples.append(Example(texts=tuple(row[name] for name in texts), label=value, row=count - 1))
     if faults and not skip_malformed:
         raise UserError(
             f"{split}: {len(faults)} of {count} rows cannot be used; the first: {faults[0]}. Fix the file, or "

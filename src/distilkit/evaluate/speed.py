@@ -17,7 +17,7 @@ from distilkit.errors import UserError
 from distilkit.evaluate.job import Job
 from distilkit.evaluate.models import described, inputs_of, load_task_model, load_task_tokenizer, weights_id
 from distilkit.evaluate.onnx_export import PACKAGES, export_onnx, missing_packages, open_session, quantize_int8
-from distilkit.evaluate.rows import FileSplit, HubSplit, read_examples
+from distilkit.evaluate.rows import FileSplit, HubSplit, read_examples, rows_hash
 from distilkit.language_model import max_positions, num_parameters
 from distilkit.records import Result, cost, model_name, processor
 from distilkit.timing import (
@@ -151,9 +151,9 @@ class Speed:
             found = [example.texts for example in examples]
         return found
 
-    def check_data(self) -> None:
-        """Read the sentences once."""
-        self.sentences()
+    def check_data(self, *, train: bool = True) -> dict[str, str]:
+        """Read the sentences, and return their hash."""
+        return {"scored_data": rows_hash(self.sentences())}
 
     def measure(self, job: Job) -> list[Result]:
         """Measure one model and then each of ``against``."""

@@ -5,9 +5,8 @@ import re
 import string
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -22,9 +21,9 @@ from distilkit.data.table_files import open_text
 from distilkit.errors import UserError
 from distilkit.evaluate.fit import finetune_and_score
 from distilkit.evaluate.job import Job
-from distilkit.evaluate.rows import FileSplit, HubSplit, some_of
+from distilkit.evaluate.rows import FileSplit, HubSplit, rows_hashes, some_of
 from distilkit.losses import soft_target_kl
-from distilkit.records import Result
+from distilkit.records import Result, Rows
 
 Offsets = NDArray[np.int32]
 
@@ -58,6 +57,7 @@ class QuestionTask:
 
     trains: ClassVar[bool] = True
     auto_class: ClassVar[Any] = AutoModelForQuestionAnswering
+    metrics: ClassVar[Sequence[str]] = ("exact_match", "f1")
     head: ClassVar[dict[str, Any]] = {"num_labels": 2}  # one score for the start and one for the end
 
     name: str
@@ -78,10 +78,9 @@ class QuestionTask:
             if value is not None and value < 1:
                 raise UserError(f"task.{key}={value}, but it must be at least 1")
 
-    def check_data(self) -> None:
-        """Read both splits once."""
-        self.train_examples()
-        self.scored_examples()
+    def check_data(self, *, train: bool = True) -> dict[str, str]:
+        """Read the splits, and return the hash of their questions, paragraphs and answers."""
+        return rows_hashes(self, astuple, train=train)
 
     def measure(self, job: Job) -> list[Result]:
         """Fine-tune a model and score it."""
@@ -144,11 +143,12 @@ class QuestionTask:
     ) -> list[list[Answer]]:
         return n_best_answers(examples, features, logits, n_best=self.n_best, max_answer_length=self.max_answer_length)
 
-    def scores(
+    def rows(
         self, logits: Sequence[tuple[Tensor, ...]], features: Sequence[Mapping[str, Any]], examples: Sequence[Question]
-    ) -> dict[str, float]:
-        """Score by exact match and F1, as fractions."""
-        return squad_scores(examples, self._answers(logits, features, examples))
+    ) -> Rows:
+        """Return exact match and F1 of each question by its id, as fractions."""
+        ids = np.array([question.id for question in examples])
+        return Rows(ids=ids, sums=squad_scores(examples, self._answers(logits, features, examples)))
 
     def predictions(
         self, logits: Sequence[tuple[Tensor, ...]], features: Sequence[Mapping[str, Any]], examples: Sequence[Question]
@@ -352,14 +352,14 @@ def best_text(answers: Sequence[Answer]) -> str:
     return next((answer.text for answer in answers if answer.text), "")
 
 
-def squad_scores(questions: Sequence[Question], answers: Sequence[Sequence[Answer]]) -> dict[str, float]:
-    """Score the best answers by exact match and F1, as fractions, with the formulas of evaluate-v1.1.py."""
+def squad_scores(questions: Sequence[Question], answers: Sequence[Sequence[Answer]]) -> dict[str, NDArray[np.float64]]:
+    """Score each best answer by exact match and F1, as fractions, with the formulas of evaluate-v1.1.py."""
     exact, f1 = [], []
     for question, given in zip(questions, answers, strict=True):
         said, golds = _words(best_text(given)), [_words(text) for text, _ in question.answers]
         exact.append(said in golds)
         f1.append(max(_f1(said, gold) for gold in golds))
-    return {"exact_match": fmean(exact), "f1": fmean(f1)}
+    return {"exact_match": np.array(exact, dtype=np.float64), "f1": np.array(f1, dtype=np.float64)}
 
 
 def _words(text: str) -> list[str]:

@@ -1,48 +1,26 @@
 """Tasks that classify or rate one or two texts: GLUE, IMDb, XNLI and a user's own."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from distilkit.errors import UserError
 from distilkit.evaluate.fit import finetune_and_score
 from distilkit.evaluate.job import Job
-from distilkit.evaluate.rows import Example, FileSplit, HubSplit, read_examples, some_of
+from distilkit.evaluate.rows import Example, FileSplit, HubSplit, read_examples, rows_hashes, some_of
 from distilkit.losses import soft_target_kl
-from distilkit.records import Result
+from distilkit.metrics import OF_NUMBERS, OWN, check_metrics
+from distilkit.records import Result, Rows
 
 log = logging.getLogger(__name__)
-
-
-def _zero_if_constant(measure: Callable[..., Any]) -> Callable[..., float]:
-    """Let a correlation be 0 where it is not defined: on a constant side, or one that is not finite."""
-
-    def measured(targets: Any, predictions: Any) -> float:
-        varies = bool(np.ptp(targets) and np.ptp(predictions))
-        return float(np.nan_to_num(measure(targets, predictions))) if varies else 0.0
-
-    return measured
-
-
-_METRICS: dict[str, Callable[..., float]] = {
-    "accuracy": accuracy_score,
-    "f1": partial(f1_score, zero_division=0.0),  # of class 1, as in GLUE
-    "matthews": _zero_if_constant(matthews_corrcoef),
-    "pearson": _zero_if_constant(lambda targets, predictions: pearsonr(targets, predictions).statistic),
-    "spearman": _zero_if_constant(lambda targets, predictions: spearmanr(targets, predictions).statistic),
-}
-_OF_NUMBERS = ("pearson", "spearman")
 
 
 @dataclass(kw_only=True)
@@ -77,17 +55,20 @@ class TextTask:
         self.texts, self.metrics = list(self.texts), list(self.metrics)
         self.labels = None if self.labels is None else [str(each) for each in self.labels]
         num_classes = len(self.labels or ())
-        if not self.metrics or any(metric not in _METRICS for metric in self.metrics):
-            raise UserError(f"task.metrics={self.metrics}; it takes one or more of {', '.join(_METRICS)}")
-        if any((metric in _OF_NUMBERS) != (self.labels is None) for metric in self.metrics):
+        if not self.metrics:
+            raise UserError(f"task.metrics is empty; it takes one or more of {', '.join(OWN)} and scikit-learn's")
+        if any((metric in OF_NUMBERS) != (self.labels is None) for metric in self.metrics if metric in OWN):
             raise UserError(
-                f"task.metrics={self.metrics} does not match task.labels={self.labels}: {', '.join(_OF_NUMBERS)} are "
-                "for numbers (task.labels=null), the others for classes"
+                f"task.metrics={self.metrics} does not match task.labels={self.labels}: {', '.join(OF_NUMBERS)} are "
+                f"for numbers (task.labels=null), {', '.join(set(OWN) - set(OF_NUMBERS))} for classes"
             )
         if self.labels is not None and not 2 <= len(set(self.labels)) == num_classes:
             raise UserError(f"task.labels={self.labels}, but it takes two or more names, each once; null for a number")
         if "f1" in self.metrics and num_classes != 2:
-            raise UserError(f"task.metrics has f1, which is for two classes, but task.labels has {num_classes}")
+            raise UserError(
+                f"task.metrics has f1, which is for two classes, but task.labels has {num_classes}; take f1_macro"
+            )
+        check_metrics(self.metrics, num_classes=num_classes or None)
         if not 1 <= len(self.texts) <= 2:
             raise UserError(f"task.texts={self.texts}, but it takes one column or two")
         for key, least in (("max_train_rows", 1), ("max_scored_rows", 1), ("max_length", 8)):
@@ -95,10 +76,9 @@ class TextTask:
             if value is not None and value < least:
                 raise UserError(f"task.{key}={value}, but it must be at least {least}")
 
-    def check_data(self) -> None:
-        """Read all splits once."""
-        self.train_examples()
-        self.scored_examples()
+    def check_data(self, *, train: bool = True) -> dict[str, str]:
+        """Read the splits, and return the hash of their texts and labels."""
+        return rows_hashes(self, lambda example: (example.texts, example.label), train=train)
 
     def measure(self, job: Job) -> list[Result]:
         """Fine-tune a model and score it."""
@@ -207,14 +187,17 @@ class TextTask:
             return F.mse_loss(logits[0], teacher_logits[0])
         return soft_target_kl(logits[0], teacher_logits[0], temperature=temperature).mean()
 
-    def scores(
+    def rows(
         self, logits: Sequence[tuple[Tensor, ...]], features: Sequence[Mapping[str, Any]], examples: Sequence[Example]
-    ) -> dict[str, float]:
-        """Score one split; ``logits`` has one entry for each feature."""
+    ) -> Rows:
+        """Return the target and the prediction of each example; ``logits`` has one entry for each feature."""
         stacked = torch.stack([each[0] for each in logits])
-        said = stacked.squeeze(-1).double() if self.labels is None else stacked.argmax(dim=-1)
-        targets = [feature["target"] for feature in features]
-        return {name: float(_METRICS[name](targets, said.numpy())) for name in self.metrics}
+        ids, gold = np.array([each.row for each in examples]), np.array([feature["target"] for feature in features])
+        if self.labels is None:
+            return Rows(ids=ids, gold=gold, said=stacked.squeeze(-1).double().numpy())
+        limit = float(np.finfo(np.float16).max)
+        half = stacked.clamp(-limit, limit).numpy().astype(np.float16)
+        return Rows(ids=ids, gold=gold, said=stacked.argmax(dim=-1).numpy(), logits=half)
 
     def predictions(
         self, logits: Sequence[tuple[Tensor, ...]], features: Sequence[Mapping[str, Any]], examples: Sequence[Example]
