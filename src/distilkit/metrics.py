@@ -198,7 +198,7 @@ def kl(mine: Rows, theirs: Rows) -> float | None:
         return None
     if mine.logits.shape != theirs.logits.shape or mine.logits.shape[1] < 2:
         return None
-    student, teacher = (_log_softmax(each.logits) for each in (mine, theirs))
+    student, teacher = (_log_softmax(logits) for logits in (mine.logits, theirs.logits))
     return float((np.exp(teacher) * (teacher - student)).sum(axis=1).mean())
 
 
