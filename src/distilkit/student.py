@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, DistilBertConfig, DistilBertForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.configuration_utils import PretrainedConfig
 
-from distilkit.data.tokenizer import load_tokenizer
+from distilkit.data.tokenizer import load_tokenizer, num_ids
 from distilkit.errors import UserError
 from distilkit.language_model import build_from_config, check_split, load_language_model
 from distilkit.teacher import Teacher
@@ -173,7 +173,7 @@ def new_student(
     unknown = sorted(key for key in config or {} if not hasattr(built, key))
     if unknown:
         raise UserError(f"student.config has {', '.join(unknown)}, but a {model_type} config does not; remove it")
-    size = len(tokenizer) if teacher is None else teacher.model.config.vocab_size
+    size = num_ids(tokenizer) if teacher is None else teacher.model.config.vocab_size
     # An id that the tokenizer does not define keeps the type's default, which may lie outside the vocabulary.
     absent = {name: None for name in _SPECIAL_IDS if name not in special and (getattr(built, name, None) or 0) >= size}
     fields = {"vocab_size": size, **absent, **special, **(config or {})}
@@ -218,6 +218,6 @@ def _checked(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, na
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
     """Check that every id of the tokenizer has an embedding."""
     rows = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
-    if len(tokenizer) > rows:
-        found = f"the tokenizer has {len(tokenizer)} ids, but {name} embeds {rows}"
+    if (needed := num_ids(tokenizer)) > rows:
+        found = f"the tokenizer has {needed} ids, but {name} embeds {rows}"
         raise UserError(f"{found}; use the tokenizer the model was trained with")

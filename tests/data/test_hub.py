@@ -86,9 +86,7 @@ def test_a_data_set_without_rows_has_no_column(hub: Hub) -> None:
 
 def test_a_column_of_the_hub_without_text_is_an_error(hub: Hub) -> None:
     hub[None] = rows_of(text=[1, 2])
-    with pytest.raises(
-        UserError, match=r"'web': column 'text' holds int, not text; set data\.corpus\.column to the text"
-    ):
+    with pytest.raises(UserError, match=r"'web', row 0: column 'text' holds int, not text; name the text column with"):
         list(HubDataset(path="web").documents())
 
 

@@ -5,7 +5,9 @@ import io
 import json
 import lzma
 import os
+import random
 import re
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from distilkit.data import corpus, text_files
 from distilkit.data.text_files import TextFiles
 from distilkit.errors import UserError
 
@@ -233,7 +236,9 @@ def test_an_unpaired_surrogate_is_an_error_before_it_reaches_the_tokenizer(tmp_p
     file = write(tmp_path / "a.jsonl", '{"text": "\\ud83d\\ude42"}\n{"text": "a \\ud83d b"}\n')
     documents = TextFiles(paths=str(file)).documents()
     assert next(documents) == "🙂"
-    with pytest.raises(UserError, match=rf"{file}, row 2: unpaired surrogate; fix or drop that row"):
+    with pytest.raises(
+        UserError, match=rf"{file}, row 2: column 'text' holds an unpaired surrogate; fix or drop that row"
+    ):
         next(documents)
 
 
@@ -242,7 +247,7 @@ def test_text_that_is_not_utf8_is_an_error(tmp_path: Path, suffix: str) -> None:
     kind, compression = re.match(r"(\.[a-z]+)(.*)", suffix).groups()
     latin = FORMATS[kind](["cafe"]).replace(b"cafe", "café".encode("latin1"))
     file = write(tmp_path / f"a{suffix}", COMPRESSIONS[compression](latin))
-    with pytest.raises(UserError, match=rf"{file} is not UTF-8: .* at byte \d+ of its chunk; convert it .*iconv"):
+    with pytest.raises(UserError, match=rf"{file} is not UTF-8: line \d holds the byte 0xe9; convert it .*iconv"):
         read(file)
 
 
@@ -263,3 +268,209 @@ def test_the_fingerprint_changes_with_a_file_and_not_otherwise(tmp_path: Path) -
     write(tmp_path / "b.txt", "another file")
     variants = [first, longer, older, fingerprint(), fingerprint(column="body"), fingerprint(document="line")]
     assert len(set(variants)) == len(variants)
+
+
+@pytest.mark.parametrize("kind", COMPRESSED)
+def test_a_link_is_read_as_its_own_name_says(tmp_path: Path, kind: str) -> None:
+    suffix = re.match(r"\.[a-z]+", kind)[0]
+    blob = write(tmp_path / "blobs/1111", COMPRESSIONS[kind.removeprefix(suffix)](FORMATS[suffix](DOCUMENTS)))
+    link = tmp_path / f"snapshot/a{kind}"
+    link.parent.mkdir()
+    link.symlink_to(Path("../blobs") / blob.name)
+    assert read(link) == read(link.parent) == read(link.parent / "*") == DOCUMENTS
+    assert TextFiles(paths=str(link)).files == [link]
+
+
+def test_two_links_to_one_blob_are_each_what_their_names_say(tmp_path: Path) -> None:
+    blob = write(tmp_path / "blob", "text\none\n\ntwo\n")
+    for name in ("a.csv", "b.txt", "c.txt"):
+        (tmp_path / "links").mkdir(exist_ok=True)
+        (tmp_path / "links" / name).symlink_to(blob)
+    assert read(tmp_path / "links") == ["one", "two", "text\none", "two"]
+
+
+def test_a_folder_is_searched_through_links_and_a_link_back_is_not_followed(tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere/deep/b.txt", "elsewhere")
+    write(tmp_path / "folder/a.txt", "here")
+    (tmp_path / "folder/back").symlink_to(tmp_path)
+    (tmp_path / "folder/loop").symlink_to("loop")
+    (tmp_path / "folder/self").symlink_to(".")
+    (tmp_path / "folder/z").symlink_to(tmp_path / "elsewhere")
+    assert sorted(read(tmp_path / "folder")) == ["elsewhere", "here"]
+    (tmp_path / "link").symlink_to("folder")
+    assert TextFiles(paths=str(tmp_path / "link")).files == TextFiles(paths=str(tmp_path / "folder")).files
+
+
+@pytest.mark.parametrize("target", ["gone", "a.txt"])
+@pytest.mark.parametrize("path", ["a.txt", ".", "*.txt"])
+def test_a_link_to_nothing_is_an_error_and_not_less_text(tmp_path: Path, target: str, path: str) -> None:
+    write(tmp_path / "b.txt", "text")
+    (tmp_path / "a.txt").symlink_to(target)
+    with pytest.raises(UserError, match=rf"{tmp_path}/a.txt is no file, or a link to none; restore what it links to"):
+        TextFiles(paths=str(tmp_path / path))
+
+
+def test_hidden_files_and_folders_are_no_part_of_a_folder(tmp_path: Path) -> None:
+    write(tmp_path / "book.txt", "book")
+    write(tmp_path / "._book.txt", b"\x00\x05\x16\x07\xff")
+    write(tmp_path / ".ipynb_checkpoints/book-checkpoint.txt", "book")
+    write(tmp_path / "deep/.hidden/book.txt", "book")
+    assert read(tmp_path) == read(tmp_path / "*") == read(tmp_path / "**/*.txt") == ["book"]
+    assert read(tmp_path / "deep/.hidden") == read(tmp_path / "deep/.hidden/book.txt") == ["book"]
+
+
+@pytest.mark.parametrize("name", ["A.TXT", "a.Txt.GZ", "A.JSONL.gz", "A.CSV", "a.PARQUET"])
+def test_a_suffix_may_be_in_capitals(tmp_path: Path, name: str) -> None:
+    suffix, compression = re.match(r".(\.\w+)(.*)", name.lower()).groups()
+    write(tmp_path / name, COMPRESSIONS[compression](FORMATS[suffix](DOCUMENTS)))
+    assert read(tmp_path) == read(tmp_path / name) == DOCUMENTS
+
+
+def test_files_of_other_kinds_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("b.md", "c.md", "d.PDF", "e.parquet.gz", "LICENSE", ".f.txt"):
+        write(tmp_path / "folder" / name, "no corpus")
+    write(tmp_path / "folder/a.txt", "text")
+    with caplog.at_level("INFO"):
+        assert read(tmp_path / "folder") == ["text"]
+        assert "folder: left out 6 files of other kinds: .gz 1, .md 2, .pdf 1, hidden 1, no suffix 1" in caplog.text
+        caplog.clear()
+        assert read(tmp_path / "folder/*") == ["text"]
+        assert "left out 5 files of other kinds: .gz 1, .md 2, .pdf 1, no suffix 1" in caplog.text
+        caplog.clear()
+        read(tmp_path / "folder/a.txt")
+        assert not caplog.text
+    (tmp_path / "folder/a.txt").unlink()
+    with pytest.raises(UserError, match="has an unknown format"):
+        read(tmp_path / "folder")
+
+
+def test_a_file_that_is_given_twice_is_read_once_at_its_first_place(tmp_path: Path) -> None:
+    file = write(tmp_path / "b.txt", "b")
+    write(tmp_path / "a.txt", "a")
+    (tmp_path / "c.txt").symlink_to("b.txt")
+    assert read(file, tmp_path, tmp_path / "*.txt", tmp_path / "../" / tmp_path.name) == ["b", "a"]
+
+
+def test_a_folder_that_cannot_be_searched_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "a.txt", "a")
+    (tmp_path / "closed").mkdir()
+    scan = os.scandir
+
+    def refuse(path: str) -> Any:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=rf"cannot read {tmp_path}: .*Permission denied: '{tmp_path}/closed'"):
+        TextFiles(paths=str(tmp_path))
+
+
+def test_a_tilde_that_is_no_home_is_part_of_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "~draft.txt", "draft")
+    assert read(Path("~draft.txt")) == ["draft"]
+
+
+@pytest.mark.parametrize(
+    ("row", "count"), [("1,The mill, by the river", 3), ("1", 1), ('1,"a, b",', 3), ("4,a\tb,c,d", 4)]
+)
+def test_a_row_with_more_or_fewer_fields_than_the_header_is_an_error(tmp_path: Path, row: str, count: int) -> None:
+    file = write(tmp_path / "a.csv", f'id,text\n0,"two\nlines, quoted"\n\n{row}\n')
+    with pytest.raises(UserError, match=rf"{file}, line 5 has {count} fields, but the header has 2; fix or drop that"):
+        read(file)
+
+
+@pytest.mark.parametrize(
+    ("header", "found"), [("", "none"), (" ", "none"), (",", "none"), (" , \t", "none"), ("a,,b", "a, b")]
+)
+def test_a_header_without_the_column_or_without_names_says_so(tmp_path: Path, header: str, found: str) -> None:
+    file = write(tmp_path / "a.csv", f"{header}\n" if header.strip() else f"{header}\n" * 3)
+    with pytest.raises(UserError, match=rf"{file} has no column 'text'; it has {found}: set data.corpus.column"):
+        read(file)
+
+
+def test_white_space_around_the_names_of_a_header_is_none_of_them(tmp_path: Path) -> None:
+    assert read(write(tmp_path / "a.csv", "id, text \n1, a\n2, b\n")) == ["a", "b"]
+
+
+@pytest.mark.parametrize("value", ["1" * 5000, "[" * 100_000 + "]" * 100_000])
+def test_json_beyond_the_limits_of_python_is_an_error_that_names_its_line(tmp_path: Path, value: str) -> None:
+    file = write(tmp_path / "a.jsonl", f'{{"text": "a"}}\n{{"text": "b", "more": {value}}}\n')
+    with pytest.raises(UserError, match=rf"{file}, line 2 holds .* than Python reads; .*drop that line"):
+        read(file)
+
+
+@pytest.mark.parametrize("text", ['[{"text": "One."}]', '[\n {"text": "One."},\n {"text": "Two."}\n]'])
+def test_a_jsonl_file_that_is_one_array_is_an_error_with_the_cure(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UserError, match=r"a.jsonl, line 1 is a JSON array, not an object; .* jq -c '\.\[\]'"):
+        read(write(tmp_path / "a.jsonl", text))
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Let a document be long at 1,600 characters."""
+    for module in (corpus, text_files):
+        monkeypatch.setattr(module, "LONGEST", 1600)
+    return 1600
+
+
+SENTENCES = [" ".join(random.Random(seed).choices(["mill", "river", "stone"], k=40)) for seed in range(40)]
+
+
+@pytest.mark.parametrize("document", ["blank_line", "file"])
+@pytest.mark.parametrize("joint", [" ", "\n", "\u3000"])
+def test_a_long_document_is_read_in_parts_that_end_with_a_word(
+    tmp_path: Path, short: int, document: str, joint: str
+) -> None:
+    text = joint.join(SENTENCES)
+    parts = read(write(tmp_path / "a.txt", f"{text}\n"), document=document)
+    assert len(parts) > 4
+    assert max(map(len, parts)) <= short
+    assert min(map(len, parts[:-1])) > 0.9 * short
+    assert " ".join(parts).split() == text.split()
+
+
+@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".csv", ".parquet"])
+def test_a_long_document_without_white_space_is_cut_where_it_must_be(tmp_path: Path, short: int, kind: str) -> None:
+    text = "語" * (5 * short + 7)
+    parts = read(write(tmp_path / f"a{kind}", FORMATS[kind]([text, "short"])))
+    assert "".join(parts[:-1]) == text
+    assert [len(part) for part in parts] == [short] * 5 + [7, 5]
+
+
+def test_a_long_line_is_a_document_among_others(tmp_path: Path, short: int) -> None:
+    lines = ["first", " ".join(SENTENCES), "last"]
+    first, *parts, last = read(write(tmp_path / "a.txt", "\n".join(lines)), document="line")
+    assert (first, last) == ("first", "last")
+    assert " ".join(parts).split() == lines[1].split()
+    assert max(map(len, parts)) <= short
+
+
+def test_a_document_of_many_megabytes_is_read_with_little_memory(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    with file.open("w") as stream:
+        stream.writelines("one line of a document that has no empty line\n" * 1000 for _ in range(1000))
+    tracemalloc.start()
+    try:
+        size = sum(len(document) for document in TextFiles(paths=str(file)).documents())
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert size > 0.99 * file.stat().st_size
+    assert peak < 0.3 * file.stat().st_size
+
+
+def test_few_documents_of_very_many_lines_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lines = write(tmp_path / "lines.txt", "".join(f"Sentence {number}.\n" for number in range(1000)))
+    prose = write(tmp_path / "prose.txt", "\n\n".join(["A line.\nAnother line."] * 50))
+    assert len(read(lines)) == 1
+    assert (
+        "1,000 lines of .txt are only 1 documents, because an empty line ends a document; set data.corpus.document=line"
+    ) in caplog.text
+    caplog.clear()
+    read(prose)
+    read(lines, document="line")
+    read(lines, document="file")
+    read(write(tmp_path / "empty.txt", ""))
+    assert not caplog.text

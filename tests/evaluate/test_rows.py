@@ -107,7 +107,7 @@ BROKEN = "sentence\tlabel\nfine\t1\nno label\nalso fine\t0\ttoo much\nodd\tmaybe
 def test_malformed_rows_are_counted_and_the_first_is_named(tmp_path: Path) -> None:
     split = written(tmp_path, "dev.tsv", BROKEN)
     message = (
-        "3 of 4 rows cannot be used; the first: line 3 does not have the fields of the others.*task.skip_malformed=true"
+        "3 of 4 rows cannot be used; the first: line 3 has 1 fields, but the header has 2.*task.skip_malformed=true"
     )
     with pytest.raises(UserError, match=message):
         read(split)

@@ -5,13 +5,10 @@ block size. A cache is written to a temporary folder and then renamed, so that a
 """
 
 import contextlib
-import errno
 import hashlib
 import itertools
 import json
 import logging
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,19 +17,21 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
-from filelock import FileLock
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerBase
 
+from distilkit.data.cache_folder import make_once
 from distilkit.data.corpus import Corpus
-from distilkit.data.tokenizer import tokenizer_hash
+from distilkit.data.tokenizer import num_ids, tokenizer_hash
 from distilkit.errors import UserError
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1  # increase it when the meaning of the files changes
+
+_MANY_UNKNOWN, _MOST_UNKNOWN = 0.1, 0.9  # shares of unknown tokens that are worth a warning, and that end the run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +40,7 @@ class TokenCache:
 
     folder: Path
     tokens: dict[str, NDArray[np.uint16] | NDArray[np.uint32]]  # by split, (tokens,)
-    token_counts: NDArray[np.int64]  # (vocabulary,), of the training split
+    token_counts: NDArray[np.int64]  # (ids,), of the training split
     meta: dict[str, Any]
 
 
@@ -84,34 +83,17 @@ def prepare(
     """
     if not 0 < val_share < 1:
         raise UserError(f"data.val_share={val_share}, but it must be above 0 and below 1, for example 0.01")
-    folder = Path(cache_dir).expanduser() / cache_key(corpus, tokenizer, val_share=val_share)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if folder.exists():
-            log.debug("token cache %s is ready", folder)
-            return folder
-        for left_over in folder.parent.glob(f"{folder.name}.tmp*"):
-            shutil.rmtree(left_over)  # of a killed process: this process holds the lock, so no other writes here
-        temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp", dir=folder.parent))
-        try:
-            batches = _batches(corpus.documents(), max_documents=batch_documents, max_characters=batch_characters)
-            _write(temporary, corpus, batches, tokenizer, val_share=val_share, key=folder.name)
-            temporary.chmod(0o755)
-            temporary.rename(folder)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise UserError(
-                f"no space left on the disk of {folder.parent} (or in your quota) for the token cache; free some, or "
-                "set cache_dir to another disk (2 bytes per token, or 4 if the vocabulary exceeds 65,536)"
-            ) from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+    key = cache_key(corpus, tokenizer, val_share=val_share)
+
+    def write(folder: Path) -> None:
+        batches = _batches(corpus.documents(), max_documents=batch_documents, max_characters=batch_characters)
+        _write(folder, corpus, batches, tokenizer, val_share=val_share, key=key)
+
+    return make_once(Path(cache_dir).expanduser(), key, write)
 
 
 def open_cache(folder: Path, tokenizer: PreTrainedTokenizerBase) -> TokenCache:
-    """Map a complete cache into memory, after checking its format, tokenizer and file sizes."""
+    """Map a complete cache into memory, after checking its format, tokenizer and file sizes, and its tokens."""
     wanted = tokenizer_hash(tokenizer)
     try:
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
@@ -138,7 +120,25 @@ def open_cache(folder: Path, tokenizer: PreTrainedTokenizerBase) -> TokenCache:
         for split in ("train", "val")
     }
     counts = np.fromfile(folder / "counts.bin", dtype=np.int64)
+    _check_known(counts, tokenizer, where=f"the corpus (token cache {folder})")
     return TokenCache(folder=folder, tokens=tokens, token_counts=counts, meta=meta)
+
+
+def _check_known(counts: NDArray[np.int64], tokenizer: PreTrainedTokenizerBase, *, where: str) -> None:
+    """Refuse a training split of which nearly all tokens are unknown to the tokenizer: there is nothing to learn."""
+    unknown, separator = tokenizer.unk_token_id, separator_id(tokenizer)
+    total = int(counts.sum() - counts[separator])
+    if unknown is None or unknown == separator or not total:
+        return
+    share = int(counts[unknown]) / total
+    found = f"{share:.1%} of the tokens of {where} are {tokenizer.unk_token}, unknown to the tokenizer"
+    if share > _MOST_UNKNOWN:
+        raise UserError(
+            f"{found}; above {_MOST_UNKNOWN:.0%} there is nothing to learn: choose a teacher of the text's language, or "
+            "train a tokenizer on it (tokenizer=bpe)"
+        )
+    if share > _MANY_UNKNOWN:
+        log.warning("%s; a tokenizer made for this text would know more", found)
 
 
 def split_of(document: str, *, val_share: float) -> Literal["train", "val"]:
@@ -192,8 +192,13 @@ def _write(
     """Write the token files, and then meta.json."""
     num_documents, num_tokens = _write_tokens(folder, batches, tokenizer, val_share=val_share)
     total = sum(num_documents.values())
-    if not total:
-        raise UserError("the corpus is empty: it has no document with text; check data.corpus")
+    if not sum(num_tokens.values()):
+        found = (
+            f"no token in its {total:,} documents: the tokenizer drops their characters"
+            if total
+            else "no document with text"
+        )
+        raise UserError(f"the corpus is empty: it has {found}; check data.corpus")
     meta = {
         "format": FORMAT,
         "key": key,
@@ -212,7 +217,7 @@ def _write(
 
 
 def _dtype(tokenizer: PreTrainedTokenizerBase) -> np.dtype[Any]:
-    return np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+    return np.dtype(np.uint16 if num_ids(tokenizer) <= 2**16 else np.uint32)
 
 
 def _write_tokens(
@@ -220,7 +225,7 @@ def _write_tokens(
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Write train.bin, val.bin and counts.bin; return the numbers of documents and of tokens by split."""
     num_documents, num_tokens = {"train": 0, "val": 0}, {"train": 0, "val": 0}
-    counts = np.zeros(len(tokenizer), dtype=np.int64)  # (vocabulary,)
+    counts, dtype = np.zeros(num_ids(tokenizer), dtype=np.int64), _dtype(tokenizer)  # (ids,)
     with _progress() as show, (folder / "train.bin").open("wb") as train, (folder / "val.bin").open("wb") as val:
         files = {"train": train, "val": val}
         for batch in batches:
@@ -228,7 +233,7 @@ def _write_tokens(
             for document in batch:
                 by_split.setdefault(split_of(document, val_share=val_share), []).append(document)
             for split, documents in by_split.items():
-                ids = tokenize(documents, tokenizer, dtype=_dtype(tokenizer))  # (tokens,)
+                ids = tokenize(documents, tokenizer, dtype=dtype)  # (tokens,)
                 files[split].write(ids.tobytes())
                 num_documents[split] += len(documents)
                 num_tokens[split] += len(ids)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from distilkit.data.cache_folder import usable
 from distilkit.errors import UserError
 
 
@@ -40,9 +41,38 @@ class Concatenation:
             yield from part.documents()
 
 
+LONGEST = 1_000_000  # characters of a document; a tokenizer takes some 200 bytes of memory for each
+
+
 def nonempty(documents: Iterable[str]) -> Iterator[str]:
-    """Strip documents and drop the empty ones."""
-    return (text for document in documents if (text := document.strip()))
+    """Strip documents, drop the empty ones, and cut those longer than ``LONGEST`` at white space."""
+    for document in documents:
+        begin = 0
+        while begin < len(document):
+            end = end_of_piece(document, begin)
+            if piece := document[begin:end].strip():
+                yield piece
+            begin = end
+
+
+def end_of_piece(text: str, begin: int = 0) -> int:
+    """Return where to cut a text so that at most ``LONGEST`` characters follow ``begin``: before white space."""
+    end = begin + LONGEST
+    if len(text) <= end:
+        return len(text)
+    space = max(text.rfind(space, end - LONGEST // 16, end) for space in " \n\u3000")
+    return space if space > begin else end
+
+
+def text_of(value: object, *, place: str) -> str:
+    """Return the text of a row, "" for None, or raise a ``UserError`` that names the row's place."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise UserError(f"{place} holds {type(value).__name__}, not text; name the text column with data.corpus.column")
+    if has_surrogate(value):
+        raise UserError(f"{place} holds an unpaired surrogate; fix or drop that row")
+    return value
 
 
 def has_surrogate(text: str) -> bool:
@@ -64,9 +94,10 @@ def write_documents(text: Iterable[str], folder: Path) -> tuple[str, int]:
         raise UserError(f"text begins with {documents[0]!r}, which is a file; use paths= for files")
     content = "".join(json.dumps({"text": document}) + "\n" for document in documents)
     file = folder / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.jsonl"
-    if not file.exists():  # the token cache knows a file by its time, so that an old one is not replaced
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(content, "ascii")
-        temporary.replace(file)
+    with usable(folder):
+        if not file.exists():  # the token cache knows a file by its time, so that an old one is not replaced
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary = file.with_suffix(f".{os.getpid()}.tmp")
+            temporary.write_text(content, "ascii")
+            temporary.replace(file)
     return str(file), len(documents)

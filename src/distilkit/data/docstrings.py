@@ -52,6 +52,7 @@ class Docstrings:
             for root in self.roots.values()
             for file in sorted(root.rglob("*.py"))
             if not _NOT_PROSE.intersection(file.relative_to(root).parts)
+            and not any(part.startswith(".") for part in file.relative_to(root).parts)  # copies that editors keep
         ]
 
     def documents(self) -> Iterator[str]:
@@ -96,9 +97,9 @@ def module_docstrings(file: Path) -> list[str]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes
             tree = ast.parse(file.read_bytes())
-    except (SyntaxError, ValueError, OSError, RecursionError):
+        return [docstring for docstring in _docstrings(tree) if not has_surrogate(docstring)]
+    except (SyntaxError, ValueError, OSError, RecursionError, MemoryError):  # the last: too many brackets
         return []
-    return [docstring for docstring in _docstrings(tree) if not has_surrogate(docstring)]
 
 
 def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:

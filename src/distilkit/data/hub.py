@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from distilkit.data.corpus import nonempty
+from distilkit.data.corpus import LONGEST, nonempty, text_of
 from distilkit.errors import UserError
 
 
@@ -34,27 +34,29 @@ class HubDataset:
         self.path, self.name, self.split, self.column, self.revision = path, name, split, column, revision
         self.rows_per_document = rows_per_document
         self.document_start = document_start
+        try:
+            self.start = re.compile(document_start) if document_start else None
+        except re.error as error:
+            raise UserError(
+                f"data.corpus.document_start={document_start!r} is no regular expression: {error}; mend the pattern"
+            ) from error
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the arguments. Pin ``revision`` if the dataset on the hub may change."""
-        return {"hub": vars(self)}
+        return {"hub": {name: value for name, value in vars(self).items() if name != "start"}}
 
     def documents(self) -> Iterator[str]:
         """Yield the documents as they are downloaded."""
-        start = re.compile(self.document_start) if self.document_start else None
         texts: list[str] = []  # of the rows of one document
-        for row in self._rows():
-            text = row[self.column] or ""
-            if not isinstance(text, str):
-                raise UserError(
-                    f"dataset {self.path!r}: column {self.column!r} holds {type(text).__name__}, not text; set "
-                    "data.corpus.column to the text column"
-                )
-            complete = start.match(text) if start else len(texts) == self.rows_per_document
-            if complete and texts:
+        size = 0
+        for number, row in enumerate(self._rows()):
+            text = text_of(row[self.column], place=f"dataset {self.path!r}, row {number}: column {self.column!r}")
+            complete = self.start.match(text) if self.start else len(texts) == self.rows_per_document
+            if texts and (complete or size > LONGEST):  # a pattern may never match
                 yield from nonempty(["\n".join(texts)])
-                texts = []
+                texts, size = [], 0
             texts.append(text)
+            size += len(text)
         yield from nonempty(["\n".join(texts)])
 
     def _rows(self) -> Any:
@@ -112,7 +114,7 @@ class MultilingualWikipedia:
             seed=self.seed,
             stopping_strategy="all_exhausted",
         )
-        yield from nonempty(row["text"] for row in mixed)
+        yield from nonempty(text_of(row["text"], place=f"dataset {self.path!r}: column 'text'") for row in mixed)
 
 
 def sampling_probabilities(sizes: Sequence[int], exponent: float) -> list[float]:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from distilkit.data.tokenizer import num_ids
 from distilkit.errors import UserError
 from distilkit.losses import IGNORE_INDEX
 
@@ -49,8 +50,8 @@ def to_uniform(bits: _Random) -> NDArray[np.float64]:
 
 
 def continues_word(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.bool_]:
-    """Return for each id whether it continues a word, (vocabulary,): WordPiece, byte-level BPE or SentencePiece."""
-    tokens = [token or "" for token in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
+    """Return for each id whether it continues a word, (ids,): WordPiece, byte-level BPE or SentencePiece."""
+    tokens = [token or "" for token in tokenizer.convert_ids_to_tokens(list(range(num_ids(tokenizer))))]
     backend = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     if backend["type"] == "WordPiece":
         prefix = backend["continuing_subword_prefix"]
@@ -92,7 +93,7 @@ class Masking:
 
 
 class Masker:
-    """Mask batches of one tokenizer. ``token_counts`` (vocabulary,) is the frequency of each id."""
+    """Mask batches of one tokenizer. ``token_counts`` (ids,) is the frequency of each id."""
 
     def __init__(self, masking: Masking, *, tokenizer: PreTrainedTokenizerBase, token_counts: Ids, seed: int) -> None:
         """Precompute what depends on the vocabulary only."""
@@ -104,10 +105,11 @@ class Masker:
         self.masking = masking
         self.seed = seed
         self.mask_id = tokenizer.mask_token_id
-        self.is_special = np.zeros(len(tokenizer), dtype=bool)
+        self.is_special = np.zeros(num_ids(tokenizer), dtype=bool)
         self.is_special[tokenizer.all_special_ids] = True
-        self.words = np.flatnonzero(~self.is_special)
-        self.inverse_weights = None  # (vocabulary,); a token that never occurred counts as one
+        words = np.array(sorted(tokenizer.get_vocab().values()))  # an id may have no word
+        self.words = words[~self.is_special[words]]
+        self.inverse_weights = None  # (ids,); a token that never occurred counts as one
         if masking.smoothing:
             self.inverse_weights = np.maximum(token_counts, 1).astype(np.float64) ** masking.smoothing
         self.continues = continues_word(tokenizer) if masking.whole_word else None

@@ -1,32 +1,93 @@
 """Open plain and compressed text, and read rows of .jsonl, .csv and .tsv files."""
 
 import bz2
+import codecs
 import csv
-import gzip
 import io
 import json
 import lzma
-import sys
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 import pyarrow
+import zstandard
 
 from distilkit.errors import UserError
 
-OPENERS: dict[str, Any] = {  # by suffix; each raises at the end of a file that was cut short
-    ".gz": gzip.open,
-    ".xz": lzma.open,
-    ".lzma": lzma.open,
-    ".zst": lambda file, _: pyarrow.input_stream(str(file), compression="zstd"),
-    ".bz2": bz2.open,
-    ".zip": lambda file, _: zipfile.Path(file, zipfile.ZipFile(file).namelist()[0]).open("rb"),
+_DECOMPRESSORS: dict[str, Callable[[], Any]] = {  # by suffix
+    ".gz": lambda: zlib.decompressobj(wbits=31),
+    ".xz": lzma.LZMADecompressor,
+    ".lzma": lzma.LZMADecompressor,
+    ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj(),  # as of zstd --long=31
+    ".bz2": bz2.BZ2Decompressor,
 }
-_DAMAGED = (OSError, EOFError, lzma.LZMAError, zlib.error, zipfile.BadZipFile, csv.Error, pyarrow.ArrowInvalid)
+_DAMAGED = (OSError, EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError, zipfile.BadZipFile)
+_MARKS = {  # byte order marks; those of UTF-32 first, because UTF-16's are their beginning
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+_LONGEST_FIELD = 2**28  # characters of a .csv field; the default is 128 kB, less than some documents
+
+
+class _Decompressed(io.RawIOBase):
+    """Read a compressed file to its very end: streams that follow each other, with zero bytes as padding.
+
+    A file that ends within a stream raises ``EOFError``, and anything else after a stream the error of its library.
+    The readers of the standard library ignore what follows a stream of .xz or .bz2, and take an empty .gz for text.
+    """
+
+    def __init__(self, file: Path, start: Callable[[], Any]) -> None:
+        self.source, self.start = file.open("rb"), start
+        self.stream = start()
+        self.waiting, self.text = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.text:
+            data = self.waiting or self.source.read(2**15)
+            self.waiting = b""
+            if self.stream.eof and data:
+                data = data.lstrip(b"\0")
+                if not data:
+                    continue
+                self.stream = self.start()
+            if not data:
+                if not self.stream.eof:
+                    raise EOFError("its compressed data have no end")
+                return 0
+            self.text = memoryview(self.stream.decompress(data))
+            if self.stream.eof:
+                self.waiting = self.stream.unused_data
+        target = memoryview(buffer)
+        count = min(len(target), len(self.text))
+        target[:count], self.text = self.text[:count], self.text[count:]
+        return count
+
+    def close(self) -> None:
+        self.source.close()
+        super().close()
+
+
+def _open_bytes(file: Path) -> Any:
+    """Open a file as bytes, decompressed as its last suffix says, whatever its case."""
+    suffix = file.suffix.lower()
+    if suffix in _DECOMPRESSORS:
+        return io.BufferedReader(_Decompressed(file, _DECOMPRESSORS[suffix]), 2**16)
+    if suffix != ".zip":
+        return file.open("rb")
+    archive = zipfile.ZipFile(file)
+    held = [name for name in archive.namelist() if not name.endswith("/") and not name.startswith(("__MACOSX/", "."))]
+    if len(held) != 1:
+        raise UserError(f"{file} holds {len(held)} files, but one is needed; unpack it and give the file")
+    return archive.open(held[0])
 
 
 @contextmanager
@@ -34,46 +95,92 @@ def name_errors(file: Path) -> Iterator[None]:
     """Turn the errors of a missing or damaged file into a ``UserError`` that names the file."""
     try:
         yield
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{file} is not UTF-8: {error.reason} at byte {error.start} of its chunk; convert it first, for example "
-            "with iconv -f latin1 -t utf-8"
-        ) from error
-    except _DAMAGED as error:
+    except (*_DAMAGED, pyarrow.ArrowException) as error:
         raise UserError(f"cannot read {file}: {error}; the file may be cut short or not what its name says") from error
 
 
 @contextmanager
 def open_text(file: Path, *, newline: str | None = None) -> Iterator[TextIO]:
-    """Open UTF-8 text, plain or compressed as its last suffix says, without a byte order mark."""
-    with (
-        name_errors(file),
-        io.TextIOWrapper(OPENERS.get(file.suffix, open)(file, "rb"), "utf-8-sig", newline=newline) as stream,
-    ):
-        yield stream
+    """Open UTF-8 text, plain or compressed as its last suffix says, without a byte order mark.
+
+    Raises:
+        UserError: the file is missing, damaged or in another encoding, which is named if the file says it.
+    """
+    with name_errors(file), _open_bytes(file) as stream:
+        head = stream.peek(4096)[:4096]
+        marked = next((encoding for mark, encoding in _MARKS.items() if head.startswith(mark)), None)
+        if marked or head.count(0) > len(head) // 4:
+            found = marked or "UTF-16 or UTF-32 without a byte order mark, or no text"
+            raise UserError(
+                f"{file} is not UTF-8 but {found}; convert it first, with iconv -f {marked or 'UTF-16LE'} -t UTF-8"
+            )
+        try:
+            yield io.TextIOWrapper(stream, "utf-8-sig", newline=newline)
+        except UnicodeDecodeError as error:
+            line, byte = _first_not_utf8(file)
+            raise UserError(
+                f"{file} is not UTF-8: line {line} holds the byte 0x{byte:02x}; convert it first, for example with "
+                "iconv -f latin1 -t utf-8 if that is its encoding"
+            ) from error
 
 
-def json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
-    """Yield the number and the object of each line that is not blank; None where a line is not a JSON object."""
+def _first_not_utf8(file: Path) -> tuple[int, int]:
+    """Find the first line that is not UTF-8, and the byte in it that is none."""
+    with _open_bytes(file) as stream:
+        for number, line in enumerate(stream, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return number, line[error.start]
+    raise AssertionError(f"{file} changed while it was read")
+
+
+def json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Yield the number and the object of each line that is not blank, or what is wrong with the line."""
     with open_text(file) as stream:
         for number, line in enumerate(stream, start=1):
             if line.strip():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError:
-                    row = None
-                yield number, row if isinstance(row, dict) else None
+                yield number, _json_object(line)
+
+
+def _json_object(line: str) -> dict[str, Any] | str:
+    begin = line.lstrip()[:1]
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        is_cut = begin in ("[", "{") and error.pos >= len(line.rstrip())  # what it begins goes on in the next line
+        row = [{}] if is_cut and begin == "[" else None
+        if is_cut and begin == "{":
+            return "is the beginning of a JSON object; write each object on one line, for example with jq -c ."
+    except ValueError:
+        return "holds a number of more digits than Python reads; write it as text, or drop that line"
+    except RecursionError:
+        return "holds lists within lists, deeper than Python reads; drop that line"
+    if isinstance(row, dict):
+        return row
+    if isinstance(row, list) and row and isinstance(row[0], dict):
+        return "is a JSON array, not an object; write each object on its own line, for example with jq -c '.[]'"
+    return "is not a JSON object; fix or drop that line"
 
 
 def delimited_rows(file: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield the line number and the fields of each row that is not blank, the header included.
+    """Yield the first line and the fields of each row that is not blank, the header included.
 
     Fields of .csv are separated by commas and may be quoted. Those of .tsv are separated by tabs; quotes are text.
     """
-    csv.field_size_limit(sys.maxsize)  # 128 kB by default, less than some documents
+    csv.field_size_limit(_LONGEST_FIELD)
     with open_text(file, newline="") as stream:
-        tabs: Any = {} if ".csv" in file.suffixes else {"dialect": "excel-tab", "quoting": csv.QUOTE_NONE}
+        is_csv = ".csv" in map(str.lower, file.suffixes)
+        tabs: Any = {"strict": True} if is_csv else {"dialect": "excel-tab", "quoting": csv.QUOTE_NONE}
         rows = csv.reader(stream, **tabs)
-        for fields in rows:
-            if fields:
-                yield rows.line_num, fields
+        line = 1
+        try:
+            for fields in rows:
+                if len(fields) > 1 or "".join(fields).strip():
+                    yield line, fields
+                line = rows.line_num + 1
+        except csv.Error as error:
+            raise UserError(
+                f"{file}: the row that begins in line {line} cannot be read: {error}; a quoted field ends with one "
+                'quote, and a quote within it is written twice ("")'
+            ) from error

@@ -1,23 +1,32 @@
 """Text from .txt, .jsonl, .csv and .parquet files, plain or compressed."""
 
 import glob
+import logging
+import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
-from distilkit.data.corpus import has_surrogate, nonempty
+from distilkit.data.corpus import LONGEST, end_of_piece, nonempty, text_of
 from distilkit.data.table_files import delimited_rows, json_rows, name_errors, open_text
 from distilkit.errors import UserError
 
+log = logging.getLogger(__name__)
+
 _COMPRESSIONS = (".gz", ".xz", ".zst", ".bz2")
 _FORMATS = (".txt", ".jsonl", ".csv", ".parquet")
+_MANY_LINES = 100  # of .txt in a document; prose has fewer between empty lines
 
 
 class TextFiles:
     """Read .txt, .jsonl, .csv and .parquet, plain or as .gz, .xz, .zst or .bz2, from files, folders and globs.
 
     ``column`` names the text in .jsonl, .csv and .parquet, a row a document. In .txt a document ends at a
-    ``blank_line``, at each ``line``, or with the ``file``.
+    ``blank_line``, at each ``line``, or with the ``file``. A document of over a million characters is read as several.
+
+    A folder is searched to any depth, also through links, without hidden files and files of other kinds. A file that is
+    found twice is read once.
     """
 
     def __init__(
@@ -32,7 +41,12 @@ class TextFiles:
             raise UserError(f"data.corpus.document is {document!r}; it takes blank_line, line or file")
         self.column = column
         self.document = document
-        self.files = [file for path in ([paths] if isinstance(paths, str) else paths) for file in _find(path)]
+        found: dict[Any, Path] = {}
+        for path in [paths] if isinstance(paths, str) else paths:
+            with name_errors(Path(path)):
+                for file in _find(path):
+                    found.setdefault((file.resolve(), _format(file)), file)
+        self.files = list(found.values())
 
     def fingerprint(self) -> dict[str, Any]:
         """Name each file by path, size and time of change, not by content: a corpus may be terabytes."""
@@ -41,10 +55,11 @@ class TextFiles:
 
     def documents(self) -> Iterator[str]:
         """Yield the documents of each file in turn."""
+        read: Counter[str] = Counter()
         for file in self.files:
             match _format(file):
                 case ".txt":
-                    texts = self._text(file)
+                    texts = self._text(file, read)
                 case ".jsonl":
                     texts = self._jsonl(file)
                 case ".csv":
@@ -52,35 +67,56 @@ class TextFiles:
                 case _:
                     texts = self._parquet(file)
             yield from nonempty(texts)
+        if self.document == "blank_line" and read["lines"] >= _MANY_LINES * max(1, read["documents"]):
+            log.warning(
+                "%s lines of .txt are only %s documents, because an empty line ends a document; set "
+                "data.corpus.document=line if each line is one",
+                f"{read['lines']:,}",
+                f"{read['documents']:,}",
+            )
 
-    def _text(self, file: Path) -> Iterator[str]:
+    def _text(self, file: Path, read: Counter[str]) -> Iterator[str]:
+        """Yield documents, long ones in parts, so that memory is bounded. Count lines and documents in ``read``."""
+        lines: list[str] = []
+        size = 0
         with open_text(file) as stream:
-            if self.document == "line":
-                yield from stream
-                return
-            lines: list[str] = []
-            for line in stream:
-                if self.document == "blank_line" and not line.strip():
-                    yield "".join(lines)
-                    lines = []
-                else:
+            while line := stream.readline(LONGEST):  # a line may be the whole file
+                is_blank = self.document == "blank_line" and not line.strip()
+                if not is_blank:
                     lines.append(line)
-            yield "".join(lines)
+                    size += len(line)
+                    read["lines"] += 1
+                if is_blank or (self.document == "line" and line.endswith("\n")):
+                    read["documents"] += bool(lines)
+                    yield "".join(lines)
+                    lines, size = [], 0
+                elif size > LONGEST:
+                    text = "".join(lines)
+                    end = end_of_piece(text)
+                    yield text[:end]
+                    lines, size = [text[end:]], size - end
+        read["documents"] += bool(lines)
+        yield "".join(lines)
 
     def _jsonl(self, file: Path) -> Iterator[str]:
         for number, row in json_rows(file):
-            if row is None:
-                raise UserError(f"{file}, line {number} is not a JSON object; fix or drop that line")
+            if isinstance(row, str):
+                raise UserError(f"{file}, line {number} {row}")
             self._check_column(file, row)
-            yield self._text_of(file, number, row[self.column])
+            yield text_of(row[self.column], place=f"{file}, row {number}: column {self.column!r}")
 
     def _csv(self, file: Path) -> Iterator[str]:
         rows = delimited_rows(file)
-        _, header = next(rows, (0, []))
+        header = [name.strip() for name in next(rows, (0, []))[1]]
         self._check_column(file, header)
         column = len(header) - 1 - header[::-1].index(self.column)  # of a repeated name the last
-        for _, fields in rows:
-            yield fields[column] if column < len(fields) else ""
+        for line, fields in rows:
+            if len(fields) != len(header):
+                raise UserError(
+                    f"{file}, line {line} has {len(fields)} fields, but the header has {len(header)}; fix or drop that "
+                    "row; text that holds a comma stands in quotes"
+                )
+            yield fields[column]
 
     def _parquet(self, file: Path) -> Iterator[str]:
         import pyarrow.parquet as pq
@@ -92,50 +128,70 @@ class TextFiles:
             for batch in table.iter_batches(batch_size=1024, columns=[self.column]):
                 for text in batch.column(0).to_pylist():
                     row += 1
-                    yield self._text_of(file, row, text)
-
-    def _text_of(self, file: Path, row: int, value: object) -> str:
-        if value is None:
-            return ""
-        if not isinstance(value, str):
-            raise UserError(
-                f"{file}, row {row}: column {self.column!r} holds {type(value).__name__}, not text; "
-                "name the text column with data.corpus.column"
-            )
-        if has_surrogate(value):
-            raise UserError(f"{file}, row {row}: unpaired surrogate; fix or drop that row")
-        return value
+                    yield text_of(text, place=f"{file}, row {row}: column {self.column!r}")
 
     def _check_column(self, file: Path, columns: Iterable[str]) -> None:
         if self.column not in columns:
-            raise UserError(
-                f"{file} has no column {self.column!r}; it has {', '.join(columns) or 'none'}: set data.corpus.column"
-            )
+            named = ", ".join(name for name in columns if name.strip())
+            raise UserError(f"{file} has no column {self.column!r}; it has {named or 'none'}: set data.corpus.column")
 
 
 def _format(file: Path) -> str:
-    return (Path(file.stem) if file.suffix in _COMPRESSIONS else file).suffix
+    """Return .txt, .jsonl, .csv or .parquet, in small letters and without a compression, or another suffix."""
+    suffix = file.suffix.lower()
+    if suffix not in _COMPRESSIONS:
+        return suffix
+    inner = Path(file.stem).suffix.lower()
+    return suffix if inner == ".parquet" else inner
 
 
 def _find(path: str) -> list[Path]:
-    """List the files of one path, folder or glob, sorted; a folder is searched to any depth."""
-    expanded = Path(path).expanduser()
+    """List the files of one path, folder or glob, sorted, each by its own name and not by the file it links to."""
+    expanded = Path(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser takes every ~ for a user's home
+    others: Counter[str] = Counter()  # what is left out, by suffix
     if expanded.is_dir():
-        found = sorted(file for file in expanded.rglob("*") if file.is_file() and _format(file) in _FORMATS)
-    elif expanded.is_file():  # before globs: a name may hold a bracket
+        found = _search(expanded, others)
+    elif os.path.lexists(expanded):  # before globs: a name may hold a bracket
         found = [expanded]
     else:
         matches = glob.glob(str(expanded), recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
-        found = sorted(Path(match) for match in matches if Path(match).is_file())
+        found = [match for match in map(Path, matches) if not match.is_dir()]
     if not found:
         raise UserError(
             f"data.corpus.paths: {path!r} matches no file; known formats are {', '.join(_FORMATS)}, plain "
             f"or with {', '.join(_COMPRESSIONS)}"
         )
-    for file in found:
-        if _format(file) not in _FORMATS or (_format(file) == ".parquet" and file.suffix != ".parquet"):
-            raise UserError(
-                f"{file} has an unknown format; known are {', '.join(_FORMATS)}, the first three also "
-                f"with {', '.join(_COMPRESSIONS)}"
-            )
-    return [file.resolve() for file in found]
+    known = sorted(file for file in found if _format(file) in _FORMATS)
+    others.update(file.suffix.lower() or "no suffix" for file in found if _format(file) not in _FORMATS)
+    if not known:
+        raise UserError(
+            f"{found[0]} has an unknown format; known are {', '.join(_FORMATS)}, the first three also "
+            f"with {', '.join(_COMPRESSIONS)}"
+        )
+    if others.total():
+        kinds = ", ".join(f"{suffix} {count}" for suffix, count in sorted(others.items()) if count)
+        log.info("%s: left out %d files of other kinds: %s", path, others.total(), kinds)
+    for file in known:
+        if not file.is_file():
+            raise UserError(f"{file} is no file, or a link to none; restore what it links to, or remove it")
+    return [file.parent.resolve() / file.name for file in known]
+
+
+def _search(folder: Path, others: Counter[str]) -> list[Path]:
+    """List the files of a folder to any depth, but not behind a link back; count hidden ones in ``others``."""
+    found: list[Path] = []
+    seen: set[Path] = set()
+    for root, folders, files in os.walk(folder, onerror=_fail, followlinks=True):
+        here = Path(root).resolve()
+        if here in seen:
+            folders.clear()
+            continue
+        seen.add(here)
+        others["hidden"] += sum(name.startswith(".") for name in files)
+        found += [Path(root, name) for name in files if not name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    return found
+
+
+def _fail(error: OSError) -> NoReturn:
+    raise error

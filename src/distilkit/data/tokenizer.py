@@ -3,17 +3,19 @@
 import hashlib
 import itertools
 import json
-import tempfile
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from distilkit.data.cache_folder import make_once
 from distilkit.data.corpus import Corpus
 from distilkit.errors import UserError
+
+log = logging.getLogger(__name__)
 
 # Special tokens in the order of their ids.
 _BERT = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
@@ -52,6 +54,14 @@ def load_tokenizer(
     return tokenizer
 
 
+def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the highest id plus one: what arrays by id need.
+
+    It is more than the number of words where ids are skipped, as by a vocab.txt that holds a word twice.
+    """
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the SHA-256 of everything that determines how text becomes ids."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -75,19 +85,29 @@ def train_tokenizer(
     """
     if model not in ("wordpiece", "bpe"):
         raise UserError(f"tokenizer.model is {model!r}, but it must be wordpiece or bpe")
+    for name, value in (("vocab_size", vocab_size), ("max_documents", max_documents)):
+        if value < 1:
+            raise UserError(f"tokenizer.{name}={value}, but it must be at least 1")
     settings = [corpus.fingerprint(), model, vocab_size, lowercase, max_documents]
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    folder = Path(cache_dir).expanduser() / "tokenizers" / f"{model}-{vocab_size}-{key}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            texts = itertools.islice(corpus.documents(), max_documents)
-            trained = _wordpiece(texts, vocab_size, lowercase) if model == "wordpiece" else _bpe(texts, vocab_size)
-            temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp", dir=folder.parent))
-            trained.save_pretrained(temporary)
-            temporary.chmod(0o755)
-            temporary.rename(folder)  # atomic: a partial tokenizer is never found
-    return load_tokenizer(name=str(folder))
+
+    def write(folder: Path) -> None:
+        texts = itertools.islice(corpus.documents(), max_documents)
+        trained = _wordpiece(texts, vocab_size, lowercase) if model == "wordpiece" else _bpe(texts, vocab_size)
+        trained.save_pretrained(folder)
+
+    folder = make_once(Path(cache_dir).expanduser(), f"tokenizers/{model}-{vocab_size}-{key}", write)
+    tokenizer = load_tokenizer(name=str(folder))
+    if len(tokenizer) > vocab_size:
+        kept = "the characters of the corpus" if model == "wordpiece" else "the 256 bytes"
+        log.warning(
+            "the tokenizer has %s words, more than tokenizer.vocab_size=%s: %s and %d special tokens are always words",
+            f"{len(tokenizer):,}",
+            vocab_size,
+            kept,
+            len(_BERT),
+        )
+    return tokenizer
 
 
 def _wordpiece(documents: Iterator[str], vocab_size: int, lowercase: bool) -> PreTrainedTokenizerFast:

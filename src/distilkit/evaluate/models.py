@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from distilkit.data.tokenizer import load_tokenizer
+from distilkit.data.tokenizer import load_tokenizer, num_ids
 from distilkit.errors import UserError
 from distilkit.language_model import num_parameters, num_parameters_without_embeddings
 
@@ -138,9 +138,9 @@ def load_task_tokenizer(
         loaded = load_tokenizer(name=name, revision=where, trust_remote_code=trust_remote_code)
     except UserError as error:
         raise UserError(f"{error}; or name another with tokenizer=<folder or hub id>") from error
-    if len(loaded) > vocabulary:
+    if (needed := num_ids(loaded)) > vocabulary:
         raise UserError(
-            f"the tokenizer of {name!r} has {len(loaded)} words, but the model {model!r} only {vocabulary}; give the "
+            f"the tokenizer of {name!r} has {needed} words, but the model {model!r} only {vocabulary}; give the "
             "model's own with tokenizer=<folder or hub id>"
         )
     if loaded.pad_token_id is None:  # GPT-2; padding is never attended to, so any token serves

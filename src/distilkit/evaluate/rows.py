@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from distilkit.data.table_files import delimited_rows, json_rows, name_errors
+from distilkit.data.table_files import delimited_rows, json_rows, open_text
 from distilkit.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class HubSplit:
     split: str
     revision: str | None = None
 
-    def rows(self, *, columns: Sequence[str]) -> Iterator[tuple[str, Row | None]]:
+    def rows(self, *, columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
         """Read the rows, each with its place for an error message."""
         import datasets
 
@@ -76,7 +76,7 @@ class FileSplit:
 
     def path(self) -> Path:
         """Find the file."""
-        found = sorted(self.folder.glob(self.file))
+        found = sorted(file for file in self.folder.glob(self.file) if not file.name.startswith("."))
         if len(found) != 1:
             held = ", ".join(sorted(file.name for file in self.folder.iterdir())) if self.folder.is_dir() else "nothing"
             raise UserError(
@@ -85,28 +85,33 @@ class FileSplit:
             )
         return found[0]
 
-    def rows(self, *, columns: Sequence[str]) -> Iterator[tuple[str, Row | None]]:
-        """Read the rows, each with its place for an error message; None for a malformed row."""
+    def rows(self, *, columns: Sequence[str]) -> Iterator[tuple[str, Row | str]]:
+        """Read the rows, each with its place for an error message; of a malformed row, what is wrong with it."""
         path = self.path()
         if path.is_dir():
             rows = _read_folder(path, columns=columns)
         else:
-            read = self._objects if ".jsonl" in path.suffixes else self._table
+            read = self._objects if ".jsonl" in path.name.lower() else self._table
             rows = read(path, [self.columns.get(name, name) for name in columns])
         for place, row in rows:
-            if row is None or all(str(row.get(name)) == value for name, value in self.where.items()):
-                yield place, row and {name: row.get(self.columns.get(name, name)) for name in columns}
+            if isinstance(row, str):
+                yield place, row
+            elif all(str(row.get(name)) == value for name, value in self.where.items()):
+                yield place, {name: row.get(self.columns.get(name, name)) for name in columns}
 
-    def _table(self, path: Path, wanted: Sequence[str]) -> Iterator[tuple[str, Row | None]]:
+    def _table(self, path: Path, wanted: Sequence[str]) -> Iterator[tuple[str, Row | str]]:
         rows = delimited_rows(path)
-        header = list(self.header) if self.header else next(rows, (0, []))[1]
+        header = list(self.header) if self.header else [name.strip() for name in next(rows, (0, []))[1]]
         check_columns(wanted, header, where=str(path))
         for number, fields in rows:
-            yield f"line {number}", dict(zip(header, fields, strict=True)) if len(fields) == len(header) else None
+            if len(fields) == len(header):
+                yield f"line {number}", dict(zip(header, fields, strict=True))
+            else:
+                yield f"line {number}", f"has {len(fields)} fields, but the header has {len(header)}"
 
-    def _objects(self, path: Path, wanted: Sequence[str]) -> Iterator[tuple[str, Row | None]]:
+    def _objects(self, path: Path, wanted: Sequence[str]) -> Iterator[tuple[str, Row | str]]:
         for number, row in json_rows(path):
-            if number == 1 and row is not None:
+            if number == 1 and not isinstance(row, str):
                 check_columns(wanted, row, where=str(path))
             yield f"line {number}", row
 
@@ -115,7 +120,7 @@ class FileSplit:
         return str(self.path())
 
 
-def _read_folder(path: Path, *, columns: Sequence[str]) -> Iterator[tuple[str, Row | None]]:
+def _read_folder(path: Path, *, columns: Sequence[str]) -> Iterator[tuple[str, Row | str]]:
     """Read IMDb's layout, a folder of .txt files for each label, without the unlabelled ``unsup``."""
     if len(columns) != 2:
         raise UserError(
@@ -123,9 +128,10 @@ def _read_folder(path: Path, *, columns: Sequence[str]) -> Iterator[tuple[str, R
         )
     text, label = columns
     for folder in sorted(item for item in path.iterdir() if item.is_dir() and item.name != "unsup"):
-        for file in sorted(folder.glob("*.txt")):
-            with name_errors(file):
-                yield f"{folder.name}/{file.name}", {text: file.read_text("utf-8"), label: folder.name}
+        for file in sorted(folder.iterdir()):
+            if file.suffix.lower() == ".txt" and "." not in (folder.name[0], file.name[0]):  # of no hidden file
+                with open_text(file) as stream:
+                    yield f"{folder.name}/{file.name}", {text: stream.read(), label: folder.name}
 
 
 def check_columns(wanted: Iterable[str], present: Iterable[str], *, where: str) -> None:
@@ -190,8 +196,11 @@ def read_examples(
     examples, faults, count = [], [], 0
     for place, row in split.rows(columns=[*texts, label]):
         count += 1
-        if row is None or any(not isinstance(row[name], str) for name in texts):
-            faults.append(f"{place} does not have the fields of the others")
+        if isinstance(row, str):
+            faults.append(f"{place} {row}")
+            continue
+        if other := [name for name in texts if not isinstance(row[name], str)]:
+            faults.append(f"{place} has no text in {', '.join(other)}")
             continue
         value = label_of(row[label], labels=labels, aliases=aliases)
         if value is None:
@@ -223,4 +232,4 @@ def label_of(value: Any, *, labels: Sequence[str] | None, aliases: Mapping[str, 
         return list(labels).index(name)
     if any(label.isdecimal() for label in labels):  # stars 1, 2, 3 are names, not ids
         return None
-    return int(name) if name.isdecimal() and int(name) < len(labels) else None
+    return int(name) if name.isdecimal() and len(name) < 10 and int(name) < len(labels) else None
