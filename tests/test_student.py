@@ -1,16 +1,24 @@
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import DistilBertForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BertForMaskedLM,
+    DistilBertForMaskedLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from distilkit.errors import UserError
 from distilkit.language_model import num_parameters
 from distilkit.student import choose_layers, cut_student, keep_layers, new_student, pretrained_student
 from distilkit.teacher import Teacher
-from tiny import ARCHITECTURES, build_model, build_teacher
+from tiny import ARCHITECTURES, VOCABULARY, build_model, build_teacher
 
 LAYERS = {  # where each architecture keeps its layers
     "bert": "bert.encoder.layer",
@@ -31,6 +39,87 @@ def prune_by_hand(model: PreTrainedModel, layers: list[int]) -> PreTrainedModel:
     setattr(parent, name, nn.ModuleList([getattr(parent, name)[layer] for layer in layers]))
     pruned.config.num_hidden_layers = len(layers)
     pruned.config.use_cache = False  # its layers still carry their old numbers
+    return pruned
+
+
+_CAUSAL = {"vocab_size": len(VOCABULARY), "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+_DECODER = {
+    **{"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64},
+    **{"max_position_embeddings": 64, "num_hidden_layers": 6, "initializer_range": 0.2},
+}
+_MOE = {**_DECODER, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_GPT2 = {"n_embd": 32, "n_head": 4, "n_positions": 64, "n_layer": 6, "initializer_range": 0.2}
+BY_LAYER: dict[str, tuple[str, dict[str, Any]]] = {  # configs that say something layer by layer, each in its own way
+    "scale by index": ("gpt2", {**_GPT2, "scale_attn_by_inverse_layer_idx": True}),
+    "scale by index, upcast": (
+        "gpt2",
+        {**_GPT2, "scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
+    ),
+    "config of single layers": (
+        "gemma4_text",
+        {
+            **{**_DECODER, "head_dim": 8, "global_head_dim": 16, "sliding_window": 4, "num_kv_shared_layers": 0},
+            **{"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 126},
+            "layer_types": [*["sliding_attention", "full_attention"] * 3],
+        },
+    ),
+    "run lengths": (
+        "gpt_neo",
+        {
+            **{"hidden_size": 32, "num_heads": 4, "intermediate_size": 64, "max_position_embeddings": 64},
+            **{"num_layers": 6, "window_size": 4, "initializer_range": 0.2},
+            "attention_types": [[["global", "local"], 2], [["local"], 2]],
+        },
+    ),
+    "ones and zeros": ("smollm3", {**_DECODER, "no_rope_layers": [1, 0, 0, 1, 1, 0]}),
+    "window from a layer on": (
+        "qwen2",
+        {**_DECODER, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 3},
+    ),
+    "window by a pattern": ("gemma3_text", {**_DECODER, "head_dim": 8, "sliding_window": 4}),
+    "window by a list": ("cohere2", {**_DECODER, "sliding_window": 4, "layer_types": None}),
+    "list of dense layers": (
+        "qwen2_moe",
+        {**_MOE, "mlp_only_layers": [0, 2, 3], "shared_expert_intermediate_size": 16},
+    ),
+    "every second layer sparse": (
+        "qwen3_moe",
+        {**_MOE, "decoder_sparse_step": 2, "head_dim": 8, "mlp_only_layers": [5]},
+    ),
+    "first layers dense": (
+        "dots1",
+        {
+            **{**_DECODER, "first_k_dense_replace": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1},
+            **{"topk_group": 1, "moe_intermediate_size": 16, "n_shared_experts": 1, "head_dim": 8},
+        },
+    ),
+}
+
+
+def build_by_layer(model_type: str, fields: dict[str, Any]) -> Teacher:
+    """Build a teacher whose norms and biases differ between layers, too."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **_CAUSAL, **fields)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    for parameter in model.requires_grad_(False).parameters():
+        if parameter.ndim < 2:
+            parameter.add_(torch.randn(parameter.shape) * 0.1)
+    return Teacher(model=model, name=f"tiny-{model_type}", revision="main", lm="clm", sha256="0")
+
+
+def prune_lists_by_hand(model: PreTrainedModel, layers: list[int]) -> PreTrainedModel:
+    """Remove layers from a copy of the model itself, wherever a list holds one entry for each of its layers."""
+    pruned, depth = copy.deepcopy(model), model.config.num_hidden_layers
+    for module in list(pruned.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.ModuleList) and len(child) == depth:
+                setattr(module, name, nn.ModuleList([child[layer] for layer in layers]))
+    if getattr(pruned.config, "layer_types", None):  # it chooses the masks, outside the layers
+        pruned.config.layer_types = [pruned.config.layer_types[layer] for layer in layers]
+    pruned.config.num_hidden_layers = len(layers)
+    if single := pruned.config.to_dict().get("per_layer_config"):
+        kept = {new: single[str(old)] for new, old in enumerate(layers) if str(old) in single}
+        pruned.config.per_layer_config = kept
     return pruned
 
 
@@ -55,6 +144,53 @@ def test_a_student_is_its_teacher_pruned_by_hand(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("layers", [[0, 1, 2, 3, 4, 5], [0, 2, 3, 5], [1, 5], [3]])
+@pytest.mark.parametrize("kind", BY_LAYER)
+def test_what_a_config_says_by_layer_is_cut_with_the_layers(
+    kind: str, layers: list[int], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    teacher = build_by_layer(*BY_LAYER[kind])
+    student = cut_student(teacher=teacher, tokenizer=tokenizer, layers=layers).eval()
+    expected = prune_lists_by_hand(teacher.model, layers)(input_ids=ids_of(2, 24), use_cache=False).logits
+    assert expected.std() > 0.05
+    torch.testing.assert_close(student(input_ids=ids_of(2, 24)).logits, expected, rtol=1e-5, atol=1e-5)
+    student.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(input_ids=ids_of(2, 24)).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_config_that_its_class_changes_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    teacher = build_by_layer(*BY_LAYER["config of single layers"])
+    message = r"the config of tiny-gemma4_text cannot be cut to layers \[1, 4\]: layer_types would be .*sliding"
+    with pytest.raises(UserError, match=message):
+        cut_student(teacher=teacher, tokenizer=tokenizer, layers=[1, 4])
+
+
+@pytest.mark.parametrize(
+    "model_type, fields, message",
+    [
+        (
+            "diffllama",
+            {},
+            r"layer 1 of the student would differ from layer 2 of tiny-diffllama in self_attn.lambda_init",
+        ),
+        (
+            "ernie4_5_moe",
+            {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16, "moe_layer_interval": 2},
+            r"student.layers=\[0, 2, 4\] breaks the pattern moe_layer_interval=2 of tiny-ernie4_5_moe; keep layers whose",
+        ),
+    ],
+)
+def test_what_depends_on_the_number_of_a_layer_and_cannot_be_cut_is_refused(
+    model_type: str, fields: dict[str, Any], message: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    teacher = build_by_layer(model_type, {**_DECODER, **fields})
+    cut_student(teacher=teacher, tokenizer=tokenizer, layers=list(range(6)))
+    with pytest.raises(UserError, match=message):
+        cut_student(teacher=teacher, tokenizer=tokenizer, layers=[0, 2, 4])
+
+
+@torch.no_grad()
 def test_a_student_with_all_layers_is_its_teacher(teacher: Teacher, tokenizer: PreTrainedTokenizerBase) -> None:
     student = cut_student(teacher=teacher, tokenizer=tokenizer, layers=list(range(6))).eval()
     mask = torch.ones(2, 24, dtype=torch.long)
@@ -72,6 +208,52 @@ def test_a_bert_becomes_a_distilbert_and_others_keep_their_class(
     assert student.config.architectures == [kept.__name__]
     if kept is DistilBertForMaskedLM:
         assert not [name for name in student.state_dict() if "token_type" in name or "pooler" in name]
+
+
+class MyBert(BertForMaskedLM):
+    """A BERT whose layers do something else."""
+
+
+@pytest.mark.parametrize(
+    "fields, found",
+    [
+        ({"hidden_act": "silu"}, "'silu'"),
+        ({"layer_norm_eps": 1e-5}, "layer_norm_eps=1e-05, and DistilBERT has 1e-12"),
+        (
+            {"position_embedding_type": "relative_key"},
+            "position_embedding_type=relative_key, and DistilBERT has absolute",
+        ),
+        ({"is_decoder": True}, "is_decoder=True, and DistilBERT has False"),
+        ({}, "MyBert, which is not transformers' own BERT"),
+    ],
+)
+def test_a_bert_that_no_distilbert_equals_keeps_its_class_or_is_refused(
+    fields: dict[str, Any], found: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    teacher = build_teacher("bert", **fields)
+    if not fields:
+        teacher.model.__class__ = MyBert
+    with pytest.raises(UserError, match=f"but the teacher has {found}; set student.bert_class=same to keep"):
+        cut_student(teacher=teacher, tokenizer=tokenizer, layers="half")
+    student = cut_student(teacher=teacher, tokenizer=tokenizer, layers="half", bert_class="same")
+    assert type(student) is type(teacher.model)
+
+
+def test_layers_that_make_no_student_of_the_class_are_an_error(tokenizer: PreTrainedTokenizerBase) -> None:
+    teacher = build_teacher("bert")
+    teacher.model.bert.encoder.layer[2].gate = nn.Linear(2, 2)  # as remote code may add
+    with pytest.raises(UserError, match=r"layers \[0, 2\] of tiny-bert make no DistilBertForMaskedLM: .*gate"):
+        cut_student(teacher=teacher, tokenizer=tokenizer, layers=[0, 2])
+
+
+@torch.no_grad()
+def test_a_bert_with_an_output_layer_of_its_own_becomes_a_distilbert_with_one(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    teacher = build_teacher("bert", tie_word_embeddings=False, chunk_size_feed_forward=4)
+    student = cut_student(teacher=teacher, tokenizer=tokenizer, layers=list(range(6))).eval()
+    expected = teacher.model(input_ids=ids_of(2, 24)).logits
+    torch.testing.assert_close(student(input_ids=ids_of(2, 24)).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_bert_keeps_its_class_when_asked(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -191,12 +373,10 @@ def test_wrong_layers_are_an_error(layers: Any, message: str, tokenizer: PreTrai
 def test_other_wrong_students_are_an_error(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(UserError, match="cannot be cut from teacher=none; set student=new, or choose a teacher"):
         cut_student(teacher=None, tokenizer=tokenizer, layers="half")
-    with pytest.raises(UserError, match=r"drops layer 0, but ModernBERT's first layer .* keep layer 0"):
+    with pytest.raises(UserError, match=r"differ from layer 1 of tiny-modernbert in attn_norm.type, .*other layers"):
         cut_student(teacher=build_teacher("modernbert"), tokenizer=tokenizer, layers=[1, 3])
     with pytest.raises(UserError, match="student.init is 'zeros'; it takes teacher or random"):
         cut_student(teacher=build_teacher("bert"), tokenizer=tokenizer, layers="half", init="zeros")  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"gelu and relu, but the teacher has 'silu'; set student.bert_class=same"):
-        cut_student(teacher=build_teacher("bert", hidden_act="silu"), tokenizer=tokenizer, layers="half")
     with pytest.raises(UserError, match=r"the tokenizer has 126 ids, but tiny-bert embeds 100; use the tokenizer"):
         cut_student(teacher=build_teacher("bert", vocab_size=100), tokenizer=tokenizer, layers="half")
 

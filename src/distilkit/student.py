@@ -5,22 +5,40 @@ and renumbers layers, and strict loading checks the result.
 """
 
 import copy
+import json
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
+import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, DistilBertConfig, DistilBertForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    BertForMaskedLM,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.configuration_utils import PretrainedConfig
 
 from distilkit.data.tokenizer import load_tokenizer, num_ids
 from distilkit.errors import UserError
-from distilkit.language_model import build_from_config, check_split, load_language_model
+from distilkit.language_model import build_from_config, check_split, load_language_model, num_embeddings
 from distilkit.teacher import Teacher
 
 Layers = Literal["half", "third"] | Sequence[int]
 _SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
+_SCALE_BY_INDEX = "scale_attn_by_inverse_layer_idx"
 _LAYER_INDEX = re.compile(r"\.(\d+)\.")
+
+# What a config says layer by layer, by the names of its fields.
+_NOT_BY_LAYER = re.compile(r"token|label|architectures|_limit|rope_(scaling|parameters)|quantization")
+_FIRST_LAYERS = ("first_k_dense_replace", "num_dense_layers", "max_window_layers", "moe_layer_start_index")
+_EVERY_FEW_LAYERS = re.compile(r"every|interval|_period|_pattern|layer_freq|sparse_step")
+_NUMBERS_OF_LAYERS = re.compile(r"only_layers$|_(ids|idxs?|indices)$")
 
 _BERT_TO_DISTILBERT = (  # in this order: a pattern follows the longer ones that contain it
     ("bert.embeddings.", "distilbert.embeddings."),
@@ -37,6 +55,12 @@ _BERT_TO_DISTILBERT = (  # in this order: a pattern follows the longer ones that
     ("cls.predictions.transform.LayerNorm.", "vocab_layer_norm."),
     ("cls.predictions.decoder.", "vocab_projector."),
 )
+
+
+_DISTILBERT_HAS = {  # where a BERT may have something else
+    **{"layer_norm_eps": 1e-12, "position_embedding_type": "absolute", "is_decoder": False},
+    **{"add_cross_attention": False},
+}
 
 
 def choose_layers(num_teacher_layers: int, num_student_layers: int) -> list[int]:
@@ -79,6 +103,114 @@ def keep_layers(state: Mapping[str, Tensor], layers: Sequence[int]) -> dict[str,
     return kept
 
 
+def _cut_value(key: str, value: Any, *, depth: int, layers: Sequence[int]) -> Any:
+    """Cut one value of a config with its layers; a value that does not speak of layers stays the same."""
+    if _NOT_BY_LAYER.search(key):
+        return value
+    if isinstance(value, dict):
+        if value and all(str(name).isdigit() and int(name) < depth for name in value):  # by the number of a layer
+            numbered = {int(name): each for name, each in value.items()}
+            return {new: numbered[old] for new, old in enumerate(layers) if old in numbered}
+        return {name: _cut_value(str(name), each, depth=depth, layers=layers) for name, each in value.items()}
+    if key in _FIRST_LAYERS and isinstance(value, int):
+        return sum(layer < value for layer in layers)
+    if isinstance(value, str) and "pattern" in key and len(value) == depth:
+        return "".join(value[layer] for layer in layers)
+    if not isinstance(value, list | tuple):
+        return value
+    listed = list(value)
+    if listed and all(isinstance(each, list | tuple) and len(each) == 2 and type(each[1]) is int for each in listed):
+        repeated = [kind for kinds, times in listed for kind in list(kinds) * times]  # GPT-Neo's run lengths
+        return [[[repeated[layer] for layer in layers], 1]] if len(repeated) == depth else value
+    ordered = all(type(each) is int and 0 <= each < depth for each in listed) and listed == sorted(set(listed))
+    numbers = len(listed) != depth or listed == list(range(depth)) != [0, 1]
+    if ordered and (_NUMBERS_OF_LAYERS.search(key) or ("layer" in key and numbers)):
+        return [new for new, old in enumerate(layers) if old in listed]
+    return [listed[layer] for layer in layers] if len(listed) == depth else value
+
+
+def _cut_config(config: PretrainedConfig, layers: Sequence[int], *, name: str) -> PretrainedConfig:
+    """Return the config of some layers, with all that it says layer by layer, as it will be read from its file."""
+    depth, fields = config.num_hidden_layers, config.to_dict()
+    cut = {key: _cut_value(key, value, depth=depth, layers=layers) for key, value in fields.items()}
+    cut[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(layers)
+    if (step := fields.get("decoder_sparse_step") or 1) > 1 and "mlp_only_layers" in fields:
+        dense = [old in (fields["mlp_only_layers"] or ()) or (old + 1) % step != 0 for old in layers]
+        cut |= {"decoder_sparse_step": 1, "mlp_only_layers": [new for new, each in enumerate(dense) if each]}
+    elif not any(isinstance(each, list) and len(each) == depth for each in fields.values()):  # a list comes first
+        for key, every in fields.items():
+            repeats = _EVERY_FEW_LAYERS.search(key) and type(every) is int and 1 < every <= depth
+            if repeats and any((old - new) % every for new, old in enumerate(layers)):
+                found = f"student.layers={list(layers)} breaks the pattern {key}={every} of {name}"
+                raise UserError(f"{found}; keep layers whose numbers, modulo {every}, are 0, 1, ... in turn")
+    try:
+        made = type(config).from_dict(copy.deepcopy(cut))
+        said = made.to_dict()
+        for key, value in cut.items():  # Gemma 4 makes the last layer one of full attention
+            if value != fields[key] and json.dumps(said.get(key)) != json.dumps(value):
+                raise ValueError(f"{key} would be {value}, but its class makes it {said.get(key)}")
+    except (ValueError, TypeError, IndexError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"the config of {name} cannot be cut to layers {list(layers)}: {reason}") from error
+    made.name_or_path, made._commit_hash = config.name_or_path, getattr(config, "_commit_hash", None)
+    return made
+
+
+def _facts(model: nn.Module) -> dict[tuple[str, str], dict[int, Any]]:
+    """Return what makes each layer act as it does, besides its weights: by place and name, for each number of a layer.
+
+    These are the types of its modules, their plain attributes and their buffers.
+    """
+    facts: dict[tuple[str, str], dict[int, Any]] = defaultdict(dict)
+    for path, module in model.named_modules():
+        if found := _LAYER_INDEX.search(f"{path}."):
+            said = {key: each for key, each in vars(module).items() if isinstance(each, int | float | str | tuple)}
+            said |= {**dict(module.named_buffers(recurse=False)), "type": type(module).__name__}
+            for key in said.keys() - {"training"}:
+                facts[f"{path[: found.start(1)]}*{path[found.end(1) :]}.", key][int(found[1])] = said[key]
+    return facts
+
+
+def _says_one(values: Mapping[int, Any]) -> bool:
+    """Return whether all layers have one value, as BigBird's, which switches all of its layers when it is called."""
+    return not any(isinstance(each, Tensor) for each in values.values()) and len(set(values.values())) <= 1
+
+
+def _check_layers(student: nn.Module, source: nn.Module, layers: Sequence[int], *, name: str, folded: bool) -> None:
+    """Check that each layer is built as the teacher's that it copies; its number and the depth may differ."""
+    ours, theirs = _facts(student), _facts(source)
+    depths = (student.config.num_hidden_layers, source.config.num_hidden_layers)  # type: ignore[union-attr]
+    stacks = {place.partition("*")[0] for (place, _), values in theirs.items() if len(values) == depths[1]}
+    for place, key in ours | theirs:
+        kept, all_of_it = ours[place, key], theirs[place, key]
+        if place.partition("*")[0] not in stacks:  # two rotary embeddings, one for each kind of layer
+            continue
+        if (key == "scaling" and folded) or (_says_one(kept) and _says_one(all_of_it)) or not kept or not all_of_it:
+            continue
+        for new, old in enumerate(layers):
+            one, two = kept.get(new), all_of_it.get(old)
+            if isinstance(one, Tensor) or isinstance(two, Tensor):
+                same = isinstance(one, Tensor) and isinstance(two, Tensor) and torch.equal(one, two)
+            else:
+                same = one is two or one == two or (one, two) in ((new, old), (new + 1, old + 1), depths)
+            if not same:
+                where = f"{place.partition('*.')[2]}{key}"
+                found = f"layer {new} of the student would differ from layer {old} of {name} in {where}"
+                raise UserError(f"{found}, and its config cannot say so; choose other layers, or another teacher")
+
+
+def _fold_scales(state: dict[str, Tensor], layers: Sequence[int], *, name: str) -> None:
+    """Put the scale of attention that GPT-2 takes from a layer's number, 1 / (number + 1), into the queries."""
+    for new, old in enumerate(layers):
+        for part in ("weight", "bias"):  # (width, 3 * width) and (3 * width,): queries, keys, values
+            key = f"transformer.h.{new}.attn.c_attn.{part}"
+            if key not in state:
+                found = f"{name} has {_SCALE_BY_INDEX}=true, but no {key} as GPT-2 has"
+                raise UserError(f"{found}; keep all layers, or choose another teacher")
+            state[key] = state[key].clone()
+            state[key][..., : state[key].shape[-1] // 3] *= (new + 1) / (old + 1)
+
+
 def bert_to_distilbert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename BERT's weights to DistilBERT's, without token types and pooler.
 
@@ -97,13 +229,22 @@ def bert_to_distilbert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def _distilbert_config(config: PretrainedConfig) -> DistilBertConfig:
+def _distilbert_config(config: PretrainedConfig, source: PreTrainedModel) -> DistilBertConfig:
+    """Return the config of a BERT's layers as a DistilBERT, which has no words for some of what a BERT may be."""
+    found = None if type(source) is BertForMaskedLM else f"{type(source).__name__}, which is not transformers' own BERT"
     if config.hidden_act not in ("gelu", "relu"):
-        found = f"DistilBERT supports the activations gelu and relu, but the teacher has {config.hidden_act!r}"
-        raise UserError(f"{found}; set student.bert_class=same to keep the teacher's class")
+        found = f"{config.hidden_act!r}"
+    for key, only in _DISTILBERT_HAS.items():
+        if (value := getattr(config, key, only)) != only:
+            found = f"{key}={value}, and DistilBERT has {only}"
+    if found is not None:
+        limit = "a DistilBERT has the layers of transformers' BERT with the activations gelu and relu"
+        raise UserError(
+            f"{limit}, but the teacher has {found}; set student.bert_class=same to keep the teacher's class"
+        )
     same = ("vocab_size", "max_position_embeddings", "initializer_range", "pad_token_id", "tie_word_embeddings")
     return DistilBertConfig(
-        **{name: getattr(config, name) for name in same},
+        **{name: getattr(config, name) for name in (*same, "chunk_size_feed_forward")},
         n_layers=config.num_hidden_layers,
         n_heads=config.num_attention_heads,
         dim=config.hidden_size,
@@ -133,19 +274,25 @@ def cut_student(
         raise UserError("a student cannot be cut from teacher=none; set student=new, or choose a teacher")
     source = teacher.model
     check_vocabulary(source, tokenizer, name=teacher.name)
-    chosen = _resolve_layers(layers, num_teacher_layers=source.config.num_hidden_layers, name=teacher.name)
-    config = copy.deepcopy(source.config)
-    config.num_hidden_layers = len(chosen)
-    if config.model_type == "modernbert" and chosen[0] != 0 and init == "teacher":
-        found = f"student.layers={chosen} drops layer 0, but ModernBERT's first layer"
-        raise UserError(f"{found} is the one without an attention norm; keep layer 0")
-    if getattr(source.config, "layer_types", None):  # full or sliding attention, layer by layer
-        config.layer_types = [source.config.layer_types[layer] for layer in chosen]
+    depth = getattr(source.config, "num_hidden_layers", None)
+    if depth is None:
+        found = f"the config of {teacher.name} ({source.config.model_type}) has no num_hidden_layers"
+        raise UserError(f"{found}; choose a teacher whose config has it, as a model of text alone")
+    chosen = _resolve_layers(layers, num_teacher_layers=depth, name=teacher.name)
+    config = _cut_config(source.config, chosen, name=teacher.name)
     to_distilbert = config.model_type == "bert" and teacher.lm == "mlm" and bert_class == "distilbert"
-    student = DistilBertForMaskedLM(_distilbert_config(config)) if to_distilbert else type(source)(config)
+    student = DistilBertForMaskedLM(_distilbert_config(config, source)) if to_distilbert else type(source)(config)
     if init == "teacher":
-        state = keep_layers(source.state_dict(), chosen)
-        student.load_state_dict(bert_to_distilbert(state) if to_distilbert else state, strict=True)
+        state, folded = keep_layers(source.state_dict(), chosen), getattr(config, _SCALE_BY_INDEX, False)
+        if not to_distilbert:
+            _check_layers(student, source, chosen, name=teacher.name, folded=folded)
+        if folded:
+            _fold_scales(state, chosen, name=teacher.name)
+        try:
+            student.load_state_dict(bert_to_distilbert(state) if to_distilbert else state, strict=True)
+        except RuntimeError as error:  # weights of other names or shapes
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"layers {chosen} of {teacher.name} make no {type(student).__name__}: {reason}") from error
     elif init != "random":
         raise UserError(f"student.init is {init!r}; it takes teacher or random")
     student.config.architectures = [type(student).__name__]
@@ -217,7 +364,7 @@ def _checked(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, na
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
     """Check that every id of the tokenizer has an embedding."""
-    rows = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+    rows = num_embeddings(model)
     if (needed := num_ids(tokenizer)) > rows:
         found = f"the tokenizer has {needed} ids, but {name} embeds {rows}"
         raise UserError(f"{found}; use the tokenizer the model was trained with")
