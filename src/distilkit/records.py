@@ -60,7 +60,7 @@ class Result:
     parameters: int
     parameters_without_embeddings: int
     task: str
-    kind: Literal["finetuned", "language_model", "speed"]
+    kind: Literal["finetuned", "zero_shot", "language_model", "speed"]
     seed: int | None
     settings: dict[str, Any]
     scores: dict[str, float]

@@ -118,10 +118,10 @@ def load_task_model(
             f"{(str(error).strip() or repr(error)).splitlines()[0]} A hub id needs the network or a filled Hugging "
             "Face cache; a folder needs config.json and model.safetensors"
         ) from error
-    backbone = f"{loaded.base_model_prefix}."
+    backbone = "" if loaded.base_model is loaded else f"{loaded.base_model_prefix}."  # a backbone has no prefix
     missing = sorted(key for key in info["missing_keys"] if not key.endswith("position_ids"))
     missing += sorted(str(entry[0]) for entry in info["mismatched_keys"])  # of another shape than in the config
-    lacking = [key for key in missing if key.startswith(backbone) and ".pooler." not in key]
+    lacking = [key for key in missing if key.startswith(backbone) and "pooler." not in key]
     if lacking or (needs_head and missing):
         cure = "fine-tune it first, and give the model/ folder" if needs_head else "give a pretrained model"
         raise UserError(f"{model!r} has no weights for {', '.join((lacking or missing)[:3])}; {cure}")

@@ -41,6 +41,11 @@ class HubSplit:
 
     def rows(self, *, columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
         """Read the rows, each with its place for an error message."""
+        for index, row in enumerate(self.table(columns=columns)):
+            yield f"row {index}", row
+
+    def table(self, *, columns: Sequence[str]) -> Any:
+        """Load the ``datasets.Dataset``, which has these columns."""
         import datasets
 
         try:
@@ -52,8 +57,7 @@ class HubSplit:
                 "network, or give local files with task.data_dir=<folder>"
             ) from error
         check_columns(columns, table.column_names, where=str(self))
-        for index, row in enumerate(table):
-            yield f"row {index}", row
+        return table
 
     def __str__(self) -> str:
         """Name the split for an error message."""
