@@ -3,10 +3,22 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from distilkit.errors import UserError
-from distilkit.records import distinct, find_runs, read_results, read_runs, run_label, write_results
+from distilkit.records import (
+    Rows,
+    distinct,
+    find_runs,
+    read_file,
+    read_results,
+    read_rows,
+    read_runs,
+    run_label,
+    write_results,
+    write_rows,
+)
 from scores import ABLATED, AFTER, glue, perplexity, speed, write_run, write_training
 
 
@@ -15,6 +27,79 @@ def test_results_are_read_back_as_they_were_written(tmp_path: Path) -> None:
     write_results(tmp_path / "a", results)
     assert read_results([tmp_path]) == results
     assert json.loads((tmp_path / "a" / "results.json").read_text("utf-8"))["format"] == 2
+
+
+def test_results_of_the_first_format_are_read_and_later_ones_refused(tmp_path: Path) -> None:
+    write_results(tmp_path, [speed("bert", 33.0)])
+    file = tmp_path / "results.json"
+    content = json.loads(file.read_text("utf-8"))
+    assert "folder" not in content["results"][0]
+    for version in (1, 3):
+        file.write_text(json.dumps(content | {"format": version}), "utf-8")
+        if version == 1:
+            (old,) = read_file(file)
+            assert (old.name, old.folder, read_rows(tmp_path, "dev")) == ("bert", str(tmp_path), None)
+        else:
+            with pytest.raises(UserError, match="has format 3, this distilkit reads 1 and 2; score the model again"):
+                read_file(file)
+
+
+def some_rows() -> Rows:
+    return Rows(
+        ids=np.array(["q1", "q2", "q3"]),
+        gold=np.array([0, 1, 1]),
+        said=np.array([0, 0, 1]),
+        logits=np.array([[1.5, 0], [2, -1], [0, 1]], dtype=np.float16),
+        sums={"f1": np.array([1.0, 0.25, 0.5]), "exact_match": np.array([1.0, 0.0, 0.0])},
+    )
+
+
+def assert_equal_rows(one: Rows | None, other: Rows) -> None:
+    assert one is not None
+    for name in ("ids", "gold", "said", "logits"):
+        mine, theirs = getattr(one, name), getattr(other, name)
+        assert (mine is None) == (theirs is None)
+        assert mine is None or (mine.dtype == theirs.dtype and np.array_equal(mine, theirs))
+    assert {name: part.tolist() for name, part in one.sums.items()} == {
+        name: part.tolist() for name, part in other.sums.items()
+    }
+
+
+def test_rows_are_read_back_as_they_were_written(tmp_path: Path) -> None:
+    bare = Rows(ids=np.arange(2), gold=np.array([0.5, 2.0]), said=np.array([0.25, 1.0]))
+    write_rows(tmp_path / "new", "dev", some_rows())
+    write_rows(tmp_path / "new", "test", bare)
+    assert_equal_rows(read_rows(tmp_path / "new", "dev"), some_rows())
+    assert_equal_rows(read_rows(tmp_path / "new", "test"), bare)
+    assert sorted(file.name for file in (tmp_path / "new").iterdir()) == ["rows-dev.npz", "rows-test.npz"]
+
+
+def test_rows_are_taken_by_their_places_as_often_as_each_is_given() -> None:
+    taken = some_rows().take(np.array([2, 2, 0]))
+    assert (len(taken), taken.ids.tolist(), taken.gold.tolist()) == (3, ["q3", "q3", "q1"], [1, 1, 0])
+    assert taken.logits.tolist() == [[0, 1], [0, 1], [1.5, 0]]
+    assert taken.sums["f1"].tolist() == [0.5, 0.5, 1.0]
+
+
+def test_rows_that_cannot_be_written_leave_the_old_ones(tmp_path: Path) -> None:
+    write_rows(tmp_path, "dev", some_rows())
+    with pytest.raises(ValueError, match="Object arrays cannot be saved"):
+        write_rows(tmp_path, "dev", Rows(ids=np.array([{}, []], dtype=object)))
+    assert_equal_rows(read_rows(tmp_path, "dev"), some_rows())
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "other"])
+def test_damaged_rows_are_named(damage: str, tmp_path: Path) -> None:
+    write_rows(tmp_path, "dev", some_rows())
+    file = tmp_path / "rows-dev.npz"
+    content = file.read_bytes()
+    if damage == "other":
+        with file.open("wb") as stream:
+            np.savez(stream, something=np.arange(3))
+    else:
+        file.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "text": b"no archive"}[damage])
+    with pytest.raises(UserError, match=r"rows-dev\.npz is damaged \(.*\); delete it and score the model again"):
+        read_rows(tmp_path, "dev")
 
 
 def test_runs_are_read_in_the_order_they_ended_and_unfinished_ones_are_left_out(tmp_path: Path) -> None:

@@ -8,9 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
+import sklearn.metrics
 import torch
+import transformers.utils.hub
 from hydra import compose, initialize_config_module
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
@@ -18,6 +21,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 import distilkit.evaluate.__main__
 from distilkit.evaluate.finetune import Batches, FinetuningModule, hold_out
 from distilkit.evaluate.job import job_id
+from distilkit.evaluate.models import tokenizer_id, weights_id
 from distilkit.metrics import measure
 from distilkit.records import read_results, read_rows
 from jobs import Outcome, call, only, write_rows
@@ -93,6 +97,87 @@ def test_the_same_command_again_scores_nothing_anew(score: Callable[..., Outcome
     assert file.stat().st_mtime_ns == before
     assert score("finetune.epochs=1", "finetune.lr=1e-3").code == 0  # other settings are another job
     assert len(read_results([tmp_path])) == 2
+
+
+def scored_once(tmp_path: Path) -> tuple[int, set[str]]:
+    """Return how many results there are, and the times of their files."""
+    files = sorted(tmp_path.glob("outputs/**/results.json"))
+    return len(files), {f"{file} {file.stat().st_mtime_ns}" for file in files}
+
+
+def test_a_job_is_known_by_its_rows_and_not_by_the_folder_they_lie_in(
+    score: Callable[..., Outcome], rows: Path, tmp_path: Path
+) -> None:
+    for name in ("glue", "copy"):
+        shutil.copytree(rows, tmp_path / name)
+    assert score("task.data_dir=glue", "finetune.epochs=1").code == 0
+    before = scored_once(tmp_path)
+    for same in ("./glue", f"{tmp_path}/glue", "copy", "glue/SST-2"):
+        done = score(f"task.data_dir={same}", "finetune.epochs=1")
+        assert done.code == 0, done.err
+        assert scored_once(tmp_path) == before
+    for name in ("train", "dev"):
+        file = tmp_path / "copy" / "SST-2" / f"{name}.tsv"
+        text = file.read_text("utf-8")
+        file.write_text(text[:-2] + str(1 - int(text[-2])) + "\n", "utf-8")  # one label
+        assert score("task.data_dir=copy", "finetune.epochs=1").code == 0
+    found = [each.settings for each in read_results([tmp_path])]
+    data = {(each["train_data"], each["scored_data"]) for each in found}
+    assert [len(each) for each in (data, {train for train, _ in data}, {scored for _, scored in data})] == [3, 2, 2]
+
+
+def test_another_tokenizer_in_the_same_folder_is_another_model(
+    score: Callable[..., Outcome], save_teacher: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "own"
+    shutil.copytree(save_teacher("distilbert", num_layers=2), folder)
+    before = weights_id(str(folder), revision="main")
+    (folder / "README.md").write_text("It is a model.\n", "utf-8")
+    assert weights_id(str(folder), revision="main") == before
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text("utf-8").replace('"ba":', '"zzz":'), "utf-8")
+    assert weights_id(str(folder), revision="main") != before
+    assert tokenizer_id(str(folder)) != tokenizer_id(str(save_teacher("distilbert", num_layers=2)))
+
+
+def test_results_with_other_labels_or_metrics_are_kept_apart(score: Callable[..., Outcome], tmp_path: Path) -> None:
+    for overrides in ([], ["task.labels=[positive,negative]"], ["task.metrics=[accuracy,f1_macro,roc_auc]"]):
+        assert score("finetune.epochs=1", *overrides).code == 0
+    found = read_results([tmp_path])
+    assert len({json.dumps(each.settings, sort_keys=True) for each in found}) == 3
+    (last,) = [each for each in found if "roc_auc" in each.scores]
+    kept = read_rows(last.folder, "dev")
+    assert kept is not None
+    assert measure(list(last.scores), kept) == last.scores
+    assert last.scores["f1_macro"] == sklearn.metrics.f1_score(kept.gold, kept.said, average="macro")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_teacher: Callable[..., Path]) -> Callable[[str], None]:
+    """Fill a cache of the hub with a model, and return what moves its main branch to a commit."""
+    repository = tmp_path / "hub" / "models--org--mine"
+    for commit, layers in (("a" * 40, 1), ("b" * 40, 2)):
+        shutil.copytree(save_teacher("distilbert", num_layers=layers), repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(transformers.utils.hub, "HF_HUB_CACHE", str(tmp_path / "hub"), raising=False)
+    return lambda commit: (repository / "refs" / "main").write_text(commit, "utf-8") and None
+
+
+def test_a_hub_model_is_known_by_the_commit_that_was_scored(
+    score: Callable[..., Outcome], hub: Callable[[str], None], tmp_path: Path
+) -> None:
+    for commit in ("a" * 40, "b" * 40):
+        hub(commit)
+        done = score("finetune.epochs=1", model="org/mine")
+        assert done.code == 0, done.err
+    before = scored_once(tmp_path)
+    assert score("finetune.epochs=1", f"revision={'a' * 40}", model="org/mine").code == 0
+    assert scored_once(tmp_path) == before  # it has been scored as main
+    found = {each.sha256: each for each in read_results([tmp_path])}
+    assert set(found) == {"a" * 40, "b" * 40}
+    assert found["a" * 40].parameters < found["b" * 40].parameters
+    assert weights_id("org/other", revision="main") == "org/other@main"  # loading it says what is wrong
 
 
 def test_a_broken_run_goes_on_and_ends_with_the_same_weights(
@@ -345,6 +430,11 @@ def test_batches_hold_like_lengths_and_every_row_once_an_epoch(tokenizer: PreTra
         (["distil.temperature=0"], "distil.temperature=0, but it must be a number above 0"),
         (["+finetune.learning_rate=1"], "finetune.learning_rate is unknown; finetune takes lr, batch_size"),
         (["task.max_length=2"], "task.max_length=2"),
+        (["task.name=../x"], "task.name=../x, but it names a folder in output_dir; give a name without /"),
+        (["name=../x"], "name=../x, but it names a folder in output_dir; give a name without .."),
+        (["name=/x"], "name=/x, but it names a folder in output_dir"),
+        (["task.files.scored.dev=null"], "task.files.scored or task.hub.scored names no split to score; name one"),
+        (["task.metrics=[f1_marco]"], "'f1_marco' is no metric; near it are f1_macro"),
         (["task.data_dir=nowhere"], "task.data_dir=nowhere is no folder"),
         (["trainer.devices=2"], "a model is fine-tuned on one device; set trainer.devices=1"),
         (["teacher=nowhere/at-all"], "cannot load hub id 'nowhere/at-all'"),

@@ -14,12 +14,13 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from distilkit import metrics
 from distilkit.data.masking import Ids
 from distilkit.data.text_files import TextFiles
 from distilkit.data.tokenizer import train_tokenizer
 from distilkit.errors import UserError
 from distilkit.evaluate.perplexity import LanguageScore, masked_batches, masked_windows, pseudo_places, read_text
-from distilkit.records import Result, read_file, write_results
+from distilkit.records import Result, read_file, read_rows, write_results
 from jobs import make_job
 from tiny import VOCABULARY, build_model, make_documents
 
@@ -136,6 +137,24 @@ def test_a_share_of_each_window_is_hidden_and_the_draw_follows_the_seed(tokenize
     assert (labels[:, [0, -1]] < 0).all()
     assert (labels == hidden(1)).all()
     assert (labels != hidden(2)).any()
+
+
+@pytest.mark.parametrize("model_type", ["bert", "gpt2"])
+def test_each_document_has_a_row_whose_sums_give_the_scores(
+    model_type: str, texts: Path, tmp_path: Path, save_teacher: SaveTeacher
+) -> None:
+    file = tmp_path / "text.txt"
+    documents = texts.read_text("utf-8").split("\n\n")
+    file.write_text("\n\n".join(documents), "utf-8")
+    whole = measure(file, save_teacher(model_type), block_size=16, masked_share=0.3)
+    rows = read_rows("nowhere", "text")
+    assert rows is not None
+    assert rows.ids.tolist() == list(range(6)) and whole.details["rows"] == {"text": 6}
+    assert metrics.measure(list(whole.scores), rows) == whole.scores
+    assert rows.sums["tokens"].sum() == whole.details["tokens"]
+    file.write_text(documents[0], "utf-8")
+    first = measure(file, save_teacher(model_type), block_size=16)
+    assert metrics.score(first.task, rows.take(np.array([0]))) == pytest.approx(first.score, rel=1e-5)
 
 
 @pytest.mark.parametrize("model_type", ["roberta", "modernbert", "gpt2"])

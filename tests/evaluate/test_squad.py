@@ -36,7 +36,8 @@ from distilkit.evaluate.squad import (
     read_questions,
     squad_scores,
 )
-from distilkit.records import read_results
+from distilkit.metrics import measure
+from distilkit.records import read_results, read_rows
 from jobs import Outcome, call, only
 from tiny import WORDS, make_documents
 
@@ -493,6 +494,12 @@ def test_answers_are_learnt_and_written_as_the_official_script_reads_them(
     right = [said[entry["id"]] == entry["answers"][0]["text"] for part in paragraphs for entry in part["qas"]]
     assert len(said) == len(right) == 60
     assert sum(right) / 60 == pytest.approx(found.scores["exact_match"])
+    rows = read_rows(found.folder, "dev")
+    assert rows is not None
+    assert rows.ids.tolist() == list(said)
+    assert rows.sums["exact_match"].tolist() == right
+    assert measure(list(found.scores), rows) == found.scores
+    assert {"train_data", "scored_data"} <= found.settings.keys()
 
 
 def test_a_second_distillation_runs_with_a_teacher_of_another_family(
