@@ -6,9 +6,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from omegaconf import OmegaConf
 
 from distilkit import cli
-from distilkit.cli import keep_large_buffers, ranks_on_config
+from distilkit.cli import check_added, check_keys, keep_large_buffers, ranks_on_config
+from distilkit.errors import UserError
 
 # The resident memory after freeing 200 MB, with and without the raised thresholds.
 PROBE = """
@@ -48,3 +50,21 @@ def test_a_failed_job_of_a_sweep_ends_its_ranks_before_lightning_ends_this_proce
         raise ValueError("the job failed")
     assert child.returncode is not None
     assert children == []  # which Lightning's thread takes for the end of all ranks
+
+
+def test_a_class_without_a_signature_is_not_checked() -> None:
+    check_keys(OmegaConf.create({"interval": {"_target_": "datetime.timedelta", "minutes": 15}}))
+
+
+@pytest.mark.parametrize(
+    ("config", "known"),
+    [
+        ("train/train.yaml", "teacher, student"),
+        ("evaluate/evaluate.yaml", "task, trainer, logger, grid, model"),
+        ("evaluate/report.yaml", "runs, out, teacher"),
+        ("train/export.yaml", "ckpt, out"),
+    ],
+)
+def test_each_command_names_its_keys(config: str, known: str) -> None:
+    with pytest.raises(UserError, match=f"nope is unknown, and no other key reads it; the config takes .*{known}"):
+        check_added(OmegaConf.create({"nope": 1}), config=config, overrides=["+nope=1"])

@@ -305,6 +305,29 @@ def test_sharded_models_keep_buffers_and_the_sum_of_gradients_in_float32(
     assert used.buffer_dtype in (None, torch.float32)
 
 
+def test_ranks_may_differ_in_their_cache_but_in_no_other_setting(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[str] = []
+
+    class Strategy:
+        def broadcast(self, mine: str) -> str:
+            sent.append(mine)
+            return sent[0]
+
+    trainer = SimpleNamespace(strategy=Strategy(), precision="32-true", world_size=2)
+    monkeypatch.setattr(DistillationModule, "trainer", trainer)
+
+    def start(cache: str, lr: float) -> None:
+        config = {"cache_dir": cache, "data": {"cache_dir": cache}, "optimizer": {"lr": lr}}
+        build_module(tokenizer, record={"config": config, "metadata": {"license": cache}}).setup("fit")
+
+    start("/scratch/a", 0.1)
+    start("/scratch/b", 0.1)
+    with pytest.raises(UserError, match="was started with another config than rank 0"):
+        start("/scratch/a", 0.2)
+
+
 def test_sharded_models_cannot_keep_the_teacher_alone_in_float32(
     tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -499,6 +522,35 @@ def test_resuming_puts_the_student_back_and_goes_on(tmp_path: Path, tokenizer: P
     for name, tensor in saved["state_dict"].items():
         assert torch.equal(restored[name], tensor)
     assert again.tokens_seen == 2 * module.tokens_seen
+
+
+def test_a_resumed_run_takes_the_optimizers_settings_of_its_own_command(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    def adam(**given: Any) -> dict[str, Any]:
+        settings = {"lr": 5e-4, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.0, "fused": None, **given}
+        return {
+            "optimizer": functools.partial(torch.optim.AdamW, **settings),
+            "scheduler": "linear",
+            "warmup_share": 0.5,
+        }
+
+    found: list[Any] = []
+
+    class Groups(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+            found.append([dict(group) for group in trainer.optimizers[0].param_groups])
+            found.append(trainer.lr_scheduler_configs[0].scheduler.get_last_lr())
+
+    file, _ = saved_checkpoint(build_module(tokenizer, **adam()), tmp_path)
+    other = adam(lr=1e-5, betas=(0.8, 0.9), eps=1e-8, weight_decay=0.1, fused=True)
+    resume(build_module(tokenizer, **other), file, Groups())
+    (matrices, others), rates = found  # at step 1 of 2, where the warm-up has ended
+    for group in (matrices, others):
+        assert (group["lr"], group["initial_lr"], group["betas"], group["eps"]) == (1e-5, 1e-5, (0.8, 0.9), 1e-8)
+        assert group["fused"] is None  # the state that was restored is not one of a fused optimizer
+    assert (matrices["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    assert rates == [1e-5, 1e-5]
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -15,7 +15,7 @@ from hydra.version import VersionBase
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from distilkit.cli import keep_large_buffers, quiet, user_cause
+from distilkit.cli import check_added, keep_large_buffers, quiet, user_cause
 from distilkit.data.corpus import write_documents
 from distilkit.errors import UserError
 from distilkit.train import build, run
@@ -53,8 +53,9 @@ def distill(
     ``teacher`` is a hub id or a folder; None trains a student without one. The corpus is ``text``, the documents
     themselves, or ``paths``, files, folders and globs; without either it is the docstrings of installed packages.
     ``student`` is an option of conf/train/student, and ``overrides`` are those of the command line. Training ends after
-    ``max_steps`` or three epochs. ``out`` gets config.yaml, metrics.csv, checkpoints/, summary.json and student/. A
-    wrong setting, a finished run in ``out`` and a loss that is not finite raise a ``UserError``. Example::
+    ``max_steps``, or without them after three epochs. ``out`` gets config.yaml, metrics.csv, checkpoints/, summary.json
+    and student/. A wrong setting, a finished run in ``out`` and a loss that is not finite raise a ``UserError``.
+    Example::
 
         result = distilkit.distill(
             "roberta-base", text=documents, out="runs/a", max_steps=500, overrides=["objective.temperature=4"]
@@ -106,6 +107,7 @@ def _literal(path: str | Path) -> str:
 def _compose(overrides: list[str]) -> DictConfig:
     with initialize_config_module("distilkit.conf.train", version_base="1.3"):
         cfg = compose("train", overrides)
+    check_added(cfg, config="train/train.yaml", overrides=overrides)
     if "sweep" in {override.lstrip("+").partition("=")[0] for override in overrides}:
         raise UserError("sweep= needs python -m distilkit.train; from Python, call distill once for each run")
     return cfg

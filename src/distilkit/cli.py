@@ -15,6 +15,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib import resources
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -133,6 +134,25 @@ def check_names(names: Iterable[Any], known: Iterable[str], *, path: str) -> Non
             raise UserError(f"{path}.{name} is unknown; {path} takes {', '.join(known)}")
 
 
+_OF_HYDRA = {"_target_", "_args_", "_partial_", "_convert_", "_recursive_"}
+
+
+def check_added(cfg: DictConfig, *, config: str, overrides: Iterable[str] | None = None) -> None:
+    """Check that each top-level key that ``+key=value`` has added is known to a file below conf/, or read by another.
+
+    ``overrides`` are those of Hydra's command line, if there is one, by default.
+    """
+    if overrides is None:
+        overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
+    own: Any = OmegaConf.create(resources.files("distilkit.conf").joinpath(config).read_text("utf-8"))
+    groups = [name for entry in own.defaults if isinstance(entry, DictConfig) for name in entry if " " not in name]
+    known = [*groups, *(name for name in own if name not in ("defaults", "hydra"))]
+    for override in overrides:
+        key = re.match(r"\+{1,2}(\w+)(?=[.=])", override)
+        if key and key[1] in cfg and key[1] not in known and f"${{{key[1]}" not in OmegaConf.to_yaml(cfg):
+            raise UserError(f"{key[1]} is unknown, and no other key reads it; the config takes {', '.join(known)}")
+
+
 def check_keys(node: DictConfig, *, path: str = "") -> None:
     """Check that all values below ``node`` are set, and that each target accepts its keys."""
     if "_target_" in node:
@@ -140,9 +160,12 @@ def check_keys(node: DictConfig, *, path: str = "") -> None:
             target = get_object(node["_target_"])
         except ImportError as error:
             raise UserError(f"{path}._target_={node['_target_']} cannot be imported: {error}") from error
-        parameters = inspect.signature(target).parameters
-        if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters.values()):
-            check_names(set(node) - {"_target_", "_partial_", "_convert_", "_recursive_"}, parameters, path=path)
+        try:
+            parameters = inspect.signature(target).parameters
+        except (ValueError, TypeError):  # written in C without a signature, as datetime.timedelta
+            parameters = None
+        if parameters is not None and all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters.values()):
+            check_names(set(node) - _OF_HYDRA, parameters, path=path)
     for name in map(str, node):
         full_name = f"{path}.{name}".lstrip(".")
         if OmegaConf.is_missing(node, name):

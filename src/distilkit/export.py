@@ -14,7 +14,7 @@ import transformers
 from omegaconf import DictConfig
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from distilkit.cli import report_errors
+from distilkit.cli import check_added, report_errors
 from distilkit.errors import UserError
 from distilkit.language_model import build_from_config, lm_of, num_parameters
 from distilkit.model_card import student_card
@@ -85,6 +85,7 @@ def export_checkpoint(
 @report_errors
 def main(cfg: DictConfig) -> None:
     """Export ``ckpt`` to the folder ``out``."""
+    check_added(cfg, config="train/export.yaml")
     transformers.utils.logging.disable_progress_bar()
     for name in ("ckpt", "out"):
         if cfg[name] is None:

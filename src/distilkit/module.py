@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from pytorch_lightning import LightningModule
+from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.plugins.precision import MixedPrecision, Precision
 from pytorch_lightning.strategies import FSDPStrategy
 from pytorch_lightning.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecision as FSDPMixedPrecision
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -67,6 +68,7 @@ class DistillationModule(LightningModule):
         self.schedule(optimizer([{"params": [nn.Parameter(torch.zeros(1))]}]), num_steps=100)  # refuse a wrong one now
         self.record = dict(record)
         self.tokens, self.step_tokens = torch.tensor(0), torch.tensor(0)  # without padding, over all ranks
+        self.configured: list[dict[str, Any]] = []  # of each parameter group of the optimizer
         self.step_terms: dict[str, Tensor] = {}
         self.denominators: dict[str, Tensor] = {}
         self.all_finite = torch.tensor(True)
@@ -99,30 +101,53 @@ class DistillationModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Check the ranks' configs and the precision, and cast the teacher once instead of at each step."""
         precision, strategy = str(self.trainer.precision), self.trainer.strategy
-        # Each rank reads the metadata from the hub, where one may fail.
-        same = {name: value for name, value in self.record.items() if name != "metadata"}
-        mine = hashlib.sha256(json.dumps(same, sort_keys=True, default=str).encode()).hexdigest()
+        # Each rank reads the metadata from the hub, where one may fail, and each node may have a cache of its own.
+        text = json.dumps({**self.record, "metadata": None}, sort_keys=True, default=str)
+        same = json.loads(text, object_hook=lambda node: {key: node[key] for key in node if key != "cache_dir"})
+        mine = hashlib.sha256(json.dumps(same).encode()).hexdigest()
         if self.trainer.world_size > 1 and strategy.broadcast(mine) != mine:
             found = f"rank {self.global_rank} was started with another config than rank 0"
             raise UserError(f"{found}; start all ranks with one command line")
-        if self.objective.alpha_mse and precision.startswith("16"):
-            raise UserError(
-                f"objective.alpha_mse={self.objective.alpha_mse} overflows in trainer.precision={precision}: "
-                "squared logits are too large for float16; set trainer.precision=bf16-mixed or 32-true"
-            )
+        self.check_precision(self.trainer)
         if not precision.startswith("bf16"):
             return
         if not isinstance(strategy, FSDPStrategy):
             if self.teacher is not None and not self.keeps_teacher_dtype:
                 cast_parameters(self.teacher, torch.bfloat16)
-            return
-        # FSDP puts both models into one flat parameter, which has one dtype.
-        if self.keeps_teacher_dtype:
-            found = f"teacher.dtype=float32, but trainer=fsdp holds both models in one precision, here {precision}"
-            raise UserError(f"{found}; set teacher.dtype=auto, trainer.precision=32-true or trainer=ddp")
-        if strategy.mixed_precision is None:
+        elif strategy.mixed_precision is None:
             # Lightning's default would also cast the rotary frequencies, and sum gradients in bfloat16.
             strategy.mixed_precision = FSDPMixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+    def check_precision(self, trainer: Trainer) -> None:
+        """Refuse a precision of ``trainer`` that does not fit the models; also before any data are read."""
+        precision = str(trainer.precision)
+        if precision.endswith("-true") and precision not in ("32-true", "64-true"):
+            raise UserError(
+                f"trainer.precision={precision} holds weights and optimizer state in half precision, which loses small "
+                "updates; set trainer.precision=bf16-mixed"
+            )
+        if self.objective.alpha_mse and precision.startswith("16"):
+            raise UserError(
+                f"objective.alpha_mse={self.objective.alpha_mse} overflows in trainer.precision={precision}: "
+                "squared logits are too large for float16; set trainer.precision=bf16-mixed or 32-true"
+            )
+        # FSDP puts both models into one flat parameter, which has one dtype.
+        sharded = isinstance(trainer.strategy, FSDPStrategy) and precision.startswith("bf16")
+        if sharded and self.keeps_teacher_dtype:
+            found = f"teacher.dtype=float32, but trainer=fsdp holds both models in one precision, here {precision}"
+            raise UserError(f"{found}; set teacher.dtype=auto, trainer.precision=32-true or trainer=ddp")
+
+    def on_train_start(self) -> None:
+        """Give a resumed run the learning rate, weight decay and so on of its config, not those of the checkpoint."""
+        schedule: LambdaLR = self.trainer.lr_scheduler_configs[0].scheduler  # type: ignore[assignment]
+        schedule.base_lrs = [configured["initial_lr"] for configured in self.configured]
+        rates = [
+            base * rate(schedule.last_epoch) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        ]
+        schedule._last_lr = rates
+        groups = self.trainer.optimizers[0].param_groups
+        for group, configured, rate in zip(groups, self.configured, rates, strict=True):
+            group.update(configured, lr=rate)  # without flags, on which the optimizer's state depends
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed dropout by (seed, epoch, micro-batch, rank), so that a resumed run repeats it."""
@@ -206,6 +231,11 @@ class DistillationModule(LightningModule):
             cure = "set optimizer.fused=null, or trainer.precision=bf16-mixed"
             raise UserError(f"optimizer.fused=true unscales gradients inside the optimizer, so that {found}; {cure}")
         schedule = self.schedule(optimizer, num_steps=int(self.trainer.estimated_stepping_batches))
+        names = {"initial_lr", *getattr(self.optimizer, "keywords", ())}
+        self.configured = [
+            {name: value for name, value in group.items() if name in names and not isinstance(value, bool | None)}
+            for group in optimizer.param_groups
+        ]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -6,7 +6,7 @@ import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from distilkit.cli import check_keys, report_errors
+from distilkit.cli import check_added, check_keys, report_errors
 from distilkit.data.cache import open_cache
 
 
@@ -14,6 +14,7 @@ from distilkit.data.cache import open_cache
 @report_errors
 def main(cfg: DictConfig) -> None:
     """Prepare the cache that ``distilkit.train`` uses with the same overrides, and print its size."""
+    check_added(cfg, config="train/train.yaml")
     check_keys(cfg)
     tokenizer = instantiate(cfg.tokenizer)
     data = instantiate(cfg.data, tokenizer=tokenizer, lm="clm" if tokenizer.mask_token_id is None else "mlm")

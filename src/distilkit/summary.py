@@ -149,6 +149,6 @@ def print_result(out: Path, *, before: Mapping[str, float], after: Mapping[str, 
     for name, value in after.items():
         first = f"{before[name]:.4f}" if name in before else "-"
         table.add_row(name.removeprefix("val/"), first, f"{value:.4f}")
-    console = Console()
-    console.print(table)
-    console.print(f"student: {out / 'student'}", soft_wrap=True, highlight=False)
+    if after:
+        Console().print(table)
+    print(f"student: {out / 'student'}")

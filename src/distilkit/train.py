@@ -1,8 +1,10 @@
 """Distil a student from a teacher: ``python -m distilkit.train teacher=roberta-base student=half_depth``."""
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import hydra
 import torch
@@ -15,6 +17,7 @@ from transformers import PreTrainedModel
 
 from distilkit.callbacks import ValidateEvery
 from distilkit.cli import (
+    check_added,
     check_keys,
     check_names,
     in_sweep,
@@ -89,11 +92,16 @@ def build(cfg: DictConfig) -> Job:
         seed=cfg.seed,
         record=describe(cfg, objective=objective, teacher=teacher, student=student, corpus=data.corpus),
     )
-    return Job(cfg=cfg, out=out, checkpoint=checkpoint, module=module, data=data, trainer=_build_trainer(cfg))
+    trainer = _build_trainer(cfg)
+    module.check_precision(trainer)
+    return Job(cfg=cfg, out=out, checkpoint=checkpoint, module=module, data=data, trainer=trainer)
 
 
 def run(job: Job) -> float:
-    """Fit, validate and export a job; return the student's held-out cross-entropy in nats per labelled token."""
+    """Fit, validate and export a job; return the student's held-out cross-entropy in nats per labelled token, or nan.
+
+    It is nan where the trainer's ``limit_val_batches`` is 0, so that nothing is scored.
+    """
     trainer, module = job.trainer, job.module
     _record_config(job)
     if torch.cuda.is_initialized():  # by an earlier job in this process
@@ -101,14 +109,16 @@ def run(job: Job) -> float:
     with ranks_on_config(job.out / "config.yaml", launcher=trainer.strategy.launcher):
         trainer.fit(module, datamodule=job.data, ckpt_path=job.checkpoint)
         trainer.save_checkpoint(job.out / "checkpoints" / "last.ckpt", weights_only=False)
-        if not module.after:  # a finished run was resumed, or validation was taken out of the callbacks
+        if (
+            not module.after and trainer.limit_val_batches
+        ):  # a finished run was resumed, or validation was taken out of the callbacks
             _score(job)
         if trainer.is_global_zero:
             finish(trainer, module, out=job.out)
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):  # else its last records are written only at the end of this process
             logger.experiment.finish()
-    return module.after["val/nll"]
+    return module.after.get("val/nll", math.nan)
 
 
 def find_checkpoint(ckpt_path: str | None, out: Path, *, in_sweep: bool = False) -> Path | None:
@@ -132,6 +142,7 @@ def find_checkpoint(ckpt_path: str | None, out: Path, *, in_sweep: bool = False)
 
 def _check_config(cfg: DictConfig) -> None:
     """Refuse unknown keys, missing values, and the scheduler group of earlier versions."""
+    check_added(cfg, config="train/train.yaml")
     check_keys(cfg)
     if not isinstance(cfg.scheduler, DictConfig):
         name = {"constant": "constant_with_warmup", None: "constant"}.get(cfg.scheduler, cfg.scheduler)
@@ -152,11 +163,13 @@ def _apply_options(cfg: DictConfig, *, teacher: Teacher | None, student: PreTrai
 
 def _build_trainer(cfg: DictConfig) -> Trainer:
     """Build the trainer with its callbacks and loggers."""
-    callbacks = [callback for callback in instantiate(cfg.callbacks).values() if callback is not None]
+    plain: Any = {"_convert_": "all"}  # Lightning compares types: max_time may be a dict, but not a DictConfig
+    callbacks = [callback for callback in instantiate(cfg.callbacks, **plain).values() if callback is not None]
     trainer: Trainer = instantiate(
         cfg.trainer,
+        **plain,
         callbacks=callbacks,
-        logger=[logger for logger in instantiate(cfg.logger).values() if logger is not None],
+        logger=[logger for logger in instantiate(cfg.logger, **plain).values() if logger is not None],
         num_sanity_val_steps=-1 if cfg.validate_first else 0,  # Lightning skips it on a resume
     )
     if trainer.max_epochs == trainer.max_steps == -1:
@@ -166,6 +179,11 @@ def _build_trainer(cfg: DictConfig) -> Trainer:
             "callbacks.validation=null, but with trainer=fsdp the student is scored in training or never; "
             "leave callbacks.validation as it is"
         )
+    if not trainer.limit_val_batches:
+        log.warning("trainer.limit_val_batches=0: the student is never scored, so that the metric of the run is nan")
+    halves = str(trainer.precision).startswith("bf16") and trainer.strategy.root_device.type == "cuda"
+    if halves and not torch.cuda.is_bf16_supported(including_emulation=False):
+        log.warning("this GPU only emulates bfloat16, which is slow; set trainer.precision=16-mixed or 32-true")
     return trainer
 
 

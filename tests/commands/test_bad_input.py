@@ -94,6 +94,8 @@ def test_the_settings_that_the_cases_spoil_are_good(settings: tuple[str, ...], t
         ("+data.masking.probability=0.1", ["data.masking.probability is unknown", "mlm_probability"]),
         ("+data.corpus.path=x", ["data.corpus.path is unknown", "paths, column"]),
         ("+trainer.max_step=1", ["trainer.max_step is unknown", "max_steps"]),
+        ("+nope=1", ["nope is unknown, and no other key reads it", "teacher, student, objective", "scheduler"]),
+        ("++nope.deeper=1", ["nope is unknown", "the config takes teacher"]),
         ("+callbacks.validation.steps=1", ["callbacks.validation.steps is unknown", "optimizer_steps"]),
     ],
 )
@@ -101,6 +103,11 @@ def test_an_unknown_key_is_refused_with_the_known_ones(
     override: str, facts: list[str], refused: Callable[..., None]
 ) -> None:
     refused(override, facts=facts)
+
+
+def test_an_added_key_that_another_reads_is_taken(settings: tuple[str, ...], tmp_path: Path) -> None:
+    done = call(distilkit.train.main, *settings, "+half=0.5", "objective.alpha_cos=${half}", cwd=tmp_path)
+    assert done.code == 0, done.err
 
 
 @pytest.mark.parametrize(
@@ -144,6 +151,14 @@ def test_an_unknown_key_is_refused_with_the_known_ones(
         (["teacher.dtype=float16"], ["teacher.dtype is 'float16'", "auto or float32"]),
         (["trainer.max_epochs=-1", "trainer.max_steps=-1"], ["are both -1", "set one of them above 0"]),
         (["optimizer._target_=torch.optim.AdamV"], ["optimizer._target_", "torch.optim.AdamV"]),
+        (
+            ["trainer.precision=bf16-true"],
+            ["trainer.precision=bf16-true holds weights", "set trainer.precision=bf16-mixed"],
+        ),
+        (
+            ["trainer.precision=16-true"],
+            ["trainer.precision=16-true holds weights", "set trainer.precision=bf16-mixed"],
+        ),
         (["matmul_precision=low"], ["matmul_precision=low", "takes highest, high or medium"]),
         (["callbacks.validation.optimizer_steps=0"], ["callbacks.validation.optimizer_steps=0", "at least 1"]),
         (["student=hf", "student.name=nobody/nothing"], ["'nobody/nothing'", "needs the network"]),

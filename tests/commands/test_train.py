@@ -262,6 +262,32 @@ def test_sharded_models_are_scored_in_training_or_refused(
     assert "callbacks.validation=null, but with trainer=fsdp the student is scored in training or never" in done.err
 
 
+def test_a_run_without_held_out_scores_says_so_and_writes_its_student(
+    train: Train, save_teacher: Callable[..., Path]
+) -> None:
+    few = "teacher=hf", f"teacher.name={save_teacher('bert')}", "trainer.max_steps=1"
+    folder = train(*few, "+trainer.limit_val_batches=0")
+    assert "trainer.limit_val_batches=0: the student is never scored" in only(folder, "*.log").read_text("utf-8")
+    assert (folder / "student" / "model.safetensors").is_file()
+    assert summary_of(folder)["after"] == {}
+    without = train(*few, "callbacks.validation=null", name="without")
+    assert summary_of(without)["after"]["val/nll"] > 0
+
+
+def test_a_limit_of_time_is_given_in_lightnings_own_form(train: Train, save_teacher: Callable[..., Path]) -> None:
+    few = "teacher=hf", f"teacher.name={save_teacher('bert')}", "trainer.max_steps=1", "validate_first=false"
+    clock = "callbacks.checkpoint.train_time_interval={_target_: datetime.timedelta, minutes: 9}"
+    folder = train(*few, "+trainer.max_time={seconds: 300}", f"+{clock}")
+    assert summary_of(folder)["optimizer_steps"] == 1
+
+
+def test_max_steps_decides_alone_unless_epochs_are_given_too(train: Train, save_teacher: Callable[..., Path]) -> None:
+    few = "teacher=hf", f"teacher.name={save_teacher('distilbert', num_layers=2)}", "student.layers=[0]"
+    many = *few, "trainer.max_steps=50", "data.global_batch_size=256", "data.micro_batch_size=256"
+    assert summary_of(train(*many))["optimizer_steps"] == 50  # of 2 an epoch
+    assert summary_of(train(*many, "trainer.max_epochs=2", name="both"))["optimizer_steps"] == 4
+
+
 def test_the_best_checkpoint_is_the_one_with_the_lowest_held_out_loss(run: Run) -> None:
     in_training = read_metrics(run.folder / "metrics.csv")["val/loss"][1:]
     best = torch.load(run.folder / "checkpoints" / "best.ckpt", weights_only=True)

@@ -3,7 +3,7 @@
 import hydra
 from omegaconf import DictConfig
 
-from distilkit.cli import keep_large_buffers, quiet, report_errors
+from distilkit.cli import check_added, keep_large_buffers, quiet, report_errors
 from distilkit.evaluate.job import evaluate
 
 
@@ -11,6 +11,7 @@ from distilkit.evaluate.job import evaluate
 @report_errors
 def main(cfg: DictConfig) -> float | None:
     """Run one job, and return what sweepers may maximise: the score on held-out rows."""
+    check_added(cfg, config="evaluate/evaluate.yaml")
     keep_large_buffers()
     with quiet():
         return evaluate(cfg)

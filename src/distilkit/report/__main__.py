@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 import hydra
 from omegaconf import DictConfig, ListConfig
 
-from distilkit.cli import report_errors
+from distilkit.cli import check_added, report_errors
 from distilkit.errors import UserError
 from distilkit.records import Result, distinct, find_runs, read_results
 from distilkit.report import ablation, published, quality, retention, runs, speed
@@ -122,6 +122,7 @@ def write_report(
 @report_errors
 def main(cfg: DictConfig) -> None:
     """Report on all results and runs below the folders ``runs``."""
+    check_added(cfg, config="evaluate/report.yaml")
     if not cfg.runs:
         raise UserError("runs is not set: python -m distilkit.report 'runs=[outputs/evaluate,outputs/demo]'")
     given = cfg.runs if isinstance(cfg.runs, ListConfig) else [cfg.runs]
