@@ -207,12 +207,14 @@ def read_file(file: Path) -> list[Result]:
 
 
 def read_results(folders: Iterable[Path]) -> list[Result]:
-    """Read all results below some folders, in the order of their paths."""
+    """Read all results below some folders, in the order of their folders."""
     results = []
     for folder in folders:
         if not folder.exists():
             raise UserError(f"{folder} does not exist; give the folder of a run, a sweep or an evaluation in outputs/")
-        results += [result for file in sorted(folder.rglob(FILE)) for result in read_file(file)]
+        results += [
+            result for file in sorted(folder.rglob(FILE), key=lambda file: file.parent) for result in read_file(file)
+        ]
     return results
 
 

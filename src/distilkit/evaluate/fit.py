@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,9 +17,10 @@ from pytorch_lightning.loggers import WandbLogger
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distilkit.errors import UserError
+from distilkit.evaluate.backends import in_backend
 from distilkit.evaluate.finetune import Batches, FinetuningModule, FinetuningTask, Logits, hold_out
 from distilkit.evaluate.job import PLACES, Job
-from distilkit.evaluate.models import described, load_task_model, load_task_tokenizer
+from distilkit.evaluate.models import described, inputs_of, load_task_model, load_task_tokenizer
 from distilkit.language_model import check_positions
 from distilkit.metrics import measure
 from distilkit.records import Result, cost, write_json, write_rows
@@ -26,8 +28,11 @@ from distilkit.records import Result, cost, write_json, write_rows
 log = logging.getLogger(__name__)
 
 
-def finetune_and_score(task: FinetuningTask, job: Job) -> Result:
-    """Fine-tune the job's model and score it; predictions and the model are written into the job's folder."""
+def finetune_and_score(task: FinetuningTask, job: Job) -> list[Result]:
+    """Fine-tune the job's model and score it, and score it again in each of ``backends``.
+
+    Predictions and the model are written into the job's folder, predictions of a backend into a folder of its name.
+    """
     cfg, trains = job.cfg, job.cfg.finetune.epochs > 0
     seed_everything(job.seed, workers=True, verbose=False)
     model, tokenizer, teacher = load_models(task, job)
@@ -48,27 +53,26 @@ def finetune_and_score(task: FinetuningTask, job: Job) -> Result:
     if trains:
         fit(trainer, module, data, checkpoints=job.folder / "checkpoints")
 
-    start, num_scored, scores, held_out_score = time.perf_counter(), 0, {}, None
+    start, held_out_score = time.perf_counter(), None
     model.eval()
     if held_out:
         logits = predict(trainer, module, data, data.held_out)
         rows = task.rows(logits, data.held_out, held_out)
         held_out_score = fmean(measure(task.metrics, rows).values())
         write_rows(job.folder, "held_out", rows)
-    for split, examples in scored.items():
-        features = task.encode(examples, tokenizer)
-        num_scored += sum(len(feature["input_ids"]) for feature in features)
-        logits = predict(trainer, module, data, features)
-        rows = task.rows(logits, features, examples)
-        write_rows(job.folder, split, rows)
-        for metric, value in measure(task.metrics, rows).items():
-            scores[f"{split}/{metric}" if len(scored) > 1 else metric] = value
-        write_json(job.folder / f"predictions-{split}.json", task.predictions(logits, features, examples))
+    features = {split: task.encode(examples, tokenizer) for split, examples in scored.items()}
+    num_scored = sum(len(feature["input_ids"]) for each in features.values() for feature in each)
+
+    def score(folder: Path) -> dict[str, float]:
+        found = {split: predict(trainer, module, data, each) for split, each in features.items()}
+        return _score(task, found, features, scored, folder=folder)
+
+    scores = score(job.folder)
     if cfg.save_model and trains:
         model.save_pretrained(job.folder / "model")
         tokenizer.save_pretrained(job.folder / "model")
     _log_scores(trainer, {f"{task.name}/{metric}": value for metric, value in scores.items()})
-    return Result(
+    result = Result(
         name=job.name,
         model=job.model,
         sha256=job.sha256,
@@ -88,6 +92,37 @@ def finetune_and_score(task: FinetuningTask, job: Job) -> Result:
             device=str(trainer.strategy.root_device),
         ),
     )
+    results = [result]
+    batch = next(iter(data.ordered(next(iter(features.values())))))
+    for name in cfg.backends:
+        start, folder, label = time.perf_counter(), job.folder / name, f"{job.name} ({name})"
+        with in_backend(name, model, example=inputs_of(model, batch), label=label) as module.model:
+            scores = score(folder)
+        spent = cost(seconds=time.perf_counter() - start, tokens=num_scored, device=result.cost["device"])
+        changes: Any = {"name": label, "sha256": f"{job.sha256}-{name}", "scores": scores, "folder": str(folder)}
+        changes |= {"score": fmean(scores.values()), "details": result.details | {"backend": name}, "cost": spent}
+        results.append(replace(result, **changes))
+    return results
+
+
+def _score(
+    task: FinetuningTask,
+    logits: Mapping[str, Sequence[Logits]],
+    features: Mapping[str, Sequence[Any]],
+    scored: Mapping[str, Sequence[Any]],
+    *,
+    folder: Path,
+) -> dict[str, float]:
+    """Score each split, and write its rows and predictions into a folder."""
+    scores = {}
+    for split, examples in scored.items():
+        rows = task.rows(logits[split], features[split], examples)
+        write_rows(folder, split, rows)
+        for metric, value in measure(task.metrics, rows).items():
+            scores[f"{split}/{metric}" if len(scored) > 1 else metric] = value
+        predictions = task.predictions(logits[split], features[split], examples)
+        write_json(folder / f"predictions-{split}.json", predictions)
+    return scores
 
 
 def load_models(

@@ -16,9 +16,10 @@ from rich.console import Console
 
 from distilkit.cli import check_keys, check_names, set_matmul_precision
 from distilkit.errors import UserError
+from distilkit.evaluate.backends import check_backends
 from distilkit.evaluate.models import resolved, tokenizer_id, weights_id
 from distilkit.model_card import add_scores
-from distilkit.records import FILE, Result, model_name, read_file, read_results, write_results
+from distilkit.records import FILE, Result, model_name, read_results, write_results
 from distilkit.report.page import print_table
 from distilkit.report.quality import medians, results_markdown
 
@@ -87,6 +88,7 @@ def check_settings(cfg: DictConfig) -> None:
         check_names(cfg[group], [key.partition(".")[2] for key in _NUMBERS if key.startswith(group)], path=group)
     patience = cfg.finetune.patience
     _check_numbers(cfg)
+    check_backends(cfg.backends)
     if not cfg.distil.alpha_task + cfg.distil.alpha_ce:
         raise UserError("distil.alpha_task=0 and distil.alpha_ce=0 leave no loss; set one of them above 0")
     if patience is not None and not cfg.finetune.held_out:
@@ -161,6 +163,8 @@ def evaluate(cfg: DictConfig) -> float | None:
     task: Task = instantiate(cfg.task)
     if cfg.trust_remote_code and not task.trains:
         raise UserError(f"trust_remote_code=true, but task={task.name} runs no code of a model; set it to false")
+    if cfg.backends and not task.trains:
+        raise UserError(f"backends={list(cfg.backends)}, but task={task.name} trains no model; set backends=[]")
     name = cfg.name or model_name(cfg.model)
     _check_name("name", name)
     _check_name("task.name", task.name, nested=False)
@@ -172,9 +176,10 @@ def evaluate(cfg: DictConfig) -> float | None:
     folder = Path(cfg.output_dir).expanduser() / name / task.name / f"seed{cfg.seed}-{job_id(cfg, ids=ids)}"
     folder = folder.resolve()
     lacks_model = task.trains and cfg.save_model and cfg.finetune.epochs and not (folder / "model").is_dir()
-    if (folder / FILE).is_file() and not lacks_model:
+    lacks_backend = any(not (folder / backend / FILE).is_file() for backend in cfg.backends)
+    if (folder / FILE).is_file() and not lacks_model and not lacks_backend:
         log.info("already scored; delete %s to score it again", folder)
-        results = read_file(folder / FILE)
+        results = read_results([folder])
     else:
         cfg.output_dir, cfg.name = str(folder), name  # where loggers write
         given = {key: cfg[key] for key in ("model", "tokenizer", "seed")}
@@ -184,7 +189,10 @@ def evaluate(cfg: DictConfig) -> float | None:
             replace(each, settings=each.settings | more, details=each.details | {"task": node})
             for each in task.measure(job)
         ]
-        write_results(folder, results)
+        for each in results:
+            if each.folder is not None:  # of a backend
+                write_results(Path(each.folder), [each])
+        write_results(folder, [each for each in results if each.folder is None])
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # they were for resuming
         mine = [result for result in read_results([folder.parents[1]]) if result.sha256 == model_id]
         add_scores(Path(cfg.model), results_markdown(mine), medians(mine))

@@ -76,7 +76,7 @@ class EntityTask:
 
     def measure(self, job: Job) -> list[Result]:
         """Fine-tune a model and score it."""
-        return [finetune_and_score(self, job)]
+        return finetune_and_score(self, job)
 
     def train_examples(self) -> list[Sentence]:
         """Read the training split."""

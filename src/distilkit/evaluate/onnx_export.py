@@ -1,4 +1,4 @@
-"""Export a classifier to ONNX, quantize it to int8, and run it with ONNX Runtime on the CPU."""
+"""Export a model with a task's head to ONNX, quantize it to int8, and run it with ONNX Runtime on the CPU."""
 
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -21,14 +21,20 @@ def missing_packages() -> list[str]:
 
 
 class _Logits(nn.Module):
-    """The model as a function of plain tensors, in the order of ``names``."""
+    """The model as a function of plain tensors, in the order of ``names``, to its logits."""
 
     def __init__(self, model: PreTrainedModel, names: list[str]) -> None:
         super().__init__()
         self.model, self.names = model, names
 
     def forward(self, *inputs: Tensor) -> Any:
-        return self.model(**dict(zip(self.names, inputs, strict=True))).logits
+        outputs = self.model(**dict(zip(self.names, inputs, strict=True)))
+        return tuple(outputs[name] for name in logits_of(outputs))
+
+
+def logits_of(outputs: Mapping[str, Any]) -> list[str]:
+    """List a model's logits in its outputs: ``logits``, or those of the starts and ends of answers."""
+    return [name for name in outputs if name.endswith("logits")]
 
 
 def export_onnx(model: PreTrainedModel, folder: Path, *, example: Mapping[str, Tensor], name: str) -> Path:
@@ -43,13 +49,15 @@ def export_onnx(model: PreTrainedModel, folder: Path, *, example: Mapping[str, T
     inputs = tuple(tensor.repeat(2, 1) if len(tensor) == 1 else tensor for tensor in example.values())
     free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     try:
+        with silenced(), torch.inference_mode():
+            outputs = logits_of(model(**example))
         with silenced():
             torch.onnx.export(
                 _Logits(model, list(example)).eval(),
                 inputs,
                 file,
                 input_names=list(example),
-                output_names=["logits"],
+                output_names=outputs,
                 dynamic_shapes=(tuple(free for _ in inputs),),
                 dynamo=True,
                 verbose=False,

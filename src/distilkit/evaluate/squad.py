@@ -84,7 +84,7 @@ class QuestionTask:
 
     def measure(self, job: Job) -> list[Result]:
         """Fine-tune a model and score it."""
-        return [finetune_and_score(self, job)]
+        return finetune_and_score(self, job)
 
     def train_examples(self) -> list[Question]:
         """Read the training split."""

@@ -82,7 +82,7 @@ class TextTask:
 
     def measure(self, job: Job) -> list[Result]:
         """Fine-tune a model and score it."""
-        return [finetune_and_score(self, job)]
+        return finetune_and_score(self, job)
 
     def train_examples(self) -> list[Example]:
         """Read the training split."""
