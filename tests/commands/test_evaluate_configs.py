@@ -175,6 +175,11 @@ def test_the_grid_is_berts_and_chooses_by_held_out_rows() -> None:
     assert cfg.hydra.mode.name == "MULTIRUN"
 
 
+def test_a_job_keeps_no_model_and_writes_into_no_card_unless_it_is_asked_to() -> None:
+    cfg = composed()
+    assert (cfg.save_model, cfg.card) == (False, False)
+
+
 def test_teacher_and_tokenizer_are_values_here() -> None:
     cfg = composed("teacher=outputs/some/model", "tokenizer=org/name")
     assert (cfg.teacher, cfg.tokenizer) == ("outputs/some/model", "org/name")

@@ -31,7 +31,10 @@ def command(save_teacher: Callable[..., Path], text_file: Path, tmp_path: Path) 
     ]
 
 
-SHORT = 'ablation.overrides=["trainer.enable_progress_bar=false","finetune.epochs=1","finetune.lr=1e-3","task.max_length=60"]'
+SHORT = (
+    'ablation.overrides=["trainer.enable_progress_bar=false","finetune.epochs=1","finetune.lr=1e-3",'
+    '"task.max_length=60","card=true"]'
+)
 
 
 @pytest.mark.slow

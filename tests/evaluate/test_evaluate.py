@@ -14,6 +14,7 @@ import pytest
 import sklearn.metrics
 import torch
 import transformers.utils.hub
+from huggingface_hub import ModelCard
 from hydra import compose, initialize_config_module
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
@@ -36,6 +37,7 @@ FAST = (
     "task.max_length=60",
     "finetune.epochs=2",
     "seed=1",
+    "save_model=true",
 )
 
 
@@ -340,6 +342,61 @@ def test_a_model_that_was_not_kept_is_trained_again_when_it_is_wanted(
     assert score("finetune.epochs=1").code == 0
     assert only(tmp_path, "outputs/**/model").is_dir()
     assert len(read_results([tmp_path])) == 1
+
+
+OURS = "---\ntags: [knowledge-distillation, distilkit]\n---\n# mine\n\nText.\n"
+
+
+@pytest.fixture
+def student(save_teacher: Callable[..., Path], tmp_path: Path) -> Path:
+    """A student with the start of a card as training writes it."""
+    folder = tmp_path / "run" / "student"
+    shutil.copytree(save_teacher("distilbert", num_layers=2), folder)
+    (folder / "README.md").write_text(OURS, "utf-8")
+    return folder
+
+
+def test_the_folder_that_is_evaluated_is_only_read(
+    score: Callable[..., Outcome], student: Path, tmp_path: Path
+) -> None:
+    before = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in student.iterdir()}
+    assert score("finetune.epochs=1", model=student).code == 0
+    assert {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in student.iterdir()} == before
+
+
+def test_a_card_says_on_which_rows_its_scores_are_and_which_are_partial(
+    score: Callable[..., Outcome], student: Path, tmp_path: Path
+) -> None:
+    for overrides in (["seed=1"], ["seed=2"], ["task.name=some", "task.max_train_rows=50", "task.max_scored_rows=20"]):
+        done = score("finetune.epochs=1", "card=true", *overrides, model=student)
+        assert done.code == 0, done.err
+    card = ModelCard.load(student / "README.md")
+    whole, partial = card.text.partition("Partial results, on some of the rows:")[::2]
+    how = "(epochs 1, lr 0.002, batch_size 16, max_length 60, precision 32-true)"
+    assert f"- SST-2: fine-tuned on 160 rows {how}, scored on 60 dev rows, 2 seeds" in whole
+    assert f"- some: fine-tuned on 50 rows {how}, scored on 20 dev rows, 1 seed" in partial
+    assert "| some |" not in whole and "| some |" in partial
+    assert {each.dataset_type for each in card.data.eval_results} == {"sst2"}
+
+
+def test_a_card_that_is_not_ours_stays_as_it_is(score: Callable[..., Outcome], student: Path) -> None:
+    (student / "README.md").write_text("# Someone else's\n", "utf-8")
+    done = score("finetune.epochs=1", "card=true", model=student)
+    assert "README.md was not written by distilkit, and stays as it is" in done.out
+    assert (student / "README.md").read_text("utf-8") == "# Someone else's\n"
+
+
+def test_only_a_folder_of_ones_own_has_a_card_to_write_into(
+    score: Callable[..., Outcome], student: Path, hub: Callable[[str], None], tmp_path: Path
+) -> None:
+    hub("a" * 40)
+    snapshot = tmp_path / "hub" / "models--org--mine" / "snapshots" / ("a" * 40)
+    shutil.move(student / "README.md", tmp_path / "hub" / "models--org--mine" / "README.md")
+    (snapshot / "README.md").symlink_to("../../README.md")
+    for model in ("org/mine", snapshot, student):  # a hub id, a folder of its cache, and one without a card
+        done = score("card=true", model=model)
+        assert done.code == 1
+        assert f"card=true writes scores into README.md of model={model}, but that is no folder of yours" in done.err
 
 
 def test_weights_cut_short_are_named(

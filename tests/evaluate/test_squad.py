@@ -474,6 +474,7 @@ def score(files: Path, save_teacher: Callable[..., Path], tmp_path: Path) -> Cal
             "finetune.lr=2e-3",
             "finetune.batch_size=16",
             "seed=1",
+            "save_model=true",
             *overrides,
             cwd=tmp_path,
         )

@@ -39,7 +39,7 @@ def _evaluation_configs() -> Iterator[None]:
 
 def evaluation(config: DictConfig, task: str, *, model: str, seed: int) -> DictConfig:
     """Compose the evaluation of a model on a task; it runs on the same accelerator as the training."""
-    given = [f"task={task}", "save_model=false", f"trainer.accelerator={config.trainer.accelerator}"]
+    given = [f"task={task}", f"trainer.accelerator={config.trainer.accelerator}"]
     try:
         with _evaluation_configs():
             cfg = compose("evaluate", [*given, *config.ablation.overrides])
@@ -95,6 +95,7 @@ class Ablation(Callback):
                     cfg = evaluation(config, task, model=model, seed=seed)
                     cfg.name, cfg.output_dir = name, str(sweep / "scores")
                     if name == "teacher":
+                        cfg.card = False
                         cfg.revision, cfg.trust_remote_code = config.teacher.revision, config.teacher.trust_remote_code
                         own = config.tokenizer.get("name")
                         cfg.tokenizer = None if own == teacher else own

@@ -20,6 +20,7 @@ from distilkit.evaluate.backends import check_backends
 from distilkit.evaluate.models import resolved, tokenizer_id, weights_id
 from distilkit.model_card import add_scores
 from distilkit.records import FILE, Result, model_name, read_results, write_results
+from distilkit.report.frame import gather, task_label
 from distilkit.report.page import print_table
 from distilkit.report.quality import medians, results_markdown
 
@@ -155,6 +156,8 @@ def evaluate(cfg: DictConfig) -> float | None:
     """
     check_settings(cfg)
     set_matmul_precision(cfg.matmul_precision)
+    if cfg.card:
+        check_card(cfg.model)
     for key in ("model", "teacher", "tokenizer"):
         if cfg[key] is not None and Path(cfg[key]).expanduser().is_dir():
             cfg[key] = str(Path(cfg[key]).expanduser())
@@ -194,10 +197,46 @@ def evaluate(cfg: DictConfig) -> float | None:
                 write_results(Path(each.folder), [each])
         write_results(folder, [each for each in results if each.folder is None])
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # they were for resuming
-        mine = [result for result in read_results([folder.parents[1]]) if result.sha256 == model_id]
-        add_scores(Path(cfg.model), results_markdown(mine), medians(mine))
+    if cfg.card:
+        write_card(Path(cfg.model), read_results([folder.parents[1]]), model_id=model_id)
     _show(results, folder)
     return results[0].held_out
+
+
+def check_card(model: str) -> None:
+    """Make sure that scores can be written into the card of a model: that of a folder, outside the hub's cache."""
+    file = Path(model).expanduser() / "README.md"
+    if not file.is_file() or any(part.startswith("models--") for part in file.resolve().parts):
+        raise UserError(
+            f"card=true writes scores into README.md of model={model}, but that is no folder of yours with a README.md; "
+            "set card=false, or copy the model into a folder"
+        )
+
+
+def write_card(folder: Path, results: Sequence[Result], *, model_id: str) -> None:
+    """Write a model's scores into its card, with the rows they are of; only those on all rows get into its metadata."""
+    mine = [result for result in results if result.sha256 == model_id]
+    limits = ("max_train_rows", "max_scored_rows", "max_tokens")
+    partial = [each for each in mine if any(each.settings.get(limit) for limit in limits)]
+    whole, text = [each for each in mine if each not in partial], ""
+    for title, some in (("", whole), ("\nPartial results, on some of the rows:\n\n", partial)):
+        if table := results_markdown(some):
+            text += f"{title}{table}\n" + "".join(f"- {note}\n" for note in _protocols(some))
+    if text and not add_scores(folder, text, medians(whole)):
+        log.warning("%s/README.md was not written by distilkit, and stays as it is", folder)
+
+
+def _protocols(results: Sequence[Result]) -> list[str]:
+    """Say for each score that counts how the model was fine-tuned, and on which rows it was scored."""
+    notes = []
+    for line in (line for line in gather(results).frame.itertuples(index=False) if not line.metric):
+        own, seeds = line.settings, f"{line.seeds} seed{'s' if line.seeds > 1 else ''}"
+        rows = ", ".join(f"{count:,} {split}" for split, count in line.details.get("rows", {}).items())
+        keys = ("epochs", "lr", "batch_size", "max_length", "precision")
+        how = ", ".join(f"{key} {own[key]}" for key in keys if own.get(key))
+        trained = f"fine-tuned on {own.get('train_rows', 0):,} rows ({how}), " if own.get("epochs") else ""
+        notes.append(f"{task_label(line.task)}: {trained}scored on {rows or 'all'} rows, {seeds}")
+    return notes
 
 
 def _show(results: Sequence[Result], folder: Path) -> None:
