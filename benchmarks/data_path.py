@@ -56,7 +56,9 @@ def our_batches(
         mlm_probability=MASKED_SHARE, mask_share=0.8, random_share=0.1, smoothing=smoothing, whole_word=False
     )
     masker = Masker(masking, tokenizer=tokenizer, token_counts=np.bincount(tokens, minlength=len(tokenizer)), seed=0)
-    blocks = Blocks(tokens, tokenizer=tokenizer, block_size=length, masker=masker, attend_across_documents=True)
+    blocks = Blocks(
+        tokens, tokenizer=tokenizer, block_size=length, masker=masker, attend_across_documents=True, packing="blocks"
+    )
     sampler = StepSampler(num_blocks=len(blocks), global_batch_size=step_size, rank=0, world_size=1, seed=0)
     return cast(
         Iterable[Any],

@@ -4,24 +4,28 @@ import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
-from pytorch_lightning import LightningDataModule
+from numpy.typing import NDArray
+from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from distilkit.data.blocks import Blocks, Draw, special_tokens_around
+from distilkit.data.blocks import Blocks, Draw, Packing, special_tokens_around
 from distilkit.data.cache import TokenCache, open_cache, prepare
 from distilkit.data.corpus import Corpus
-from distilkit.data.masking import VALIDATION_EPOCH, Masker, Masking, mix
+from distilkit.data.masking import VALIDATION_EPOCH, Ids, Masker, Masking, mix
 from distilkit.errors import UserError
 from distilkit.language_model import LM, Batch
 from distilkit.losses import IGNORE_INDEX
 
 log = logging.getLogger(__name__)
+
+
+_BUNCH, _WINDOW = 32, 1024  # blocks of like length, and blocks among which they are found
 
 
 class StepSampler(Sampler[Draw]):
@@ -31,11 +35,25 @@ class StepSampler(Sampler[Draw]):
     2. A step takes the next ``global_batch_size`` blocks. The last step of an epoch may be smaller.
     3. Rank r takes blocks r, r + ``world_size``, ... of the step. Up to ``world_size`` - 1 blocks of an epoch are
        dropped, so that all ranks take equally many.
+    4. With the blocks' ``lengths`` (blocks,), each step is sorted by them, so that a micro-batch has little padding. A
+       step of few blocks has them of like length: bunches of the next steps are sorted together and shuffled.
+
+    The blocks of a step depend neither on the ranks nor on micro-batches.
     """
 
-    def __init__(self, *, num_blocks: int, global_batch_size: int, rank: int, world_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        global_batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        lengths: NDArray[np.int32] | None = None,
+    ) -> None:
         """Store the sizes and the rank of this process."""
         self.num_blocks = num_blocks - num_blocks % world_size
+        self.lengths = lengths
         self.global_batch_size = global_batch_size
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self.epoch = 0
@@ -56,9 +74,26 @@ class StepSampler(Sampler[Draw]):
         """Yield the steps from ``step`` on, for a resumed run."""
         key = mix(mix(np.array([self.seed % 2**64], dtype=np.uint64)) ^ np.uint64(self.epoch))
         order = np.random.default_rng(int(key[0])).permutation(self.num_blocks)  # (num_blocks,)
-        for begin in range(step * self.global_batch_size, self.num_blocks, self.global_batch_size):
-            step_blocks = order[begin : begin + self.global_batch_size]
+        size = self.global_batch_size
+        window = size * math.ceil(_WINDOW / size)
+        for begin in range(step * size, self.num_blocks, size):
+            step_blocks = order[begin : begin + size]
+            if self.lengths is not None:
+                if begin % window == 0 or begin == step * size:
+                    first = begin - begin % window
+                    bunched = self._bunched(order[first : first + window], seed=int(key[0]) ^ first)  # (window,)
+                step_blocks = bunched[begin - first : begin - first + size]
+                step_blocks = step_blocks[np.argsort(self.lengths[step_blocks], kind="stable")]
             yield self.epoch, step_blocks[self.rank :: self.world_size]
+
+    def _bunched(self, blocks: Ids, *, seed: int) -> Ids:
+        """Sort blocks (window,) by length, and shuffle bunches of them; a shorter bunch stays last."""
+        assert self.lengths is not None
+        bunch = min(_BUNCH, self.global_batch_size)
+        number = np.random.default_rng(seed).permutation(len(blocks) // bunch)
+        places = np.append(np.repeat(number, bunch), np.full(len(blocks) % bunch, len(number)))
+        by_length = blocks[np.argsort(self.lengths[blocks], kind="stable")]
+        return by_length[np.argsort(places, kind="stable")]
 
 
 class MicroBatches:
@@ -69,14 +104,20 @@ class MicroBatches:
     """
 
     def __init__(
-        self, blocks: Blocks, *, sampler: StepSampler, micro_batch_size: int, num_workers: int, pin_memory: bool
+        self,
+        blocks: Blocks,
+        *,
+        sampler: StepSampler,
+        micro_batch_size: int,
+        num_workers: int,
+        pin_memory: bool,
     ) -> None:
         """Store the blocks and the sampler that orders them."""
         self.blocks, self.sampler, self.micro_batch_size = blocks, sampler, micro_batch_size
         self.num_workers, self.pin_memory = num_workers, pin_memory
         self.per_step = math.ceil(sampler.global_batch_size / sampler.world_size / micro_batch_size)
-        self.position = 0
-        self.resume_at = 0
+        self.position = self.resume_at = 0
+        self.limit = math.inf  # micro-batches after which the trainer ends an epoch
 
     def __len__(self) -> int:
         """Return the number of micro-batches in an epoch on this rank."""
@@ -95,63 +136,129 @@ class MicroBatches:
             pin_memory=self.pin_memory,
         )
         for step in loader:
-            for micro_batch in split_step(step, self.micro_batch_size):
+            for micro_batch in split_step(step, self.micro_batch_size, trim=self.blocks.packing == "documents"):
                 self.position += 1
                 if self.pin_memory:  # the tensors that split_step has added; the others are pinned already
                     pinned = {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in micro_batch.items()}
                     micro_batch = cast(Batch, pinned)
                 yield micro_batch
 
-    def state_dict(self) -> dict[str, int]:
-        """Return the number of micro-batches of this epoch yielded so far, and the sizes it depends on."""
-        return {"position": self.position, "per_step": self.per_step, "num_blocks": self.sampler.num_blocks}
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of micro-batches of this epoch yielded so far, and what its meaning depends on."""
+        sizes = {"per_step": self.per_step, "num_blocks": self.sampler.num_blocks}
+        return {"position": self.position, **sizes, **self._settings()}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue after the optimizer step at which the state was saved."""
+    def _settings(self) -> dict[str, Any]:
+        """Return what the order and the content of blocks depend on, by config key."""
+        return {
+            "seed": self.sampler.seed,
+            "data.block_size": self.blocks.block_size,
+            "data.packing": self.blocks.packing,
+            "data.attend_across_documents": not self.blocks.apart,
+            "data.global_batch_size": self.sampler.global_batch_size,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where the optimizer step began at which the state was saved.
+
+        States of earlier versions hold no settings. Other settings or sizes raise a ``UserError``.
+        """
         now = self.state_dict()
+        for name, value in self._settings().items():
+            was = state.get(name, value)
+            if was != value:
+                raise UserError(
+                    f"the checkpoint is in an epoch of {name}={was}, but this run has {value}, which orders the text "
+                    f"in another way; resume with {name}={was}, or start a new run"
+                )
         if any(state[name] != now[name] for name in ("per_step", "num_blocks")):
             raise UserError(
                 f"the checkpoint is in an epoch of {state['num_blocks']} blocks and {state['per_step']} micro-batches "
                 f"per step, but this run has {now['num_blocks']} and {now['per_step']}; resume with the same data, "
                 "batch sizes and number of processes"
             )
-        if state["position"] < len(self) and state["position"] % self.per_step:
-            raise UserError(
-                f"the checkpoint was saved after micro-batch {state['position'] % self.per_step} of {self.per_step} of "
-                "an optimizer step, but without the gradient; resume from best.ckpt or last.ckpt of the run"
-            )
-        self.resume_at = state["position"] if state["position"] < len(self) else 0
+        position = state["position"]
+        self.resume_at = position - position % self.per_step if position < min(len(self), self.limit) else 0
 
 
-def split_step(step: Batch, micro_batch_size: int) -> list[Batch]:
-    """Split one optimizer step of one rank, tensors of (blocks, block_size), into micro-batches.
+class WholeSteps(Callback):
+    """Let a run stop at the end of an optimizer step only, and resume at the start of one.
 
-    1. Find ``labelled`` (rows,), the flat indices of tokens with a label, and with padding also ``real`` (tokens,).
-       This happens on the host, so that a device need not report how many there are.
-    2. Count both over the whole step, before the split: ``num_labels`` and ``num_tokens``.
-    3. Split the tensors, and the indices at the same blocks. Indices count from the start of their micro-batch.
+    Weights and optimizer within a step are those of its start. So a checkpoint from within a step, by the clock or a
+    signal, goes back to the start, and repeats the micro-batches before it.
     """
-    num_blocks, block_size = step["input_ids"].shape
-    found = {"labelled": np.flatnonzero(step["labels"].numpy() != IGNORE_INDEX)}
-    if "attention_mask" in step:
-        found["real"] = np.flatnonzero(step["attention_mask"].numpy())
-    counts = {
-        "num_tokens": torch.tensor(len(found["real"]) if "real" in found else num_blocks * block_size),
-        "num_labels": torch.tensor(len(found["labelled"])),
-    }
-    pieces = {name: cast(Tensor, tensor).split(micro_batch_size) for name, tensor in step.items()}
-    begins = np.arange(0, num_blocks, micro_batch_size) * block_size  # (micro-batches,), flat indices
-    for name, indices in found.items():
-        parts = np.split(indices, np.searchsorted(indices, begins[1:]))
-        pieces[name] = tuple(torch.from_numpy(part - begin) for part, begin in zip(parts, begins, strict=True))
-    last = len(begins) - 1
-    micro_batches = (
-        {name: piece[index] for name, piece in pieces.items()}
-        | counts
-        | {"is_first": index == 0, "is_last": index == last}
-        for index in range(len(begins))
-    )
-    return [cast(Batch, micro_batch) for micro_batch in micro_batches]
+
+    def __init__(self) -> None:
+        """Start without a request."""
+        self.stop = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the request of an earlier run."""
+        self.stop = False
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Hold back a request to stop until the step ends."""
+        self.stop |= trainer.should_stop
+        trainer.should_stop = self.stop and batch["is_last"]
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Set the trainer's counts to the place where the data goes on, before the trainer reads them.
+
+        1. Within a step, count the micro-batches before it only.
+        2. A run that ended within an epoch has counted it as done; it is not.
+        3. At the end of an epoch no micro-batch of the next is done.
+        """
+        data = trainer.datamodule  # type: ignore[attr-defined]  # set by one of its connectors
+        state = checkpoint.get(type(data).__qualname__, {})
+        loops = checkpoint.get("loops", {}).get("fit_loop")
+        if loops is None or "position" not in state:
+            return
+        batches, epochs = loops["epoch_loop.batch_progress"], loops["epoch_progress"]
+        now, finished = batches["current"], epochs["current"]["processed"] == epochs["current"]["ready"]
+        within = now["processed"] < data.num_batches()
+        over = now["processed"] % state["per_step"] if within else 0
+        if over or now["ready"] != now["processed"]:
+            for count in (batches["total"], now):
+                count.update(dict.fromkeys(count, count["processed"] - over))
+            data.load_state_dict({**state, "position": now["processed"]})
+        if finished and within:
+            for count in (epochs["total"], epochs["current"]):
+                count["processed"] = count["completed"] = count["ready"] - 1
+        elif finished:
+            now.update(dict.fromkeys(now, 0))
+            batches["is_last_batch"] = False
+
+
+def split_step(step: Batch, micro_batch_size: int, *, trim: bool = False) -> list[Batch]:
+    """Split one optimizer step of one rank, tensors of (blocks, length), into micro-batches.
+
+    1. Split the tensors at the same blocks. With ``trim``, cut the padding that none of its blocks needs.
+    2. Find ``labelled`` (rows,), the flat indices of tokens with a label, and with padding also ``real`` (tokens,).
+       This happens on the host, so that a device need not report how many there are.
+    3. Count both over the whole step: ``num_labels`` and ``num_tokens``.
+    """
+    tensors = cast(dict[str, Tensor], step)
+    micro_batches: list[dict[str, Any]] = []
+    num_tokens = num_labels = 0
+    for begin in range(0, len(step["input_ids"]), micro_batch_size):
+        part: dict[str, Any] = {name: tensor[begin : begin + micro_batch_size] for name, tensor in tensors.items()}
+        if trim and "attention_mask" in part:
+            longest = int(part["attention_mask"].sum(dim=1).max())
+            part = {name: tensor[:, :longest].contiguous() for name, tensor in part.items()}
+            if part["attention_mask"].all():
+                del part["attention_mask"]
+        part["labelled"] = torch.from_numpy(np.flatnonzero(part["labels"].numpy() != IGNORE_INDEX))
+        if "attention_mask" in part:
+            part["real"] = torch.from_numpy(np.flatnonzero(part["attention_mask"].numpy()))
+        num_tokens += len(part["real"]) if "real" in part else part["input_ids"].numel()
+        num_labels += len(part["labelled"])
+        micro_batches.append(part)
+    counts = {"num_tokens": torch.tensor(num_tokens), "num_labels": torch.tensor(num_labels)}
+    for index, part in enumerate(micro_batches):
+        part |= counts | {"is_first": index == 0, "is_last": index == len(micro_batches) - 1}
+    return cast(list[Batch], micro_batches)
 
 
 def _whole_step(batch: Any) -> Batch:
@@ -160,12 +267,13 @@ def _whole_step(batch: Any) -> Batch:
 
 
 class DistillationDataModule(LightningDataModule):
-    """Serve a corpus as packed blocks with dynamic masks.
+    """Serve a corpus as packed blocks or as documents, with dynamic masks.
 
     An optimizer step takes ``global_batch_size`` blocks over all processes and nodes. A forward pass takes
     ``micro_batch_size`` blocks, which sets the trainer's gradient accumulation. A share ``val_share`` of the documents
-    is held out, of which at most ``max_val_blocks`` blocks are used. A size out of range, or a corpus smaller than one
-    batch, raises a ``UserError``.
+    is held out, of which at most ``max_val_blocks`` blocks are used. With ``packing=documents`` these sizes count
+    documents, or parts of at most ``block_size`` tokens. A size out of range, or a corpus smaller than one batch, raises
+    a ``UserError``.
     """
 
     def __init__(
@@ -182,6 +290,7 @@ class DistillationDataModule(LightningDataModule):
         val_share: float,
         max_val_blocks: int,
         attend_across_documents: bool,
+        packing: Packing,
         num_workers: int,
         seed: int,
         description: str = "",
@@ -198,17 +307,19 @@ class DistillationDataModule(LightningDataModule):
         ):
             if value < least:
                 raise UserError(f"data.{name}={value}, but it must be at least {least}")
+        if packing not in get_args(Packing):
+            raise UserError(f"data.packing={packing}, but it must be blocks or documents")
         self.corpus, self.tokenizer, self.lm, self.masking = corpus, tokenizer, lm, masking
         self.cache_dir, self.block_size = Path(cache_dir).expanduser(), block_size
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.val_share, self.max_val_blocks = val_share, max_val_blocks
-        self.attend_across_documents = attend_across_documents
+        self.attend_across_documents, self.packing = attend_across_documents, packing
         self.num_workers, self.seed, self.description = num_workers, seed, description
         self.cache: TokenCache | None = None
         self.train_blocks: Blocks | None = None
         self.val_blocks: Blocks | None = None
         self.train_loader: MicroBatches | None = None
-        self.resume_state: dict[str, int] = {}
+        self.resume_state: dict[str, Any] = {}
 
     def prepare_data(self) -> None:
         """Tokenize the corpus into the cache, on one process of each node."""
@@ -233,8 +344,27 @@ class DistillationDataModule(LightningDataModule):
                     f"data.global_batch_size={self.global_batch_size} is not divisible by the {world_size} processes; "
                     f"set a multiple of {world_size}"
                 )
-            per_rank = self.global_batch_size // world_size
-            self.trainer.accumulate_grad_batches = math.ceil(per_rank / self.micro_batch_size)
+            self._set_accumulation(self.trainer, self.global_batch_size // world_size)
+
+    def _set_accumulation(self, trainer: Trainer, per_rank: int) -> None:
+        """Set the trainer's accumulation, after checking that it has no other, and that an epoch has whole steps."""
+        per_step = math.ceil(per_rank / self.micro_batch_size)
+        if (given := trainer.accumulate_grad_batches) not in (1, per_step):
+            raise UserError(
+                f"trainer.accumulate_grad_batches={given}, but it follows from the batch sizes, and is {per_step} here; "
+                f"leave it out, and set data.micro_batch_size={math.ceil(per_rank / given)} to accumulate {given}"
+            )
+        trainer.accumulate_grad_batches = per_step
+        loader = self._loader()
+        if loader.limit < len(loader) and loader.limit % per_step and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            whole = max(1, int(loader.limit) // per_step) * per_step
+            raise UserError(
+                f"trainer.limit_train_batches={trainer.limit_train_batches} ends an epoch after {loader.limit} "
+                f"micro-batches, within an optimizer step of {per_step}; set trainer.limit_train_batches={whole}"
+            )
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(callback, WholeSteps) for callback in callbacks):
+            callbacks.append(WholeSteps())
 
     def _blocks(self, split: str) -> Blocks:
         assert self.cache is not None
@@ -249,6 +379,7 @@ class DistillationDataModule(LightningDataModule):
             block_size=self.block_size,
             masker=masker,
             attend_across_documents=self.attend_across_documents,
+            packing=self.packing,
         )
 
     def _check_sizes(self, num_train: int, num_val: int) -> None:
@@ -268,6 +399,11 @@ class DistillationDataModule(LightningDataModule):
 
     def train_dataloader(self) -> MicroBatches:
         """Serve micro-batches of the training split."""
+        self.train_loader = self._loader()
+        self.load_state_dict(self.resume_state)
+        return self.train_loader
+
+    def _loader(self) -> MicroBatches:
         assert self.train_blocks is not None
         rank, world_size, cuda = self._process()
         sampler = StepSampler(
@@ -276,29 +412,45 @@ class DistillationDataModule(LightningDataModule):
             rank=rank,
             world_size=world_size,
             seed=self.seed,
+            lengths=self.train_blocks.sizes if self.packing == "documents" else None,
         )
-        self.train_loader = MicroBatches(
+        loader = MicroBatches(
             self.train_blocks,
             sampler=sampler,
             micro_batch_size=self.micro_batch_size,
             num_workers=self.num_workers,
             pin_memory=cuda,
         )
-        self.load_state_dict(self.resume_state)
-        return self.train_loader
+        if self.trainer is not None:
+            given = self.trainer.limit_train_batches
+            loader.limit = given if isinstance(given, int) else int(given * len(loader))
+        return loader
 
-    def state_dict(self) -> dict[str, int]:
-        """Return the position of the training loader in its epoch.
+    def num_batches(self) -> int:
+        """Return the number of micro-batches that the trainer takes of an epoch on this rank."""
+        loader = self._loader()
+        return int(min(len(loader), loader.limit))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position of the training loader in its epoch, and which tokens it reads.
 
         The loader's own state would not be restored: Lightning creates the loader before it reads the checkpoint,
         because the schedule needs the number of steps.
         """
-        return self.train_loader.state_dict() if self.train_loader else {}
+        if self.train_loader is None or self.cache is None:
+            return {}
+        return {**self.train_loader.state_dict(), "cache": self.cache.meta["key"]}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue within the epoch of the state. Depending on the strategy, the loader is created before or after."""
         self.resume_state = state_dict
-        if self.train_loader is not None and state_dict:
+        if self.train_loader is not None and self.cache is not None and state_dict:
+            was, now = state_dict.get("cache", self.cache.meta["key"]), self.cache.meta["key"]
+            if was != now:
+                raise UserError(
+                    f"the checkpoint was trained on the tokens of cache {was}, but this run reads {now}; resume with "
+                    "the same data.corpus, data.val_share and tokenizer, or start a new run"
+                )
             self.train_loader.load_state_dict(state_dict)
             self.resume_state = {}
 
@@ -311,6 +463,8 @@ class DistillationDataModule(LightningDataModule):
         mine = np.linspace(0, len(self.val_blocks) - 1, count).round().astype(np.int64)
         if count >= world_size:
             mine = mine[: count - count % world_size][rank::world_size]
+        if self.packing == "documents":  # those of like length in one batch
+            mine = mine[np.argsort(self.val_blocks.sizes[mine], kind="stable")]
         begins = range(0, len(mine), self.micro_batch_size)
         draws = [(VALIDATION_EPOCH, mine[begin : begin + self.micro_batch_size]) for begin in begins]
         return DataLoader(self.val_blocks, sampler=draws, batch_size=None, collate_fn=_whole_step)

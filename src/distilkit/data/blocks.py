@@ -1,6 +1,8 @@
-"""Cut a token stream into blocks, and make masked or causal batches of them."""
+"""Cut a token stream into blocks or documents, and make masked or causal batches of them."""
 
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,13 +17,22 @@ from distilkit.language_model import Batch
 from distilkit.losses import IGNORE_INDEX
 
 Draw = tuple[int, Ids]  # an epoch and block indices: what a sampler passes to the dataset
+Packing = Literal["blocks", "documents"]
+
+_SCANNED = 2**24  # tokens of the stream that are searched for separators at a time
 
 
 class Blocks(Dataset[Batch]):
-    """Cut a token stream into blocks of equal length, and make batches of them.
+    """Cut a token stream into blocks, and make batches of them. Each token of a document is in exactly one block.
 
-    A block is the tokenizer's opening tokens, a piece of the stream, and its closing tokens. Each token of the stream
-    is in exactly one block. Only the last block may be padded.
+    1. By default a block is the tokenizer's opening tokens, a piece of the stream of fixed length, and its closing
+       tokens. Separators stand between documents. Only the last block may be padded.
+    2. Without ``attend_across_documents``, each document of a block has its own opening and closing tokens, also where
+       a block cuts it. A block may end with a few tokens of padding, because a cut needs both.
+    3. With ``packing=documents``, a block is one document with its opening and closing tokens, or a part of a document
+       that is longer. A batch is padded to its longest. For causal models a separator ends each document.
+
+    Pickling keeps the path of a memory-mapped stream, and not its tokens.
     """
 
     def __init__(
@@ -32,44 +43,75 @@ class Blocks(Dataset[Batch]):
         block_size: int,
         masker: Masker | None,
         attend_across_documents: bool,
+        packing: Packing,
     ) -> None:
         """Take a stream (tokens,), and a masker or None for causal models."""
         self.masker = masker
-        self.block_size = block_size
-        self.attend_across_documents = attend_across_documents
+        self.block_size, self.packing = block_size, packing
         self.separator = separator_id(tokenizer)
         self.opening, self.closing = special_tokens_around(tokenizer)
         self.stride = block_size - len(self.opening) - len(self.closing)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.separator
-        num_full = len(tokens) // self.stride
-        stream = np.asarray(tokens)  # slicing a memory map is slow
-        self.full = stream[: num_full * self.stride].reshape(num_full, self.stride)  # (full blocks, stride)
-        self.rest = stream[num_full * self.stride :]  # (fewer than stride,)
+        self.apart = packing == "blocks" and not attend_across_documents
+        self.framed = packing == "documents" or (self.apart and bool(self.opening or self.closing))
+        # What stands for a separator between two documents that have their own opening and closing tokens.
+        self.between = [*(self.closing or [self.separator]), *self.opening]
+        self._source = _file_of(tokens) or tokens
+        self._dtype = tokens.dtype
+        self._open()
+
+    def _open(self) -> None:
+        """Map the stream, and find where its blocks begin."""
+        tokens = self._source if isinstance(self._source, np.ndarray) else np.memmap(self._source, self._dtype, "r")
+        self.stream = np.asarray(tokens)  # slicing a memory map is slow
+        if self.framed:  # block i is stream[begins[i] : begins[i] + sizes[i]] with special tokens
+            self.begins, self.sizes = self._documents() if self.packing == "documents" else self._cut_apart()
+        else:
+            num_full = len(self.stream) // self.stride
+            self.full = self.stream[: num_full * self.stride].reshape(num_full, self.stride)  # (full blocks, stride)
+            self.rest = self.stream[num_full * self.stride :]  # (fewer than stride,)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what can be read from the stream again."""
+        return {k: v for k, v in vars(self).items() if k not in ("stream", "full", "rest", "begins", "sizes")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Open the stream in this process."""
+        vars(self).update(state)
+        self._open()
 
     def __len__(self) -> int:
         """Return the number of blocks, including the padded last one."""
-        return len(self.full) + bool(len(self.rest))
+        return len(self.begins) if self.framed else len(self.full) + bool(len(self.rest))
 
     def __getitem__(self, draw: Draw) -> Batch:
-        """Make the batch of these blocks in this epoch: tensors of (batch, block_size)."""
+        """Make the batch of these blocks in this epoch: tensors of (batch, block_size), or (batch, longest document)."""
         epoch, blocks = draw
-        input_ids, lengths = self.input_ids(blocks)
-        real = np.arange(self.block_size) < lengths[:, None]  # (batch, block_size)
+        input_ids, lengths, documents = self.sequences(blocks)
+        real = np.arange(input_ids.shape[1]) < lengths[:, None]  # (batch, length)
         if self.masker is not None:
             model_ids, labels = self.masker(input_ids, epoch=epoch, samples=blocks, lengths=lengths)
         else:
             model_ids = input_ids
             labels = np.full_like(input_ids, IGNORE_INDEX)  # position t predicts token t + 1
-            labels[:, :-1] = np.where(real[:, 1:], input_ids[:, 1:], IGNORE_INDEX)
+            goes_on = real[:, 1:]
+            if self.framed and documents is not None:  # the opening tokens of the next document are no targets
+                goes_on = goes_on & (documents[:, 1:] == documents[:, :-1])
+            labels[:, :-1] = np.where(goes_on, input_ids[:, 1:], IGNORE_INDEX)
         batch: Batch = {"input_ids": torch.from_numpy(model_ids), "labels": torch.from_numpy(labels)}
-        if (lengths < self.block_size).any():
+        if not real.all():
             batch["attention_mask"] = torch.from_numpy(real.astype(np.int64))
-        if not self.attend_across_documents:
-            batch["document_ids"] = torch.from_numpy(self.document_ids(input_ids, real))
+        if documents is not None:
+            batch["document_ids"] = torch.from_numpy(documents)
         return batch
 
-    def input_ids(self, blocks: Ids) -> tuple[Ids, Ids]:
-        """Gather unmasked blocks (batch,): ids (batch, block_size) and the number of real tokens of each (batch,)."""
+    def sequences(self, blocks: Ids) -> tuple[Ids, Ids, Ids | None]:
+        """Gather unmasked blocks (batch,): ids (batch, length), and the number of real tokens of each (batch,).
+
+        If documents are kept apart, the third array (batch, length) numbers them from 0; padding is -1.
+        """
+        if self.framed:
+            return self._framed_sequences(blocks)
         begin, end = len(self.opening), len(self.opening) + self.stride
         ids = np.empty((len(blocks), self.block_size), dtype=np.int64)
         ids[:, :begin], ids[:, end:] = self.opening, self.closing
@@ -83,21 +125,102 @@ class Blocks(Dataset[Batch]):
             lengths[~is_full] = begin + len(last)
             ids[~is_full, begin:] = self.pad_id
             ids[~is_full, begin : begin + len(last)] = last  # its closing tokens come before the padding
-        return ids, lengths
+        if not self.apart:
+            return ids, lengths, None
+        starts = np.zeros_like(ids)  # a document starts after a separator; here are no opening and closing tokens
+        starts[:, 1:] = ids[:, :-1] == self.separator
+        return ids, lengths, _numbered(starts, lengths)
 
-    def document_ids(self, input_ids: Ids, real: NDArray[np.bool_]) -> Ids:
-        """Number the documents of each block from 0, (batch, block_size); padding is -1.
+    def _framed_sequences(self, blocks: Ids) -> tuple[Ids, Ids, Ids | None]:
+        """Gather blocks in which each document has its opening and closing tokens: see ``sequences``."""
+        sizes, within = self.sizes[blocks].astype(np.int64), np.arange(self.sizes[blocks].max())
+        taken = within < sizes[:, None]  # (batch, longest)
+        pieces = self.stream[np.minimum(self.begins[blocks][:, None] + within, len(self.stream) - 1)].astype(np.int64)
+        separates = taken & (pieces == self.separator)
+        before = np.cumsum(separates, axis=1) - separates  # (batch, longest), the separators before each token
+        places = len(self.opening) + within + before * (len(self.between) - 1)
+        ends = places[np.arange(len(blocks)), sizes - 1] + 1  # (batch,), where closing tokens begin
+        lengths = ends + len(self.closing)
 
-        1. A document starts after a separator, which belongs to the document before it.
-        2. Opening tokens start none: the first one may have the separator's id.
-        3. Closing tokens start none: they belong to the last document.
+        width = self.block_size if self.packing == "blocks" else int(lengths.max())
+        ids = np.full((len(blocks), width), self.pad_id, dtype=np.int64)
+        ids[:, : len(self.opening)] = self.opening
+        rows, columns = np.nonzero(taken)
+        ids[rows, places[rows, columns]] = pieces[rows, columns]
+        for offset, token in enumerate(self.closing):
+            ids[np.arange(len(blocks)), ends + offset] = token
+        if not self.apart:
+            return ids, lengths, None
+        rows, columns = np.nonzero(separates & (within + 1 < sizes[:, None]))  # the last one separates nothing
+        for offset, token in enumerate(self.between):
+            ids[rows, places[rows, columns] + offset] = token
+        starts = np.zeros_like(ids)
+        starts[rows, places[rows, columns] + len(self.between) - len(self.opening)] = 1
+        return ids, lengths, _numbered(starts, lengths)
+
+    def _documents(self) -> tuple[Ids, NDArray[np.int32]]:
+        """Cut each document into parts of at most ``stride`` tokens: their begins and sizes in the stream, (parts,)."""
+        begins, sizes = [np.empty(0, np.int64)], [np.empty(0, np.int32)]
+        for starts, ends in _bounds(self.stream, self.separator):
+            counts = -((starts - ends) // self.stride)  # (documents,), rounded up; none of an empty document
+            part = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # (parts,)
+            begins.append(np.repeat(starts, counts) + part * self.stride)
+            left = np.repeat(ends, counts) - begins[-1]
+            if self.masker is None and not self.closing:  # the separator too, if it has room
+                left += np.repeat(ends < len(self.stream), counts)
+            sizes.append(np.minimum(left, self.stride).astype(np.int32))
+        return np.concatenate(begins), np.concatenate(sizes)
+
+    def _cut_apart(self) -> tuple[Ids, NDArray[np.int32]]:
+        """Cut the stream so that blocks have room for the special tokens of all documents: begins and sizes, (blocks,).
+
+        1. Count each document with its opening and closing tokens, and cut this longer stream every ``stride`` tokens.
+           So a block has room for the tokens that a cut at both of its ends needs.
+        2. Map the cuts back. A cut among special tokens moves to the end of the document before them.
         """
-        starts = np.zeros_like(input_ids)  # (batch, block_size)
-        starts[:, 1:] = input_ids[:, :-1] == self.separator
-        starts[:, 1 : len(self.opening) + 1] = 0
-        ends = real.sum(axis=1, keepdims=True) - len(self.closing)  # (batch, 1), where closing tokens begin
-        starts[np.arange(self.block_size) >= ends] = 0
-        return np.where(real, np.cumsum(starts, axis=1), -1)
+        extra, offset = len(self.between) - 1, 0
+        begins, ends = [np.zeros(1, np.int64)], []
+        for first, last in _bounds(self.stream, self.separator):
+            longer = first + (offset + np.arange(len(first))) * extra  # (documents,), where they start
+            offset += len(first)
+            cuts = np.arange(-(-longer[0] // self.stride), -(-(last[-1] + 1 + offset * extra) // self.stride))
+            cuts = cuts[cuts > 0] * self.stride  # (cuts,)
+            document = np.searchsorted(longer, cuts, side="right") - 1
+            start, end = first[document], last[document]
+            places = np.minimum(start + np.maximum(cuts - longer[document] - len(self.opening), 0), end)
+            begins.append(places + (places == end))  # without the separator
+            ends.append(places - (places == start) * bool(self.closing))
+        ends.append(np.array([len(self.stream) - (self.stream[-1:] == self.separator).sum() * bool(self.closing)]))
+        begin, end = np.concatenate(begins), np.concatenate(ends)
+        kept = begin < end
+        return begin[kept], (end - begin)[kept].astype(np.int32)
+
+
+def _file_of(tokens: NDArray[Any]) -> Path | None:
+    """Return the file of which an array is the memory map."""
+    if not isinstance(tokens, np.memmap) or tokens.filename is None:
+        return None
+    file = Path(tokens.filename)
+    return file if file.stat().st_size == tokens.nbytes else None
+
+
+def _bounds(stream: NDArray[Any], separator: int) -> Iterator[tuple[Ids, Ids]]:
+    """Yield starts and ends of the documents, (documents,), a part of the stream at a time; separators are in none."""
+    start = 0
+    for begin in range(0, len(stream), _SCANNED):
+        part = stream[begin : begin + _SCANNED]
+        ends = begin + np.flatnonzero(part == separator)
+        if begin + len(part) == len(stream) and part[-1] != separator:
+            ends = np.append(ends, len(stream))
+        if len(ends):
+            yield np.concatenate([[start], ends[:-1] + 1]), ends
+            start = int(ends[-1]) + 1
+
+
+def _numbered(starts: Ids, lengths: Ids) -> Ids:
+    """Number documents from where they start, (batch, length), except the first; padding is -1."""
+    real = np.arange(starts.shape[1]) < lengths[:, None]
+    return np.where(real, np.cumsum(starts, axis=1), -1)
 
 
 def special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
