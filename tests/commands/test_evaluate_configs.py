@@ -116,6 +116,16 @@ FILES = {  # the official layouts: file, header, one row
     "wnli": ("WNLI/train.tsv", "index\tsentence1\tsentence2\tlabel", "0\tone\ttwo\t1"),
     "sst2": ("SST-2/train.tsv", "sentence\tlabel", "one \t1"),
     "xnli": ("XNLI/multinli.train.en.tsv", "premise\thypo\tlabel", "one\ttwo\tneutral"),
+    "boolq": ("BoolQ/train.jsonl", None, '{"question": "is it", "passage": "It is.", "idx": 0, "label": true}'),
+    "cb": ("CB/train.jsonl", None, '{"premise": "one", "hypothesis": "two", "label": "contradiction", "idx": 0}'),
+    "wic": (
+        "WiC/train.jsonl",
+        None,
+        '{"word": "bank", "sentence1": "one", "sentence2": "two", "idx": 0, "label": true, "start1": 0, "version": 1.1}',
+    ),
+    "superglue_rte": ("RTE/train.jsonl", None, '{"premise": "a", "hypothesis": "b", "label": "not_entailment"}'),
+    "axb": ("RTE/train.jsonl", None, '{"premise": "a", "hypothesis": "b", "label": "not_entailment", "idx": 0}'),
+    "axg": ("RTE/train.jsonl", None, '{"premise": "a", "hypothesis": "b", "label": "not_entailment", "idx": 0}'),
 }
 
 
@@ -127,6 +137,58 @@ def test_the_official_files_of_a_task_are_read(task: str, tmp_path: Path) -> Non
     (example,) = instantiate(composed(f"task={task}", f"task.data_dir={tmp_path}").task).train_examples()
     assert example.label == 1
     assert len(example.texts) == (1 if task in ("cola", "sst2") else 2)
+
+
+def test_the_word_of_a_sense_stands_before_its_first_sentence(tmp_path: Path) -> None:
+    (tmp_path / "WiC").mkdir()
+    (tmp_path / "WiC" / "train.jsonl").write_text(FILES["wic"][2] + "\n", "utf-8")
+    (example,) = instantiate(composed("task=wic", f"task.data_dir={tmp_path}").task).train_examples()
+    assert example.texts == ("bank: one", "two")
+
+
+@pytest.mark.parametrize(
+    ("task", "row"),
+    [
+        ("axb", '{"sentence1": "one", "sentence2": "two", "label": "entailment", "logic": "Negation", "idx": 0}'),
+        ("axg", '{"premise": "one", "hypothesis": "two", "label": "entailment", "pair_id": 551, "idx": 0}'),
+    ],
+)
+def test_a_diagnostic_set_is_scored_by_a_model_of_rte(task: str, row: str, tmp_path: Path) -> None:
+    name = {"axb": "AX-b", "axg": "AX-g"}[task]
+    (tmp_path / name).mkdir()
+    (tmp_path / name / f"{name}.jsonl").write_text(row + "\n", "utf-8")
+    scored = instantiate(composed(f"task={task}", f"task.data_dir={tmp_path}").task).scored_examples()
+    assert [(split, example.texts, example.label) for split, (example,) in scored.items()] == [
+        ("test", ("one", "two"), 0)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("task", "hub"), [("boolq", "boolq"), ("wic", "wic"), ("axb", "rte"), ("superglue_rte", "rte")]
+)
+def test_superglue_comes_from_the_hub_with_numbers_for_labels(
+    task: str, hub: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def load_dataset(*names: Any, **settings: Any) -> Any:
+        import datasets
+
+        asked.append((*names, settings["split"], settings["revision"]))
+        columns = ("passage", "question", "word", "sentence1", "sentence2")
+        columns += () if names[1] == "axb" else ("premise", "hypothesis")
+        return datasets.Dataset.from_dict({"label": [1], **{column: [column] for column in columns}})
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    built = instantiate(composed(f"task={task}").task)
+    (example,), scored = built.train_examples(), built.scored_examples()
+    (split, (other,)) = next(iter(scored.items()))
+    assert example.label == other.label == 1
+    own = ("axb", "test") if task == "axb" else (hub, "validation")
+    source = ("aps/super_glue", "refs/convert/parquet")
+    assert asked == [(source[0], hub, "train", source[1]), (source[0], *own, source[1])]
+    assert split == ("test" if task == "axb" else "dev")
+    assert other.texts[0] == {"axb": "sentence1", "boolq": "passage", "wic": "word: sentence1"}.get(task, "premise")
 
 
 def test_xnli_scores_each_language_by_itself(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ def task(**changes: Any) -> TextTask:
         "skip_malformed": False,
         "max_train_rows": None,
         "max_scored_rows": None,
+        "submission": False,
     }
     return TextTask(**(settings | changes))
 

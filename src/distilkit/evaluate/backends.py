@@ -31,7 +31,7 @@ def check_backends(names: Sequence[str]) -> None:
 
 
 @contextmanager
-def in_backend(name: str, model: PreTrainedModel, *, example: Mapping[str, Tensor], label: str) -> Iterator[nn.Module]:
+def in_backend(name: str, model: PreTrainedModel, *, example: Mapping[str, Tensor], label: str) -> Iterator[Any]:
     """Yield a model in another form, with the same inputs and outputs. ``example`` holds the inputs of one batch."""
     if name == "bf16":
         yield copy.deepcopy(model).bfloat16()

@@ -45,6 +45,9 @@ class FinetuningTask(Protocol):
     def scored_examples(self) -> dict[str, list[Any]]:
         """Read the splits that are scored, by name."""
 
+    def unlabelled_examples(self) -> dict[str, list[Any]]:
+        """Read the splits to predict for a leaderboard, by its name of each."""
+
     def check_head(self, model: PreTrainedModel, *, name: str) -> None:
         """Make sure that a fine-tuned model has the outputs of this task."""
 

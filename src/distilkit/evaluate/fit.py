@@ -20,6 +20,7 @@ from distilkit.errors import UserError
 from distilkit.evaluate.backends import in_backend
 from distilkit.evaluate.finetune import Batches, FinetuningModule, FinetuningTask, Logits, hold_out
 from distilkit.evaluate.job import PLACES, Job
+from distilkit.evaluate.leaderboard import write_submission
 from distilkit.evaluate.models import described, inputs_of, load_task_model, load_task_tokenizer
 from distilkit.language_model import check_positions
 from distilkit.metrics import measure
@@ -68,6 +69,10 @@ def finetune_and_score(task: FinetuningTask, job: Job) -> list[Result]:
         return _score(task, found, features, scored, folder=folder)
 
     scores = score(job.folder)
+    for name, examples in task.unlabelled_examples().items():
+        unlabelled = task.encode(examples, tokenizer)
+        predictions = task.predictions(predict(trainer, module, data, unlabelled), unlabelled, examples)
+        write_submission(job.folder / "submission", name, predictions, ids=task.head.get("label2id"))
     if cfg.save_model and trains:
         model.save_pretrained(job.folder / "model")
         tokenizer.save_pretrained(job.folder / "model")

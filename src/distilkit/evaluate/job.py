@@ -31,7 +31,9 @@ _WHERE = {  # settings of the trainer that decide no score
     *("log_every_n_steps", "enable_model_summary", "enable_progress_bar"),
 }
 
-PLACES = ("data_dir", "hub", "files", "paths", "column", "dataset", "device")  # of a task: the rows' hash decides
+PLACES = (  # what decides no score of a task: the hash of the rows says which they are
+    *("data_dir", "hub", "files", "paths", "column", "dataset", "device", "submission"),
+)
 
 _NUMBERS: dict[str, tuple[type, float, float, bool]] = {  # kind, least, most, and whether the least is allowed
     "finetune.lr": (float, 0, math.inf, False),
@@ -179,8 +181,9 @@ def evaluate(cfg: DictConfig) -> float | None:
     folder = Path(cfg.output_dir).expanduser() / name / task.name / f"seed{cfg.seed}-{job_id(cfg, ids=ids)}"
     folder = folder.resolve()
     lacks_model = task.trains and cfg.save_model and cfg.finetune.epochs and not (folder / "model").is_dir()
-    lacks_backend = any(not (folder / backend / FILE).is_file() for backend in cfg.backends)
-    if (folder / FILE).is_file() and not lacks_model and not lacks_backend:
+    lacks_more = any(not (folder / backend / FILE).is_file() for backend in cfg.backends)
+    lacks_more |= bool(cfg.task.get("submission")) and not (folder / "submission").is_dir()
+    if (folder / FILE).is_file() and not lacks_model and not lacks_more:
         log.info("already scored; delete %s to score it again", folder)
         results = read_results([folder])
     else:

@@ -87,6 +87,10 @@ class EntityTask:
         splits = {name: split for name, split in self._source["scored"].items() if split is not None}
         return {name: some_of(self._sentences(name, split), self.max_scored_rows) for name, split in splits.items()}
 
+    def unlabelled_examples(self) -> dict[str, list[Sentence]]:
+        """Return nothing: no leaderboard takes files of this task."""
+        return {}
+
     @cached_property
     def _train(self) -> list[Sentence]:
         return self._sentences("train", self._source["train"])

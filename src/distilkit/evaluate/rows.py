@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import math
+import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,17 +33,19 @@ class ReadsRows(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class HubSplit:
-    """One split of a data set on the hub, as ``datasets.load_dataset`` takes it."""
+    """One split of a data set on the hub, as ``datasets.load_dataset`` takes it; ``columns`` maps our names to its."""
 
     path: str
     name: str | None = None
     split: str
     revision: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
 
     def rows(self, *, columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
         """Read the rows, each with its place for an error message."""
-        for index, row in enumerate(self.table(columns=columns)):
-            yield f"row {index}", row
+        theirs = {name: self.columns.get(name, name) for name in columns}
+        for index, row in enumerate(self.table(columns=list(theirs.values()))):
+            yield f"row {index}", {name: row[own] for name, own in theirs.items()}
 
     def table(self, *, columns: Sequence[str]) -> Any:
         """Load the ``datasets.Dataset``, which has these columns."""
@@ -187,31 +190,34 @@ def read_examples(
     split: HubSplit | FileSplit,
     *,
     texts: Sequence[str],
-    label: str,
+    label: str | None,
     labels: Sequence[str] | None,
     aliases: Mapping[str, str],
     skip_malformed: bool,
 ) -> list[Example]:
     """Read a split, and check each row.
 
-    ``labels`` are the classes in the order of their ids, and None if a number is predicted. A row gives the name or the
-    id of its class. ``aliases`` maps other names to the names in ``labels``.
+    A text is a column, or a template with columns in it: ``{word}: {sentence1}``. Without ``label`` all labels are 0,
+    and no row is left out. ``labels`` are the classes in the order of their ids, and None if a number is predicted. A
+    row gives the name or the id of its class. ``aliases`` maps other names to the names in ``labels``.
     """
     examples, faults, count = [], [], 0
-    for place, row in split.rows(columns=[*texts, label]):
+    wanted = list(dict.fromkeys(column for text in texts for column in columns_of(text)))
+    for place, row in split.rows(columns=[*wanted, *([] if label is None else [label])]):
         count += 1
         if isinstance(row, str):
             faults.append(f"{place} {row}")
             continue
-        if other := [name for name in texts if not isinstance(row[name], str)]:
+        if other := [name for name in wanted if not isinstance(row[name], str)]:
             faults.append(f"{place} has no text in {', '.join(other)}")
             continue
-        value = label_of(row[label], labels=labels, aliases=aliases)
+        value = 0.0 if label is None else label_of(row[label], labels=labels, aliases=aliases)
         if value is None:
             faults.append(f"{place} has {label} {row[label]!r}, not one of {', '.join(labels or ['a number'])}")
             continue
-        examples.append(Example(texts=tuple(row[name] for name in texts), label=value, row=count - 1))
-    if faults and not skip_malformed:
+        filled = tuple(text.format_map(row) if "{" in text else row[text] for text in texts)
+        examples.append(Example(texts=filled, label=value, row=count - 1))
+    if faults and not (skip_malformed and label is not None):
         raise UserError(
             f"{split}: {len(faults)} of {count} rows cannot be used; the first: {faults[0]}. Fix the file, or "
             "skip these rows with task.skip_malformed=true"
@@ -221,6 +227,11 @@ def read_examples(
     if not examples:
         raise UserError(f"{split} has no usable row ({count} were read); check task.data_dir")
     return examples
+
+
+def columns_of(text: str) -> list[str]:
+    """List the columns that a text is made of: itself, or those of a template."""
+    return [name for _, name, *_ in string.Formatter().parse(text) if name] if "{" in text else [text]
 
 
 def label_of(value: Any, *, labels: Sequence[str] | None, aliases: Mapping[str, str]) -> float | None:

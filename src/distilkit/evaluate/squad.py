@@ -94,6 +94,10 @@ class QuestionTask:
         """Read the split that is scored."""
         return {"dev": self._questions("scored", self.max_scored_rows)}
 
+    def unlabelled_examples(self) -> dict[str, list[Question]]:
+        """Return nothing: no leaderboard takes files of this task."""
+        return {}
+
     def _questions(self, split: str, limit: int | None) -> list[Question]:
         if self.data_dir is None:
             hub = HubSplit(path=self.hub["path"], split=self.hub[split])

@@ -30,7 +30,8 @@ class TextTask:
     ``texts`` names one or two columns and ``label`` that of the target. ``labels`` lists the classes in the order of
     their ids, and is None if a number is predicted. With ``data_dir`` the rows come from ``files`` below it, otherwise
     from ``hub``; each has ``train`` and, by name, the splits that are ``scored``. ``max_train_rows`` and
-    ``max_scored_rows`` limit a split to some of its rows, always the same ones.
+    ``max_scored_rows`` limit a split to some of its rows, always the same ones. With ``submission`` the ``tests`` of
+    ``files`` or ``hub`` are predicted for a leaderboard.
     """
 
     trains: ClassVar[bool] = True
@@ -49,6 +50,7 @@ class TextTask:
     skip_malformed: bool
     max_train_rows: int | None
     max_scored_rows: int | None
+    submission: bool
 
     def __post_init__(self) -> None:
         """Check the arguments; nothing is read yet."""
@@ -78,6 +80,7 @@ class TextTask:
 
     def check_data(self, *, train: bool = True) -> dict[str, str]:
         """Read the splits, and return the hash of their texts and labels."""
+        self.unlabelled_examples()
         return rows_hashes(self, lambda example: (example.texts, example.label), train=train)
 
     def measure(self, job: Job) -> list[Result]:
@@ -93,6 +96,14 @@ class TextTask:
         scored = self._source()["scored"].items()
         return {name: self._examples(node, self.max_scored_rows) for name, node in scored if node is not None}
 
+    def unlabelled_examples(self) -> dict[str, list[Example]]:
+        """Read the splits whose labels a leaderboard keeps, by its name of each; none without ``submission``."""
+        tests = self._source().get("tests") or {}
+        if self.submission and not tests:
+            raise UserError(f"task.submission=true, but task {self.name} names no test set; set task.submission=false")
+        named = {name: node for name, node in tests.items() if self.submission and node is not None}
+        return {name: self._examples(node, None, labelled=False) for name, node in named.items()}
+
     def _source(self) -> Mapping[str, Any]:
         if self.data_dir is not None:
             return self.files
@@ -100,7 +111,7 @@ class TextTask:
             raise UserError(f"task {self.name!r} has no data set on the hub; set task.data_dir=<folder of its files>")
         return self.hub
 
-    def _examples(self, node: Mapping[str, Any], limit: int | None) -> list[Example]:
+    def _examples(self, node: Mapping[str, Any], limit: int | None, *, labelled: bool = True) -> list[Example]:
         split: HubSplit | FileSplit
         if self.data_dir is None:
             split = HubSplit(path=self._source()["path"], revision=self._source().get("revision"), **node)
@@ -113,7 +124,7 @@ class TextTask:
         examples = read_examples(
             split,
             texts=self.texts,
-            label=self.label,
+            label=self.label if labelled else None,
             labels=self.labels,
             aliases=self.aliases,
             skip_malformed=self.skip_malformed,
