@@ -79,19 +79,19 @@ def test_a_fresh_student_is_not_compared_with_its_teacher(tokenizer: PreTrainedT
     probe(student=student, teacher=None, tokenizer=tokenizer, apart=True, max_length=64)
 
 
-@pytest.mark.parametrize("name", ["bloom", "falcon (alibi)", "deberta-v2", "mra", "rwkv", "openai-gpt"])
+@pytest.mark.parametrize("name", ["bloom", "falcon (alibi)", "deberta-v2", "esm", "mamba", "rwkv", "openai-gpt"])
 def test_models_that_cannot_keep_documents_apart_are_refused_only_where_it_is_asked(
-    name: str, causal_tokenizer: PreTrainedTokenizerBase
+    name: str, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     student = build_family(name)
-    probe(student=student, teacher=None, tokenizer=causal_tokenizer, apart=False, max_length=64)
+    probe(student=student, teacher=None, tokenizer=tokenizer, apart=False, max_length=64)
     kind = name.partition(" ")[0]
     with pytest.raises(
         UserError,
         match=rf"data.attend_across_documents=false, but the student \(model type '{kind}'\) cannot keep packed "
         r"documents apart: [^\n]+; set data.attend_across_documents=true",
     ):
-        probe(student=student, teacher=None, tokenizer=causal_tokenizer, apart=True, max_length=64)
+        probe(student=student, teacher=None, tokenizer=tokenizer, apart=True, max_length=64)
 
 
 def test_a_bert_that_reads_ahead_is_no_causal_model(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -110,6 +110,11 @@ def test_a_bert_that_reads_ahead_is_no_causal_model(tokenizer: PreTrainedTokeniz
 def test_padding_that_is_read_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(UserError, match=r"padding changes the states of the student \(model type 'fnet'\)"):
         probe(student=build_family("fnet"), teacher=None, tokenizer=tokenizer, apart=False, max_length=64)
+
+
+def test_attention_that_attends_to_nothing_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(UserError, match=r"tokens of the student \(model type 'mra'\) do not see each other"):
+        probe(student=build_family("mra"), teacher=None, tokenizer=tokenizer, apart=False, max_length=64)
 
 
 @pytest.mark.parametrize("max_length, expected", [(128, 50 + 40), (50, 40)])

@@ -156,11 +156,14 @@ def _check_masks(model: PreTrainedModel, ids: Tensor, *, name: str, apart: bool)
         padded = last_hidden_state(model, rows, attention_mask=real)
         compare(padded[:1], whole)
         compare(padded[1:, : second.shape[1]], alone)
-    causal = lm_of_model(model) == "clm"
+    causal, changed = lm_of_model(model) == "clm", last_hidden_state(model, other)[:, :last]
     if causal:
         cure = "choose a model of causal attention (a BERT needs is_decoder=true in its config)"
         with _refusing(f"later tokens change earlier states of {kind}", cure=cure) as compare:
-            compare(last_hidden_state(model, other)[:, :last], whole[:, :last])
+            compare(changed, whole[:, :last])
+    elif torch.equal(changed, whole[:, :last]):
+        found = f"tokens of {kind} do not see each other, as MRA's without its CUDA kernel"
+        raise UserError(f"{found}; choose another model")
     if apart:
         with _refusing(
             f"data.attend_across_documents=false, but {kind} cannot keep packed documents apart",

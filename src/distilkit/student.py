@@ -288,6 +288,8 @@ def cut_student(
             _check_layers(student, source, chosen, name=teacher.name, folded=folded)
         if folded:
             _fold_scales(state, chosen, name=teacher.name)
+        for key in [key for key in state if key.endswith("contact_head.regression.weight")]:  # ESM's, over all layers
+            state[key] = state[key].unflatten(1, (depth, -1))[:, chosen].flatten(1)  # (1, layers * heads)
         try:
             student.load_state_dict(bert_to_distilbert(state) if to_distilbert else state, strict=True)
         except RuntimeError as error:  # weights of other names or shapes
