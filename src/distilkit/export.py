@@ -1,31 +1,107 @@
 """Export a checkpoint as a Hugging Face folder: config, safetensors, tokenizer and model card."""
 
+import copy
 import json
+import logging
 import pickle
 import shutil
 import tempfile
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import hydra
 import torch
 import transformers
 from omegaconf import DictConfig
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, dynamic_module_utils
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from distilkit.cli import check_added, report_errors
 from distilkit.errors import UserError
-from distilkit.language_model import build_from_config, lm_of, num_parameters
+from distilkit.language_model import build_from_config, lm_of_model, num_parameters
 from distilkit.model_card import student_card
 
+log = logging.getLogger(__name__)
 
-def student_files(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Return the contents of the config and tokenizer files by name."""
-    with tempfile.TemporaryDirectory() as folder:
-        student.config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        return {file.name: file.read_text("utf-8") for file in sorted(Path(folder).iterdir())}
+
+def student_files(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str | bytes]:
+    """Return all files of a student but its weights, by path: text, or bytes where it is not UTF-8.
+
+    These are its configs, the tokenizer with all templates and vocabularies, and the code of a class that is not one of
+    transformers'. Code that the run did not use is left out.
+    """
+    config, saved = copy.deepcopy(student.config), copy.deepcopy(tokenizer)
+    config.dtype = str(student.dtype).removeprefix("torch.")
+    for each in (config, saved):
+        each._auto_class = None  # type: ignore[misc]  # transformers would put code of any depth side by side
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        config.save_pretrained(folder)
+        saved.save_pretrained(folder)
+        if student.can_generate() and student.generation_config is not None:
+            student.generation_config.to_json_file(folder / "generation_config.json")  # checked by no one, as read
+        for file, used in (("config.json", (student, student.config)), ("tokenizer_config.json", (tokenizer,))):
+            if (folder / file).is_file():
+                said = json.loads((folder / file).read_text("utf-8"))
+                auto_map = said.pop("auto_map", None) or {}
+                if any(type(each).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME) for each in used):
+                    commit = getattr(used[-1], "_commit_hash", None)
+                    said["auto_map"] = _write_code(auto_map, folder, name=used[-1].name_or_path, revision=commit)
+                text = json.dumps(said, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+                (folder / file).write_text(text, "utf-8")
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): _content(path) for path in paths}
+
+
+def _content(file: Path) -> str | bytes:
+    content = file.read_bytes()
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        return content
+
+
+def _write_code(auto_map: Mapping[str, Any], folder: Path, *, name: str, revision: str | None) -> dict[str, Any]:
+    """Write the modules that ``auto_map`` names, with all they import, and return the map to them.
+
+    ``name`` is the folder or hub id that holds the code, but for a reference ``repository--module.Class``.
+    """
+    kept: dict[str, Any] = {}
+    for auto, reference in auto_map.items():
+        given = [reference] if isinstance(reference, str) else reference  # a tokenizer has two: slow, fast
+        local = [each and each.rpartition("--")[2] for each in given]
+        for each, module in zip(given, (each and each.rpartition(".")[0] for each in local), strict=True):
+            if each is None:
+                continue
+            where, at = (each.partition("--")[0], None) if "--" in each else (name, revision)
+            try:
+                cached = dynamic_module_utils.get_cached_module_file(where, f"{module}.py", revision=at)
+            except (OSError, ImportError) as error:
+                log.warning("%s of %s is not in the student's folder: %s", auto, name, str(error).splitlines()[0])
+                break
+            source = Path(dynamic_module_utils.HF_MODULES_CACHE) / cached
+            for file in (source, *map(Path, dynamic_module_utils.get_relative_import_files(source))):
+                target = (folder / f"{module}.py").with_name(file.name)
+                if target.is_file() and target.read_bytes() != file.read_bytes():
+                    raise UserError(f"{name} has two modules {target.relative_to(folder)}; rename one of them")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(file.read_bytes())
+        else:
+            kept[auto] = local[0] if isinstance(reference, str) else local
+    return kept
+
+
+def _write_files(files: Mapping[str, str | bytes], folder: Path, *, source: Path) -> None:
+    """Write the files of a checkpoint below a folder; a name that leads elsewhere raises a ``UserError``."""
+    for name, content in files.items():
+        path = PurePosixPath(name)
+        outside = path.is_absolute() or ".." in path.parts or path.as_posix() != name or name == "." or "\\" in name
+        if outside or ":" in name or path.suffix == ".safetensors":
+            found = f"{source} names a file {name!r}, which is no file inside the exported folder"
+            raise UserError(f"{found}; give a checkpoint of distilkit.train that nobody changed")
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
 
 
 def read_checkpoint(file: Path) -> dict[str, Any]:
@@ -42,11 +118,16 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
 
 
 def export_checkpoint(
-    ckpt: str | Path, out: str | Path, *, results: Mapping[str, float] | None = None
+    ckpt: str | Path,
+    out: str | Path,
+    *,
+    results: Mapping[str, float] | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Export a checkpoint of a distilkit run as a folder that ``from_pretrained`` loads, and return the model.
 
     The folder is written completely or not at all. The model card shows ``results``, metrics on held-out documents.
+    A student with code of its own needs ``trust_remote_code``, which runs that code.
     """
     file, folder = Path(ckpt).expanduser(), Path(out).expanduser()
     if not file.is_file():
@@ -58,19 +139,26 @@ def export_checkpoint(
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.tmp", dir=folder.parent))
     try:
-        for name, content in saved["files"].items():
-            (temporary / name).write_text(content, "utf-8")
-        model = build_from_config(AutoConfig.from_pretrained(temporary))
+        _write_files(saved["files"], temporary, source=file)
+        if "auto_map" in json.loads(saved["files"]["config.json"]) and not trust_remote_code:
+            code = ", ".join(sorted(name for name in saved["files"] if name.endswith(".py")))
+            raise UserError(f"{file} holds code of its own ({code}); read it, and set trust_remote_code=true to run it")
+        config = AutoConfig.from_pretrained(temporary, trust_remote_code=trust_remote_code)
+        model = build_from_config(config, trust_remote_code=trust_remote_code)
         state = {name.removeprefix("student."): tensor for name, tensor in checkpoint["state_dict"].items()}
         model.load_state_dict(state, strict=True)
-        model.eval().save_pretrained(temporary)
+        with tempfile.TemporaryDirectory(dir=temporary) as weights:
+            model.eval().save_pretrained(weights)
+            for path in Path(weights).iterdir():
+                if not (temporary / path.name).exists() and path.suffix != ".py":  # code is there, with its folders
+                    path.rename(temporary / path.name)
         mask_token = json.loads(saved["files"].get("tokenizer_config.json", "{}")).get("mask_token")
         card = student_card(
             saved["record"],
             results=results or {},
             tokens_seen=saved["tokens_seen"],
             num_params=num_parameters(model),
-            lm=lm_of(model.config.model_type, model.config.architectures),
+            lm=lm_of_model(model),
             mask_token=mask_token["content"] if isinstance(mask_token, dict) else mask_token or "[MASK]",
         )
         card.save(temporary / "README.md")
@@ -90,7 +178,7 @@ def main(cfg: DictConfig) -> None:
     for name in ("ckpt", "out"):
         if cfg[name] is None:
             raise UserError(f"{name} is not set: python -m distilkit.export ckpt=<file> out=<folder>")
-    model = export_checkpoint(cfg.ckpt, cfg.out)
+    model = export_checkpoint(cfg.ckpt, cfg.out, trust_remote_code=cfg.trust_remote_code)
     print(json.dumps({"out": str(Path(cfg.out).resolve()), "parameters": num_parameters(model)}))
 
 

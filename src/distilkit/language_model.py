@@ -87,10 +87,10 @@ def load_language_model(
     return model, lm
 
 
-def build_from_config(config: PretrainedConfig) -> PreTrainedModel:
+def build_from_config(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Build the language model of a config with random weights, in float32."""
     auto: Any = _AUTO_CLASS[lm_of(config.model_type, config.architectures, getattr(config, "auto_map", None))]
-    return cast(PreTrainedModel, auto.from_config(config, dtype=torch.float32))
+    return cast(PreTrainedModel, auto.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code))
 
 
 def weight_hash(model: PreTrainedModel) -> str:

@@ -299,6 +299,8 @@ def cut_student(
         raise UserError(f"student.init is {init!r}; it takes teacher or random")
     student.config.architectures = [type(student).__name__]
     student.config.distilkit_layers = chosen if init == "teacher" else None
+    if type(student) is type(source) and source.can_generate():
+        student.generation_config = copy.deepcopy(source.generation_config)
     for name, parameter in student.named_parameters():
         if re.search(r"position_embeddings|\.wpe\.", name):
             parameter.requires_grad_(train_position_embeddings)

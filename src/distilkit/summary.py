@@ -118,7 +118,9 @@ def describe(
 
 def finish(trainer: Trainer, module: DistillationModule, *, out: Path) -> None:
     """Write student/, summary.json and loss_curves.png into a run's folder."""
-    student = export_checkpoint(out / "checkpoints" / "last.ckpt", out / "student", results=module.after)
+    # Code of the student's own is that which was trained here.
+    ckpt, made = out / "checkpoints" / "last.ckpt", out / "student"
+    student = export_checkpoint(ckpt, made, results=module.after, trust_remote_code=True)
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by one of its connectors
     throughput = next((callback for callback in callbacks if isinstance(callback, Throughput)), None)
     record = {name: value for name, value in module.record.items() if name != "config"}

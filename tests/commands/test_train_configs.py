@@ -373,7 +373,7 @@ def test_the_help_of_prepare_lists_what_decides_a_token_cache(tmp_path: Path) ->
     assert groups_of(help_of("prepare", tmp_path)) == {group: options_of(group) for group in groups}
 
 
-def test_the_help_of_export_lists_its_two_keys(tmp_path: Path) -> None:
+def test_the_help_of_export_lists_its_keys(tmp_path: Path) -> None:
     text = help_of("export", tmp_path)
     assert groups_of(text) == {}
     assert re.findall(r"^(\w+)  +", text, re.MULTILINE) == ["ckpt", "out"]
@@ -403,7 +403,7 @@ def test_prepare_and_export_compose_and_prepare_shares_the_settings_of_train() -
     train, prepare = composed(), composed(config_name="prepare")
     assert changed(prepare, train) == {"name": "prepare"}
     with initialize_config_module(config_module="distilkit.conf.train", version_base="1.3"):
-        assert compose("export") == {"ckpt": None, "out": None}
+        assert compose("export") == {"ckpt": None, "out": None, "trust_remote_code": False}
 
 
 def test_a_fresh_run_has_a_folder_of_its_own_within_one_second() -> None:

@@ -1,0 +1,239 @@
+"""The files of a student: nothing of its teacher's folder is lost on the way, and nothing is written outside its own."""
+
+import json
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, dynamic_module_utils
+
+import distilkit.export
+import distilkit.train
+from distilkit.errors import UserError
+from distilkit.export import export_checkpoint, student_files
+from distilkit.language_model import num_parameters
+from distilkit.student import cut_student, pretrained_student
+from distilkit.teacher import load_teacher
+from jobs import QUIET, SMALL, call, spawn
+from tiny import build_model, build_teacher
+
+CODE = {  # a model type of its own, in a folder of its own, which imports what imports
+    "code/configuration_mine.py": """
+        from transformers import BertConfig
+        class MyConfig(BertConfig):
+            model_type = "mine"
+        """,
+    "code/modeling_mine.py": """
+        from transformers import BertForMaskedLM
+        from .configuration_mine import MyConfig
+        from .parts import double
+        class MyBert(BertForMaskedLM):
+            config_class = MyConfig
+            def __init__(self, config):
+                super().__init__(config)
+                for layer in self.bert.encoder.layer:
+                    layer.output.register_forward_hook(double)
+        """,
+    "code/parts.py": """
+        from .deeper import FACTOR
+        def double(module, inputs, output):
+            return output * FACTOR
+        """,
+    "code/deeper.py": "FACTOR = 2.0\n",
+    "code/unused.py": "raise RuntimeError\n",
+    "tokenization_mine.py": """
+        from transformers import PreTrainedTokenizerFast
+        class MyTokenizerFast(PreTrainedTokenizerFast):
+            motto = "of its own"
+        """,
+}
+MAPS = {
+    "config.json": {
+        "AutoConfig": "code/configuration_mine.MyConfig",
+        "AutoModelForMaskedLM": "code/modeling_mine.MyBert",
+    },
+    "tokenizer_config.json": {"AutoTokenizer": [None, "tokenization_mine.MyTokenizerFast"]},
+}
+LOAD = """
+import sys, torch
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+model = AutoModelForMaskedLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+with torch.no_grad():
+    torch.save(model(input_ids=torch.arange(2, 30)[None, :]).logits, sys.argv[2])
+print(type(model).__name__, model.config.num_hidden_layers, tokenizer.motto)
+"""
+
+
+@pytest.fixture(autouse=True)
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Keep the modules that transformers copies from folders of models in a folder of the test."""
+    folder = tmp_path / "modules"
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(folder))
+    monkeypatch.syspath_prepend(folder)
+    yield folder
+
+
+@pytest.fixture
+def own_code(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """A teacher of four layers with code of its own, for the model and the tokenizer."""
+    folder = tmp_path / "own-code"
+    build_model("bert", num_layers=4).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for name, code in CODE.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(textwrap.dedent(code), "utf-8")
+    for name, auto_map in MAPS.items():
+        said = json.loads((folder / name).read_text("utf-8")) | {"auto_map": auto_map}
+        said |= {"model_type": "mine", "architectures": ["MyBert"]} if name == "config.json" else {}
+        (folder / name).write_text(json.dumps(said), "utf-8")
+    return folder
+
+
+def logits_in_a_new_process(folder: Path, tmp_path: Path) -> tuple[torch.Tensor, str]:
+    """Load a folder where nothing is known of its code, and return its logits and what was said."""
+    environment = {"HF_MODULES_CACHE": str(tmp_path / "other-modules")}
+    done = spawn("-c", LOAD, str(folder), str(tmp_path / "logits"), cwd=tmp_path, environment=environment)
+    assert done.code == 0, done.err
+    return torch.load(tmp_path / "logits"), done.out.splitlines()[-1]
+
+
+def test_a_student_with_code_of_its_own_is_trained_and_exported_with_it(
+    own_code: Path, text_file: Path, tmp_path: Path
+) -> None:
+    settings = ("teacher=hf", f"teacher.name={own_code}", "teacher.trust_remote_code=true", "trainer.max_steps=2")
+    folders = (f"data.corpus.paths=[{text_file}]", f"cache_dir={tmp_path / 'cache'}", "hydra.run.dir=run")
+    done = call(distilkit.train.main, *settings, *folders, *SMALL, *QUIET, cwd=tmp_path)
+    assert done.code == 0, done.err
+    run = tmp_path / "run"
+    code = {path.relative_to(run / "student").as_posix() for path in run.glob("student/**/*.py")}
+    assert code == {name for name in CODE if name != "code/unused.py"}
+    for name, auto_map in MAPS.items():
+        assert json.loads((run / "student" / name).read_text("utf-8"))["auto_map"] == auto_map
+    # The scored logits: those of the weights under the class that was trained.
+    teacher = load_teacher(name=str(own_code), trust_remote_code=True)
+    assert teacher is not None
+    student = cut_student(teacher=teacher, tokenizer=AutoTokenizer.from_pretrained(own_code), layers=[0, 3]).eval()
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    student.load_state_dict({name.removeprefix("student."): tensor for name, tensor in saved.items()})
+    with torch.no_grad():
+        expected = student(input_ids=torch.arange(2, 30)[None, :]).logits
+    logits, said = logits_in_a_new_process(run / "student", tmp_path)
+    assert said == "MyBert 2 of its own"
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+    ckpt = f"ckpt={run / 'checkpoints' / 'last.ckpt'}"
+    refused = call(distilkit.export.main, ckpt, "out=exported", cwd=tmp_path)
+    assert refused.code == 1
+    assert "holds code of its own (code/configuration_mine.py, code/deeper.py, " in refused.err
+    assert "set trust_remote_code=true to run it" in refused.err
+    done = call(distilkit.export.main, ckpt, "out=exported", "trust_remote_code=true", cwd=tmp_path)
+    assert done.code == 0, done.err
+    again, _ = logits_in_a_new_process(tmp_path / "exported", tmp_path)
+    assert torch.equal(again, logits)
+    assert not list(tmp_path.glob("exported/**/__pycache__"))
+
+
+def test_code_that_was_not_used_is_not_kept(own_code: Path, tmp_path: Path) -> None:
+    said = json.loads((own_code / "config.json").read_text("utf-8"))
+    (own_code / "config.json").write_text(json.dumps(said | {"model_type": "bert"}), "utf-8")
+    student = pretrained_student(
+        teacher=None, tokenizer=AutoTokenizer.from_pretrained(own_code, trust_remote_code=False), name=str(own_code)
+    )
+    files = student_files(student, AutoTokenizer.from_pretrained(own_code, trust_remote_code=False))
+    assert not [name for name in files if name.endswith(".py")]
+    assert "auto_map" not in json.loads(files["config.json"]) | json.loads(files["tokenizer_config.json"])
+
+
+def save_checkpoint(file: Path, files: dict[str, Any]) -> Path:
+    """Write what ``DistillationModule`` writes, of a student of two layers."""
+    student = build_model("gpt2", num_layers=2)
+    record = {
+        **{"name": "a", "version": "1", "teacher": None, "objective": {}, "architecture": "GPT2LMHeadModel"},
+        **{"layers": None, "data": "text", "block_size": 8, "global_batch_size": 2},
+    }
+    state = {f"student.{name}": tensor for name, tensor in student.state_dict().items()}
+    torch.save({"state_dict": state, "distilkit": {"record": record, "tokens_seen": 3, "files": files}}, file)
+    return file
+
+
+def test_what_a_teachers_folder_holds_reaches_the_student(
+    tmp_path: Path, causal_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    source = tmp_path / "teacher"
+    model = build_model("gpt2", num_layers=2)
+    model.save_pretrained(source)
+    # An invalid one that transformers reads, but does not write.
+    (source / "generation_config.json").write_text('{"top_k": 7, "temperature": 0.5, "do_sample": false}', "utf-8")
+    causal_tokenizer.save_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "tools {{ messages }}"}
+    tokenizer.save_pretrained(source)
+    teacher = load_teacher(name=str(source))
+    assert teacher is not None
+    student = cut_student(teacher=teacher, tokenizer=tokenizer, layers="half")
+    files = student_files(student, AutoTokenizer.from_pretrained(source))
+    files["assets/pieces.model"] = b"\xff\x00\xfe"  # as sentencepiece's
+    exported = tmp_path / "exported"
+    save_checkpoint(tmp_path / "a.ckpt", files)
+    wanted = json.loads(files["config.json"]) | {"n_layer": 2}
+    save_checkpoint(tmp_path / "a.ckpt", files | {"config.json": json.dumps(wanted)})
+    export_checkpoint(tmp_path / "a.ckpt", exported)
+    loaded = AutoModelForCausalLM.from_pretrained(exported)
+    assert (loaded.generation_config.top_k, loaded.generation_config.temperature) == (7, 0.5)
+    assert AutoTokenizer.from_pretrained(exported).chat_template == tokenizer.chat_template
+    assert (exported / "additional_chat_templates" / "tool_use.jinja").read_text("utf-8") == "tools {{ messages }}"
+    assert (exported / "assets" / "pieces.model").read_bytes() == b"\xff\x00\xfe"
+    assert loaded.config.dtype == torch.float32
+
+
+def test_a_vocabulary_of_bytes_is_a_file_of_a_student(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(folder: str) -> None:
+        (Path(folder) / "spiece.model").write_bytes(b"\xff\x00")
+        (Path(folder) / "deep" / "er").mkdir(parents=True)
+        (Path(folder) / "deep" / "er" / "vocab.txt").write_bytes("ä\r\n".encode())
+        (Path(folder) / "tokenizer_config.json").write_text("{}")
+
+    monkeypatch.setattr(tokenizer, "save_pretrained", save)
+    files = student_files(build_model("distilbert", num_layers=1), tokenizer)
+    assert (files["spiece.model"], files["deep/er/vocab.txt"]) == (b"\xff\x00", "ä\r\n")
+
+
+@pytest.mark.parametrize(
+    "name", ["../other.txt", "/ABSOLUTE/other.txt", "a/../../other.txt", "", "a\\..\\b", "C:\\b", "a/"]
+)
+def test_a_checkpoint_writes_nothing_outside_the_folder(name: str, tmp_path: Path) -> None:
+    name = name.replace("/ABSOLUTE", str(tmp_path))
+    files = {"config.json": build_model("gpt2", num_layers=2).config.to_json_string(), name: "x"}
+    file = save_checkpoint(tmp_path / "a.ckpt", files)
+    with pytest.raises(UserError, match=r"a.ckpt names a file .*, which is no file inside the exported folder"):
+        export_checkpoint(file, tmp_path / "below" / "exported")
+    assert not list((tmp_path / "below").iterdir())
+    assert not list(tmp_path.rglob("other.txt"))
+
+
+def test_a_checkpoint_of_an_earlier_version_is_exported(tmp_path: Path) -> None:
+    """It holds text alone, without generation_config.json."""
+    config = build_model("gpt2", num_layers=2).config.to_json_string()
+    model = export_checkpoint(save_checkpoint(tmp_path / "a.ckpt", {"config.json": config}), tmp_path / "exported")
+    names = {path.name for path in (tmp_path / "exported").iterdir()}
+    assert names == {"README.md", "config.json", "generation_config.json", "model.safetensors"}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    assert num_parameters(loaded) == num_parameters(model)
+
+
+def test_a_checkpoint_that_names_its_weights_file_gets_its_own_weights(tmp_path: Path) -> None:
+    config = build_model("gpt2", num_layers=2).config.to_json_string()
+    files = {"config.json": config, "model.safetensors": b"other weights"}
+    with pytest.raises(UserError, match="names a file 'model.safetensors'"):
+        export_checkpoint(save_checkpoint(tmp_path / "a.ckpt", files), tmp_path / "exported")
+
+
+def test_a_distilbert_leaves_the_code_of_no_one_behind(tokenizer: PreTrainedTokenizerBase) -> None:
+    student = cut_student(teacher=build_teacher("bert"), tokenizer=tokenizer, layers="half")
+    assert "generation_config.json" not in student_files(student, tokenizer)
