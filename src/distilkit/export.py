@@ -15,7 +15,6 @@ import torch
 import transformers
 from omegaconf import DictConfig
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, dynamic_module_utils
-from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from distilkit.cli import check_added, report_errors
 from distilkit.errors import UserError
@@ -45,9 +44,9 @@ def student_files(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
             if (folder / file).is_file():
                 said = json.loads((folder / file).read_text("utf-8"))
                 auto_map = said.pop("auto_map", None) or {}
-                if any(type(each).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME) for each in used):
+                if any(type(each).__module__.startswith("transformers_modules") for each in used):
                     commit = getattr(used[-1], "_commit_hash", None)
-                    said["auto_map"] = _write_code(auto_map, folder, name=used[-1].name_or_path, revision=commit)
+                    said["auto_map"] = _write_code(auto_map, folder, name=str(used[-1].name_or_path), revision=commit)
                 text = json.dumps(said, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
                 (folder / file).write_text(text, "utf-8")
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -80,7 +79,7 @@ def _write_code(auto_map: Mapping[str, Any], folder: Path, *, name: str, revisio
             except (OSError, ImportError) as error:
                 log.warning("%s of %s is not in the student's folder: %s", auto, name, str(error).splitlines()[0])
                 break
-            source = Path(dynamic_module_utils.HF_MODULES_CACHE) / cached
+            source = Path(vars(dynamic_module_utils)["HF_MODULES_CACHE"]) / cached
             for file in (source, *map(Path, dynamic_module_utils.get_relative_import_files(source))):
                 target = (folder / f"{module}.py").with_name(file.name)
                 if target.is_file() and target.read_bytes() != file.read_bytes():

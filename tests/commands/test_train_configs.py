@@ -376,7 +376,7 @@ def test_the_help_of_prepare_lists_what_decides_a_token_cache(tmp_path: Path) ->
 def test_the_help_of_export_lists_its_keys(tmp_path: Path) -> None:
     text = help_of("export", tmp_path)
     assert groups_of(text) == {}
-    assert re.findall(r"^(\w+)  +", text, re.MULTILINE) == ["ckpt", "out"]
+    assert re.findall(r"^(\w+)  +", text, re.MULTILINE) == ["ckpt", "out", "trust_remote_code"]
 
 
 @pytest.mark.parametrize("command", ["train", "prepare", "export"])
@@ -393,7 +393,7 @@ def test_the_help_ends_with_five_examples_that_compose(command: str, tmp_path: P
                 assert [OmegaConf.select(compose(command, [f"{key}={value}"]), key) for value in values.split(",")]
             else:
                 cfg = compose(command, overrides)
-                assert "teacher" in cfg or {"ckpt", "out"} == set(cfg)
+                assert "teacher" in cfg or {"ckpt", "out", "trust_remote_code"} == set(cfg)
 
 
 # ------------------------------------------------------------------ prepare, export, folders
