@@ -61,8 +61,11 @@ def lm_of_model(model: PreTrainedModel) -> LM:
 
 def load_language_model(
     name: str, *, revision: str = "main", lm: LM | None = None, trust_remote_code: bool = False, needs_head: bool = True
-) -> tuple[PreTrainedModel, LM]:
-    """Load a language model from the hub or a folder, from safetensors, in float32; ``lm=None`` reads its config."""
+) -> tuple[PreTrainedModel, LM, bool]:
+    """Load a language model from the hub or a folder, from safetensors, in float32; ``lm=None`` reads its config.
+
+    The last value tells whether the files hold its head; without ``needs_head`` it may be random.
+    """
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(name, **source)
@@ -80,11 +83,13 @@ def load_language_model(
             "(remote code needs trust_remote_code=true)"
         ) from error
     missing = sorted(key for key in info["missing_keys"] if not key.endswith("position_ids"))
+    if body := [key for key in missing if key.startswith(f"{model.base_model_prefix}.")]:
+        raise UserError(f"{', '.join(body[:4])} of {name!r} are missing from its files; give all of its files")
     if missing and needs_head:
         found = f"{name!r} has no trained language-model head: {', '.join(missing)} are missing from its files"
         cure = "use a checkpoint saved with its head, or set objective.alpha_ce=0 and objective.alpha_mse=0"
         raise UserError(f"{found}; {cure}")
-    return model, lm
+    return model, lm, not missing
 
 
 def build_from_config(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:

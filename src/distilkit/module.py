@@ -60,6 +60,7 @@ class DistillationModule(LightningModule):
         self.teacher = teacher.model if teacher else None
         self.teacher_sha256 = teacher.sha256 if teacher and objective.reads_teacher else None
         self.teacher_name = teacher.name if teacher else None
+        self.scores_teacher = teacher is not None and teacher.has_head
         self.keeps_teacher_dtype = teacher is not None and teacher.dtype == "float32"
         self.files = student_files(student, tokenizer)  # before training, so that an error in saving costs no run
         self.lm, self.objective, self.optimizer, self.seed = lm, objective, optimizer, seed
@@ -254,7 +255,7 @@ class DistillationModule(LightningModule):
 
         targets, predictions = labels[rows], {}  # (rows,)
         for prefix, model, hidden in zip(("", "teacher_"), models, states, strict=True):
-            if model is None or hidden is None:
+            if model is None or hidden is None or (prefix and not self.scores_teacher):
                 continue
             nll, predictions[prefix] = losses.score(lm_head(model, hidden[rows]), targets)  # (rows,) each
             self._count(f"{prefix}nll", nll.mean(), num_labels)

@@ -346,7 +346,7 @@ def pretrained_student(
     Padding may give the two vocabularies different sizes if the student's tokenizer is the run's. Words that only one
     vocabulary has then get no probability mass.
     """
-    student, _ = load_language_model(
+    student, *_ = load_language_model(
         name, revision=revision, trust_remote_code=trust_remote_code, lm=teacher.lm if teacher else None
     )
     if teacher is not None and student.config.vocab_size != teacher.model.config.vocab_size:

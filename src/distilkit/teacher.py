@@ -1,5 +1,6 @@
 """Load a teacher in float32 and eval mode, without gradients, and with its trained head."""
 
+import logging
 from dataclasses import dataclass
 from typing import Literal
 
@@ -7,6 +8,8 @@ from transformers import PreTrainedModel
 
 from distilkit.errors import UserError
 from distilkit.language_model import LM, check_split, load_language_model, weight_hash
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +25,7 @@ class Teacher:
     lm: LM
     sha256: str
     dtype: Literal["auto", "float32"] = "auto"
+    has_head: bool = True  # false: its head is random, since no term of the objective reads it
 
 
 def load_teacher(
@@ -42,10 +46,15 @@ def load_teacher(
         return None
     if dtype not in ("auto", "float32"):
         raise UserError(f"teacher.dtype is {dtype!r}; it takes auto or float32")
-    model, lm = load_language_model(
+    model, lm, has_head = load_language_model(
         name, revision=revision, lm=lm, trust_remote_code=trust_remote_code, needs_head=needs_head
     )
     model.eval().requires_grad_(False)
     check_split(model)
     commit = getattr(model.config, "_commit_hash", None) or revision
-    return Teacher(model=model, name=name, revision=commit, lm=lm, sha256=weight_hash(model), dtype=dtype)
+    if not has_head:
+        log.warning(
+            "%s has no trained head: it is not scored, and the head of a student that is cut from it is random", name
+        )
+    sha256 = weight_hash(model if has_head else model.base_model)
+    return Teacher(model=model, name=name, revision=commit, lm=lm, sha256=sha256, dtype=dtype, has_head=has_head)

@@ -295,7 +295,7 @@ class LanguageScore:
 
     def measure(self, job: Job) -> list[Result]:
         """Score one model; the seed draws the masks of masked accuracy."""
-        model, kind = load_language_model(job.model, revision=job.revision)
+        model, kind, _ = load_language_model(job.model, revision=job.revision)
         model.eval().requires_grad_(False).to(self.place)
         tokenizer = load_tokenizer(name=job.tokenizer or job.model, revision="main" if job.tokenizer else job.revision)
         check_vocabulary(model, tokenizer, name=job.model)
