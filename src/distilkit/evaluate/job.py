@@ -6,15 +6,15 @@ import logging
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
 
-from distilkit.cli import check_keys, check_names, set_matmul_precision
+from distilkit.cli import check_keys, check_names, in_sweep, set_matmul_precision
 from distilkit.errors import UserError
 from distilkit.evaluate.backends import check_backends
 from distilkit.evaluate.models import resolved, tokenizer_id, weights_id
@@ -55,7 +55,7 @@ class Job:
     """A model to measure: a folder or hub id, the hash of its files, its name in tables, and the results' folder.
 
     ``revision`` is the commit of a hub id where it is known. ``tokenizer`` is None for the model's own. ``cfg`` is the
-    composed config, which tasks that fine-tune read.
+    composed config, which tasks that fine-tune read. ``data`` are the hashes of the rows.
     """
 
     model: str
@@ -66,6 +66,14 @@ class Job:
     seed: int
     folder: Path
     cfg: DictConfig
+    data: Mapping[str, str] = field(default_factory=dict)
+
+
+class Refit(NamedTuple):
+    """How settings were chosen to train once more on all rows: of how many, and by which median of held-out scores."""
+
+    settings_tried: int
+    held_out: float
 
 
 class Task(Protocol):
@@ -99,8 +107,24 @@ def check_settings(cfg: DictConfig) -> None:
             f"finetune.patience={patience} needs held-out rows, but finetune.held_out={cfg.finetune.held_out}; set "
             "finetune.held_out=0.1"
         )
+    check_refit(cfg)
     if cfg.teacher is not None and not cfg.finetune.epochs:
         raise UserError("finetune.epochs=0 trains nothing, so a teacher has no effect; set teacher=null or more epochs")
+
+
+def check_refit(cfg: DictConfig) -> None:
+    """Make sure that there are held-out rows to choose by, and that what is chosen can be trained without them."""
+    if isinstance(cfg.refit, ListConfig):
+        fits = len(cfg.refit) and all(type(seed) is int and seed >= 0 for seed in cfg.refit)
+    else:
+        fits = isinstance(cfg.refit, bool)
+    if not fits:
+        raise UserError(f"refit={cfg.refit}, but it takes true, false or a list of seeds")
+    if cfg.refit and not (cfg.finetune.held_out and cfg.finetune.patience is None):
+        raise UserError(
+            f"refit={cfg.refit} takes the best setting of a sweep by held-out rows and trains it on all rows, which needs "
+            "finetune.held_out=0.1 and finetune.patience=null; grid=bert sets the first"
+        )
 
 
 def _check_numbers(cfg: DictConfig) -> None:
@@ -151,11 +175,8 @@ def product_precision(cfg: DictConfig) -> dict[str, str]:
     return {} if cfg.matmul_precision == "highest" else {"matmul_precision": cfg.matmul_precision}
 
 
-def evaluate(cfg: DictConfig) -> float | None:
-    """Run one job, unless it is recorded already, and return the score on held-out rows, if there are any.
-
-    Sweepers see this score only, so that nothing is selected on the scored split.
-    """
+def prepare(cfg: DictConfig, *, refit: bool = False) -> tuple[Task, Job]:
+    """Check a job's settings, read its data, and return its task and what it is known by."""
     check_settings(cfg)
     set_matmul_precision(cfg.matmul_precision)
     if cfg.card:
@@ -178,8 +199,23 @@ def evaluate(cfg: DictConfig) -> float | None:
     ids: dict[str, str | None] = {"model": model_id, **data}
     ids["tokenizer"] = None if cfg.tokenizer is None else tokenizer_id(cfg.tokenizer)
     ids["teacher"] = None if cfg.teacher is None else weights_id(cfg.teacher, revision="main")
+    ids |= {"refit": "true"} if refit else {}
     folder = Path(cfg.output_dir).expanduser() / name / task.name / f"seed{cfg.seed}-{job_id(cfg, ids=ids)}"
-    folder = folder.resolve()
+    given = {key: cfg[key] for key in ("model", "tokenizer", "seed")}
+    about: Any = {"revision": revision, "sha256": model_id, "name": name, "folder": folder.resolve(), "data": data}
+    return task, Job(**given, **about, cfg=cfg)
+
+
+def evaluate(cfg: DictConfig, *, refit: Refit | None = None) -> float | None:
+    """Run one job, unless it is recorded already, and return the score on held-out rows, if there are any.
+
+    Sweepers see this score only, so that nothing is selected on the scored split. ``refit`` tells how the settings of
+    this job were chosen.
+    """
+    if cfg.refit and not in_sweep():
+        raise UserError(f"refit={cfg.refit} follows a sweep of settings; add grid=bert, or set refit=false")
+    task, job = prepare(cfg, refit=refit is not None)
+    folder = job.folder
     lacks_model = task.trains and cfg.save_model and cfg.finetune.epochs and not (folder / "model").is_dir()
     lacks_more = any(not (folder / backend / FILE).is_file() for backend in cfg.backends)
     lacks_more |= bool(cfg.task.get("submission")) and not (folder / "submission").is_dir()
@@ -187,21 +223,23 @@ def evaluate(cfg: DictConfig) -> float | None:
         log.info("already scored; delete %s to score it again", folder)
         results = read_results([folder])
     else:
-        cfg.output_dir, cfg.name = str(folder), name  # where loggers write
-        given = {key: cfg[key] for key in ("model", "tokenizer", "seed")}
-        job = Job(**given, revision=revision, sha256=model_id, name=name, folder=folder, cfg=cfg)
-        more, node = {**data, **product_precision(cfg)}, OmegaConf.to_container(cfg.task, resolve=True)
+        cfg.output_dir, cfg.name = str(folder), job.name  # where loggers write
+        more: dict[str, Any] = {**job.data, **product_precision(cfg)}
+        node = OmegaConf.to_container(cfg.task, resolve=True)
+        more |= {"refit": True, "settings_tried": refit.settings_tried} if refit else {}
         results = [
             replace(each, settings=each.settings | more, details=each.details | {"task": node})
             for each in task.measure(job)
         ]
+        if refit:
+            results = [replace(each, held_out=refit.held_out) for each in results]
         for each in results:
             if each.folder is not None:  # of a backend
                 write_results(Path(each.folder), [each])
         write_results(folder, [each for each in results if each.folder is None])
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # they were for resuming
     if cfg.card:
-        write_card(Path(cfg.model), read_results([folder.parents[1]]), model_id=model_id)
+        write_card(Path(cfg.model), read_results([folder.parents[1]]), model_id=job.sha256)
     _show(results, folder)
     return results[0].held_out
 
