@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from pytorch_lightning import LightningDataModule, LightningModule
@@ -20,11 +20,11 @@ Feature = Mapping[str, Any]
 Logits = tuple[Tensor, ...]
 
 
-class FinetuningTask(Protocol):
-    """What a model can be fine-tuned on: ``TextTask`` and ``QuestionTask``.
+class Trainable(Protocol):
+    """What a model can be trained on.
 
-    Features hold ``INPUTS``, each an array of ints, and ``target`` for training. Logits are a tuple with one tensor for
-    each output of the head.
+    Features hold ``INPUTS``, each an array of ints, and ``target``. Logits are a tuple with one tensor for each output
+    of the head.
     """
 
     name: str
@@ -32,12 +32,28 @@ class FinetuningTask(Protocol):
     auto_class: ClassVar[Any]
 
     @property
-    def metrics(self) -> Sequence[str]:
-        """Return the names of the metrics whose mean is the score."""
-
-    @property
     def head(self) -> dict[str, Any]:
         """Return the fields of a model's config that determine a new head."""
+
+    def check_head(self, model: PreTrainedModel, *, name: str) -> None:
+        """Make sure that a fine-tuned model has the outputs of this task."""
+
+    def logits(self, outputs: Any, attention_mask: Tensor) -> Logits:
+        """Take the logits from a model's output, without mass on padding."""
+
+    def hard_loss(self, logits: Logits, targets: Tensor) -> Tensor:
+        """Return the mean loss against the labels."""
+
+    def soft_loss(self, logits: Logits, teacher_logits: Logits, *, temperature: float) -> Tensor:
+        """Return the mean loss against the teacher."""
+
+
+class FinetuningTask(Trainable, Protocol):
+    """What a model can be fine-tuned on and scored by rows: ``TextTask``, ``QuestionTask`` and ``EntityTask``."""
+
+    @property
+    def metrics(self) -> Sequence[str]:
+        """Return the names of the metrics whose mean is the score."""
 
     def train_examples(self) -> list[Any]:
         """Read the training split."""
@@ -48,20 +64,8 @@ class FinetuningTask(Protocol):
     def unlabelled_examples(self) -> dict[str, list[Any]]:
         """Read the splits to predict for a leaderboard, by its name of each."""
 
-    def check_head(self, model: PreTrainedModel, *, name: str) -> None:
-        """Make sure that a fine-tuned model has the outputs of this task."""
-
     def encode(self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
         """Turn examples into features."""
-
-    def logits(self, outputs: Any, attention_mask: Tensor) -> Logits:
-        """Take the logits from a model's output, without mass on padding."""
-
-    def hard_loss(self, logits: Logits, targets: Tensor) -> Tensor:
-        """Return the mean loss against the labels."""
-
-    def soft_loss(self, logits: Logits, teacher_logits: Logits, *, temperature: float) -> Tensor:
-        """Return the mean loss against the teacher."""
 
     def rows(self, logits: Sequence[Logits], features: Sequence[Feature], examples: Sequence[Any]) -> Rows:
         """Return what the model says of each example of a split; ``metrics`` score it."""
@@ -150,7 +154,7 @@ class FinetuningModule(LightningModule):
         *,
         model: PreTrainedModel,
         teacher: PreTrainedModel | None,
-        task: FinetuningTask,
+        task: Trainable,
         lr: float,
         weight_decay: float,
         warmup_share: float,
@@ -215,7 +219,8 @@ class FinetuningModule(LightningModule):
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         logits = [self.collected[row] for row in range(len(self.collected))]
         self.collected = {}
-        scores = measure(self.task.metrics, self.task.rows(logits, data.held_out, data.held_out_examples))
+        task = cast(FinetuningTask, self.task)
+        scores = measure(task.metrics, task.rows(logits, data.held_out, data.held_out_examples))
         self.log("held_out", sum(scores.values()) / len(scores), prog_bar=True)
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[int, Logits]:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distilkit.errors import UserError
 from distilkit.evaluate.backends import in_backend
-from distilkit.evaluate.finetune import Batches, FinetuningModule, FinetuningTask, Logits, hold_out
+from distilkit.evaluate.finetune import Batches, FinetuningModule, FinetuningTask, Logits, Trainable, hold_out
 from distilkit.evaluate.job import PLACES, Job
 from distilkit.evaluate.leaderboard import write_submission
 from distilkit.evaluate.models import described, inputs_of, load_task_model, load_task_tokenizer
@@ -47,13 +47,7 @@ def finetune_and_score(task: FinetuningTask, job: Job) -> list[Result]:
         batch_size=cfg.finetune.batch_size,
         seed=job.seed,
     )
-    knobs = {key: cfg.finetune[key] for key in ("lr", "weight_decay", "warmup_share")}
-    module = FinetuningModule(model=model, teacher=teacher, task=task, **knobs, **cfg.distil, seed=job.seed)
-    timer = Timer()  # it counts across resumed runs
-    trainer = build_trainer(cfg, folder=job.folder, timer=timer)
-    if trains:
-        fit(trainer, module, data, checkpoints=job.folder / "checkpoints")
-
+    module, trainer, timer = train(task, job, model=model, teacher=teacher, data=data)
     start, held_out_score = time.perf_counter(), None
     model.eval()
     if held_out:
@@ -110,6 +104,20 @@ def finetune_and_score(task: FinetuningTask, job: Job) -> list[Result]:
     return results
 
 
+def train(
+    task: Trainable, job: Job, *, model: PreTrainedModel, teacher: PreTrainedModel | None, data: Batches
+) -> tuple[FinetuningModule, Trainer, Timer]:
+    """Fine-tune a model for the job's epochs, if there are any."""
+    cfg = job.cfg
+    knobs = {key: cfg.finetune[key] for key in ("lr", "weight_decay", "warmup_share")}
+    module = FinetuningModule(model=model, teacher=teacher, task=task, **knobs, **cfg.distil, seed=job.seed)
+    timer = Timer()  # it counts across resumed runs
+    trainer = build_trainer(cfg, folder=job.folder, timer=timer)
+    if cfg.finetune.epochs:
+        fit(trainer, module, data, checkpoints=job.folder / "checkpoints")
+    return module, trainer, timer
+
+
 def _score(
     task: FinetuningTask,
     logits: Mapping[str, Sequence[Logits]],
@@ -130,9 +138,7 @@ def _score(
     return scores
 
 
-def load_models(
-    task: FinetuningTask, job: Job
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, PreTrainedModel | None]:
+def load_models(task: Trainable, job: Job) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, PreTrainedModel | None]:
     """Load the model with a new head, or with its own if nothing is trained, its tokenizer, and the teacher, if any."""
     cfg = job.cfg
 

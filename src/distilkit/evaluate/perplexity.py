@@ -24,6 +24,7 @@ from distilkit.evaluate.job import Job
 from distilkit.evaluate.models import described
 from distilkit.evaluate.rows import rows_hash
 from distilkit.language_model import (
+    LM,
     check_positions,
     check_split,
     last_hidden_state,
@@ -296,8 +297,12 @@ class LanguageScore:
     def measure(self, job: Job) -> list[Result]:
         """Score one model; the seed draws the masks of masked accuracy."""
         model, kind, _ = load_language_model(job.model, revision=job.revision)
-        model.eval().requires_grad_(False).to(self.place)
         tokenizer = load_tokenizer(name=job.tokenizer or job.model, revision="main" if job.tokenizer else job.revision)
+        return [self.result(job, model, tokenizer, kind=kind)]
+
+    def result(self, job: Job, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, kind: LM) -> Result:
+        """Score a loaded model, which is a job's or was fine-tuned from it."""
+        model.eval().requires_grad_(False).to(self.place)
         check_vocabulary(model, tokenizer, name=job.model)
         check_split(model)
         tensors = weight_hash(model)  # the id of a teacher in training runs
@@ -312,23 +317,21 @@ class LanguageScore:
         task = next(iter(scores))
         seconds = time.perf_counter() - start
         settings = {"max_tokens": self.max_tokens, "block_size": block_size}
-        return [
-            Result(
-                name=job.name,
-                model=job.model,
-                sha256=job.sha256,
-                **described(model),
-                task=task,
-                kind="language_model",
-                seed=job.seed if kind == "mlm" else None,  # the perplexity of a causal model draws nothing
-                settings={**settings, "vocabulary": len(tokenizer), **own},
-                scores=scores,
-                score=scores[task],
-                higher_is_better=False,
-                details={**counts, "rows": {"text": len(rows)}, "weights_sha256": tensors},
-                cost=cost(seconds=seconds, tokens=counts["tokens"], device=str(self.place)),
-            )
-        ]
+        return Result(
+            name=job.name,
+            model=job.model,
+            sha256=job.sha256,
+            **described(model),
+            task=task,
+            kind="language_model",
+            seed=job.seed if kind == "mlm" else None,  # the perplexity of a causal model draws nothing
+            settings={**settings, "vocabulary": len(tokenizer), **own},
+            scores=scores,
+            score=scores[task],
+            higher_is_better=False,
+            details={**counts, "rows": {"text": len(rows)}, "weights_sha256": tensors},
+            cost=cost(seconds=seconds, tokens=counts["tokens"], device=str(self.place)),
+        )
 
     def _window(self, model: PreTrainedModel, *, name: str) -> int:
         """Return the tokens of a window, which must fit the model and the stride."""
