@@ -1,6 +1,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerBase
 
 import distilkit.train
 from distilkit.errors import UserError
-from distilkit.language_model import weight_hash
+from distilkit.language_model import last_hidden_state, lm_of_model, weight_hash
+from distilkit.probe import probe
+from distilkit.student import cut_student
 from distilkit.teacher import load_teacher
 from jobs import QUIET, SMALL, call
 from tiny import build_model
@@ -21,6 +24,70 @@ def test_a_teacher_is_frozen_in_eval_mode_and_float32_however_it_was_stored(tmp_
     assert teacher.lm == "mlm"
     assert not any(module.training for module in teacher.model.modules())
     assert all(p.dtype == torch.float32 and not p.requires_grad for p in teacher.model.parameters())
+
+
+OWN_CODE = """
+from transformers import {base}Config, {base}{head}
+
+class OwnConfig({base}Config):
+    model_type = "my_own"
+
+class OwnModel({base}{head}):
+    config_class = OwnConfig
+"""
+
+
+def save_with_code(folder: Path, model_type: str, *, code: str, auto_class: str) -> str:
+    """Save a model whose type transformers does not know, with the code that defines it."""
+    build_model(model_type, num_layers=4).save_pretrained(folder)
+    (folder / "modeling_own.py").write_text(code, "utf-8")
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    auto_map = {"AutoConfig": "modeling_own.OwnConfig", auto_class: "modeling_own.OwnModel"}
+    config |= {"model_type": "my_own", "architectures": ["OwnModel"], "auto_map": auto_map}
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+    return str(folder)
+
+
+@pytest.fixture
+def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the code that transformers copies out of the user's cache."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+
+
+@pytest.mark.usefixtures("own_modules")
+@pytest.mark.parametrize(
+    "model_type, base, head, auto_class, lm",
+    [
+        ("roberta", "Roberta", "ForMaskedLM", "AutoModelForMaskedLM", "mlm"),
+        ("gpt2", "GPT2", "LMHeadModel", "AutoModelForCausalLM", "clm"),
+    ],
+)
+def test_a_model_type_of_its_own_is_loaded_cut_and_read_with_its_code(
+    model_type: str, base: str, head: str, auto_class: str, lm: Any, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    code = OWN_CODE.format(base=base, head=head)
+    folder = save_with_code(tmp_path / "own", model_type, code=code, auto_class=auto_class)
+    with pytest.raises(UserError, match=r"cannot load folder .*remote code needs trust_remote_code=true"):
+        load_teacher(name=folder)
+    for given in (None, lm):
+        teacher = load_teacher(name=folder, trust_remote_code=True, lm=given)
+        assert teacher is not None and type(teacher.model).__name__ == "OwnModel"
+        assert teacher.lm == lm_of_model(teacher.model) == lm
+    student = cut_student(teacher=teacher, tokenizer=tokenizer, layers="half")
+    probe(student=student, teacher=teacher, tokenizer=tokenizer, apart=True, max_length=64)
+    plain = build_model(model_type, num_layers=4)
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(last_hidden_state(teacher.model, ids), last_hidden_state(plain, ids))
+
+
+@pytest.mark.usefixtures("own_modules")
+@pytest.mark.parametrize("code", ["import a_package_that_nobody_has", "raise AttributeError('of an older version')"])
+def test_code_that_fails_is_an_error(code: str, tmp_path: Path) -> None:
+    folder = save_with_code(tmp_path / "own", "bert", code=code, auto_class="AutoModelForMaskedLM")
+    with pytest.raises(UserError, match=r"cannot load folder .*: .*(a_package_that_nobody_has|of an older version)"):
+        load_teacher(name=folder, trust_remote_code=True)
 
 
 def test_no_name_is_no_teacher() -> None:

@@ -1,6 +1,5 @@
 """Load a Hugging Face language model, and run its head separately, so that only chosen tokens need logits."""
 
-import functools
 import hashlib
 import inspect
 from collections.abc import Mapping
@@ -67,6 +66,8 @@ def load_language_model(
     The last value tells whether the files hold its head; without ``needs_head`` it may be random.
     """
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    # A model's own code fails in its own ways.
+    expected: Any = Exception if trust_remote_code else (OSError, ValueError, ImportError)
     try:
         config = AutoConfig.from_pretrained(name, **source)
         lm = lm or lm_of(config.model_type, config.architectures, getattr(config, "auto_map", None))
@@ -75,10 +76,10 @@ def load_language_model(
         )
     except UserError:
         raise
-    except (OSError, ValueError) as error:
-        where, reason = "folder" if Path(name).is_dir() else "hub id", str(error).strip().splitlines()[0]
+    except expected as error:
+        where, reason = "folder" if Path(name).is_dir() else "hub id", str(error).strip().partition("\n")[0]
         raise UserError(
-            f"cannot load {where} {name!r} at revision {revision!r}: {reason} "
+            f"cannot load {where} {name!r} at revision {revision!r}: {reason or type(error).__name__} "
             "A hub id needs the network or the Hugging Face cache; a folder needs config.json and model.safetensors "
             "(remote code needs trust_remote_code=true)"
         ) from error
@@ -143,11 +144,6 @@ def _apart(model: PreTrainedModel, document_ids: Tensor, *, causal: bool) -> Ten
     return full if types or window is None else mask(sliding)
 
 
-@functools.cache
-def _arguments(backbone: type[PreTrainedModel]) -> frozenset[str]:
-    return frozenset(inspect.signature(backbone.forward).parameters)
-
-
 def last_hidden_state(
     model: PreTrainedModel, ids: Tensor, *, attention_mask: Tensor | None = None, document_ids: Tensor | None = None
 ) -> Tensor:
@@ -161,7 +157,7 @@ def last_hidden_state(
     arguments: dict[str, Any] = {"use_cache": False} if causal else {}
     if document_ids is None:
         arguments["attention_mask"] = attention_mask
-    elif "position_ids" in _arguments(type(model.base_model)):
+    elif "position_ids" in inspect.signature(model.base_model.forward).parameters:
         arguments["position_ids"] = _restarting_positions(model, ids, document_ids)
     if use_attention(model):
         arguments["document_ids"] = document_ids
@@ -184,8 +180,8 @@ def lm_head(model: PreTrainedModel, states: Tensor) -> Head:
     parts: Any = model
     output = parts.get_output_embeddings()
     bias, features = output.bias, states
-    predictions = getattr(getattr(parts, "cls", parts), "predictions", None)
-    block = getattr(parts, "generator_predictions", None) or predictions or getattr(parts, "lm_head", None)
+    predictions: Any = getattr(getattr(parts, "cls", parts), "predictions", None)
+    block: Any = getattr(parts, "generator_predictions", None) or predictions or getattr(parts, "lm_head", None)
     if hasattr(predictions, "transform"):  # as in BERT
         features = predictions.transform(states)
     elif hasattr(block, "dense"):  # as in RoBERTa, ELECTRA and ALBERT

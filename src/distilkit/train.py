@@ -74,10 +74,10 @@ def build(cfg: DictConfig) -> Job:
     tokenizer = instantiate(cfg.tokenizer)
     teacher = instantiate(cfg.teacher, needs_head=objective.reads_teacher_logits)
     student = instantiate(cfg.student)(teacher=teacher, tokenizer=tokenizer)
-    apart = not cfg.data.get("attend_across_documents", True)
+    apart = cfg.data.packing == "blocks" and not cfg.data.attend_across_documents
     probe(student=student, teacher=teacher, tokenizer=tokenizer, apart=apart, max_length=cfg.data.block_size)
     _apply_options(cfg, teacher=teacher, student=student)
-    lm = lm_of_model(student)
+    lm = teacher.lm if teacher else lm_of_model(student)
     data = instantiate(cfg.data, tokenizer=tokenizer, lm=lm)
     module = DistillationModule(
         student=student,
