@@ -7,7 +7,6 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from distilkit.cli import check_added, check_keys, report_errors
-from distilkit.data.cache import open_cache
 
 
 @hydra.main(version_base="1.3", config_path="pkg://distilkit.conf.train", config_name="prepare")
@@ -18,7 +17,7 @@ def main(cfg: DictConfig) -> None:
     check_keys(cfg)
     tokenizer = instantiate(cfg.tokenizer)
     data = instantiate(cfg.data, tokenizer=tokenizer, lm="clm" if tokenizer.mask_token_id is None else "mlm")
-    cache = open_cache(data.prepare(), tokenizer)
+    cache = data.open()
     print(
         json.dumps({"cache": str(cache.folder), "documents": cache.meta["documents"], "tokens": cache.meta["tokens"]})
     )

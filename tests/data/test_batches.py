@@ -1,4 +1,5 @@
 import collections
+import dataclasses
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -14,11 +15,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from distilkit.data.batches import DistillationDataModule, MicroBatches, StepSampler, split_step
+from distilkit.data.text_files import TextFiles
 from distilkit.errors import UserError
 from distilkit.language_model import Batch
 from distilkit.losses import IGNORE_INDEX
 from streams import CLS, MASKING, PAD, SEP, MakeBlocks, causal_or_not, originals, stream_of
-from tiny import SPECIAL, make_documents
+from tiny import SPECIAL, WORDS, make_documents
 
 
 def sampler_of(num_blocks: int, batch: int, *, rank: int = 0, ranks: int = 1, seed: int = 0) -> StepSampler:
@@ -365,8 +367,10 @@ def make_module(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> MakeModul
             "lm": "mlm",
         }
         module = DistillationDataModule(
-            corpus=Texts(num_documents),
-            **{"tokenizer": tokenizer, "masking": MASKING, "cache_dir": str(tmp_path)} | sizes | options | fields,
+            **{"corpus": Texts(num_documents), "tokenizer": tokenizer, "masking": MASKING, "cache_dir": str(tmp_path)}
+            | sizes
+            | options
+            | fields,
         )
         if ranks:
             strategy = SimpleNamespace(root_device=torch.device("cpu"))
@@ -630,3 +634,29 @@ def test_documents_are_what_the_tokenizer_makes_of_them(
 def test_a_packing_that_does_not_exist_is_an_error(make_module: MakeModule) -> None:
     with pytest.raises(UserError, match=r"data\.packing=rows, but it must be blocks or documents"):
         make_module(packing="rows")
+
+
+@pytest.mark.parametrize(("whole_word", "probability"), [(True, 0.01), (False, 0.15)])
+def test_blocks_without_a_token_to_predict_are_an_error(
+    make_module: MakeModule, tmp_path: Path, whole_word: bool, probability: float
+) -> None:
+    masking = dataclasses.replace(MASKING, whole_word=whole_word, mlm_probability=probability)
+    if whole_word:  # of a block of 32 one token may be chosen, but each word has two or three
+        texts = (f"{WORDS[n]}{WORDS[1]}{WORDS[2]}" + f" {WORDS[3]}{WORDS[n % 24]}" * 13 for n in range(50))
+    else:  # seven of eight tokens are unknown, and most blocks hold nothing else
+        texts = ("unknown " * 600 + " ".join(WORDS) + f" {WORDS[n]}" for n in range(50))
+    (tmp_path / "a.txt").write_text("\n".join(texts), "utf-8")
+    corpus = TextFiles(paths=str(tmp_path / "a.txt"), document="line")
+    module = make_module(masking=masking, corpus=corpus, block_size=32, global_batch_size=2, val_share=0.5)
+    with pytest.raises(UserError, match=r"of \d+ batches of 2 blocks \d+ have no token to predict: .*whole_word=false"):
+        module.setup()
+
+
+def test_a_corpus_of_one_document_names_the_other_way_to_cut_it(make_module: MakeModule, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n".join(make_documents(200)), "utf-8")
+    message = "held out no document; add text or set a larger share"
+    for document, cure in (("blank_line", ", or data.corpus.document=line if each line is a document"), ("line", "")):
+        corpus = TextFiles(paths=str(tmp_path / "a.txt"), document=document)
+        module = make_module(corpus=corpus, val_share=1e-6)
+        with pytest.raises(UserError, match=f"{message}{cure}$"):
+            module.setup()

@@ -3,6 +3,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,13 +18,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from filelock import FileLock
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from distilkit.data import cache
-from distilkit.data.cache import cache_key, open_cache, prepare, separator_id, split_of, tokenize
+from distilkit.data.cache import TokenCache, cache_key, open_cache, prepare, separator_id, split_of, tokenize
+from distilkit.data.corpus import write_documents
 from distilkit.data.text_files import TextFiles
-from distilkit.data.tokenizer import tokenizer_hash
+from distilkit.data.tokenizer import num_ids, tokenizer_hash, train_tokenizer
 from distilkit.errors import UserError
 from tiny import SPECIAL, VOCABULARY, make_documents
 
@@ -463,3 +466,110 @@ def test_a_corpus_may_be_larger_than_memory(
     folder = prepare(texts, tokenizer, cache_dir=tmp_path, val_share=0.5, **limits)
     assert sum(open_cache(folder, tokenizer).meta["documents"].values()) == 500
     assert 10 <= CountedText.most <= 21  # the batch that is read and the one before it
+
+
+def test_documents_without_a_token_are_an_empty_corpus(tmp_path: Path) -> None:
+    tokenizer = small_tokenizer(["a", "b"], sep_token="b")
+    tokenizer.backend_tokenizer.normalizer = normalizers.BertNormalizer()
+    with pytest.raises(UserError, match="the corpus is empty: it has no token in its 3 documents: the tokenizer drops"):
+        prepare(Texts(["\u200b\u200b", "\ufeff\u200d", "\x00"]), tokenizer, cache_dir=tmp_path, val_share=0.5)
+    assert folders(tmp_path) == []
+
+
+def opened(cache_dir: Path, tokenizer: PreTrainedTokenizerBase, documents: list[str], name: str) -> TokenCache:
+    folder = prepare(Texts(documents, name=name), tokenizer, cache_dir=cache_dir, val_share=0.001)
+    return open_cache(folder, tokenizer)
+
+
+def test_a_corpus_of_unknown_tokens_is_an_error_and_one_of_many_a_warning(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    for known in (0, 9):  # of 100 tokens; separators do not count
+        documents = ["ประเทศ"] * (100 - known) + ["ba"] * known
+        with pytest.raises(
+            UserError, match=rf"{100 - known}.0% of the tokens of the corpus .* are \[UNK\].*tokenizer=bpe"
+        ):
+            opened(tmp_path, tokenizer, documents, f"nearly all, {known}")
+    assert not caplog.text
+    opened(tmp_path, tokenizer, ["unheard"] * 40 + ["ba"] * 60, "many")
+    assert re.search(r"40\.0% of the tokens .* are \[UNK\], unknown to the tokenizer; a tokenizer", caplog.text)
+    caplog.clear()
+    opened(tmp_path, tokenizer, ["unheard"] * 9 + ["ba"] * 91, "few")
+    assert not caplog.text
+
+
+def test_a_separator_that_is_the_unknown_token_is_no_unknown_token(tmp_path: Path) -> None:
+    gpt2 = small_tokenizer(["a", "b"], eos_token="a", unk_token="a")
+    opened(tmp_path, gpt2, ["a"] * 20, "ends")
+
+
+def test_arrays_are_as_long_as_the_highest_id_where_ids_are_skipped(tmp_path: Path) -> None:
+    ids = {"[UNK]": 0, "[SEP]": 1, "a": 2, "b": 7}  # as by a vocab.txt that holds a word twice
+    backend = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    gaps = PreTrainedTokenizerFast(tokenizer_object=backend, sep_token="[SEP]", unk_token="[UNK]")
+    assert (len(gaps), num_ids(gaps)) == (4, 8)
+    cache = opened(tmp_path, gaps, ["a b", "b b b"], "gaps")
+    assert cache.token_counts.tolist() == [0, 2, 1, 0, 0, 0, 0, 4]
+
+
+def test_a_finished_cache_is_used_without_its_lock(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = Texts(make_documents(20))
+    first = prepare(texts, tokenizer, cache_dir=tmp_path, val_share=0.2)
+    (tmp_path / f"{first.name}.lock").unlink(missing_ok=True)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    assert prepare(texts, tokenizer, cache_dir=tmp_path, val_share=0.2) == first
+    with pytest.raises(UserError, match=rf"cache_dir={tmp_path} cannot be written \(\[Errno 30\] Read-only .* another"):
+        prepare(texts, tokenizer, cache_dir=tmp_path, val_share=0.3)
+
+
+@pytest.mark.parametrize("place", ["file", "file/cache", "closed/cache", "link"])
+def test_a_cache_dir_that_cannot_be_used_is_an_error(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    (tmp_path / "file").write_text("no folder", "utf-8")
+    (tmp_path / "link").symlink_to("link")
+    stat = Path.stat
+
+    def refuse(path: Path, **options: Any) -> os.stat_result:
+        if "closed" in path.parts:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    cache_dir, corpus = tmp_path / place, Texts(["ba be"])
+    message = rf"cache_dir={cache_dir} cannot be written \(.*\); set cache_dir or DISTILKIT_CACHE to another folder"
+    with pytest.raises(UserError, match=message):
+        prepare(corpus, tokenizer, cache_dir=cache_dir, val_share=0.2)
+    settings = {"model": "bpe", "vocab_size": 300, "lowercase": False, "max_documents": 9}
+    with pytest.raises(UserError, match=message):
+        train_tokenizer(corpus=corpus, cache_dir=str(cache_dir), **settings)
+    with pytest.raises(UserError, match=message):
+        write_documents(["ba be"], cache_dir)
+
+
+def test_a_process_that_waits_for_another_one_says_so(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, start_child: StartChild, caplog: pytest.LogCaptureFixture
+) -> None:
+    documents = make_documents(10)
+    child = start_child("main", documents)
+    wait_for(tmp_path / "child-waits")
+    acquire = FileLock.acquire
+
+    def free_the_child(lock: Any, timeout: float = -1) -> Any:
+        if timeout:
+            (tmp_path / "main").touch()
+        return acquire(lock, timeout)
+
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level("INFO"):
+        patch.setattr(FileLock, "acquire", free_the_child)
+        folder = prepare(Texts(documents), tokenizer, cache_dir=tmp_path / "cache", val_share=0.2)
+    assert f"another process makes {folder}; waiting for it" in caplog.text
+    assert child.wait(120) == 0

@@ -62,6 +62,11 @@ def test_the_docstrings_of_a_module_are_listed_outermost_first(tmp_path: Path) -
         (b'"""Half: \\ud83d."""\nclass A:\n    """Whole."""', ["Whole."]),
         (rb'"""An invalid \escape."""', [r"An invalid \escape."]),
         (b"", []),
+        (b'\xef\xbb\xbf"""Marked."""', ["Marked."]),
+        (b"x = " + b"(" * 100_000, []),
+        (b"x = " + b"-" * 100_000 + b"1", []),
+        (b"x = " + b"1" * 100_000, []),
+        ('"""Wide."""'.encode("utf-16"), []),
     ],
 )
 @pytest.mark.filterwarnings("error")
@@ -79,6 +84,11 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     write(root / "deep/copy.py", '"""Copy."""\n')
     write(root / "tests/test_a.py", '"""Not a test."""\n')
     write(root / "broken.py", "def")
+    write(root / "deep/._b.py", b'"""Resource fork."""')
+    write(root / ".ipynb_checkpoints/a-checkpoint.py", '"""Checkpoint."""')
+    (root / "gone.py").symlink_to("nowhere.py")
+    (root / "back").symlink_to(".")
+    (root / "link.py").symlink_to("a.py")
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     return "littlepackage"
 

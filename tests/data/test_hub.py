@@ -7,6 +7,8 @@ import datasets
 import pytest
 from omegaconf import OmegaConf
 
+from distilkit.data import corpus as corpus_module
+from distilkit.data import hub as hub_module
 from distilkit.data.hub import HubDataset, MultilingualWikipedia, sampling_probabilities
 from distilkit.errors import UserError
 
@@ -170,3 +172,29 @@ def test_no_language_is_an_error() -> None:
 def test_an_exponent_out_of_range_is_an_error(exponent: float) -> None:
     with pytest.raises(UserError, match=rf"exponent={exponent}, but it must be between 0 .* and 1"):
         MultilingualWikipedia(languages=["en"], date="2023", exponent=exponent, seed=0)
+
+
+def test_an_empty_cell_is_no_text_and_an_empty_value_of_another_kind_is_an_error(hub: Hub) -> None:
+    hub[None] = rows_of(text=["a", None, "", "b"])
+    assert list(HubDataset(path="web").documents()) == ["a", "b"]
+    for value in (0, 0.0, False, [], ["a"]):
+        hub[None] = rows_of(text=[value])
+        with pytest.raises(UserError, match=rf"row 0: column 'text' holds {type(value).__name__}, not text; name the"):
+            list(HubDataset(path="web").documents())
+
+
+@pytest.mark.parametrize("options", [{"rows_per_document": 10**9}, {"document_start": "never"}])
+def test_rows_that_never_end_a_document_are_cut_into_several(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    for module in (corpus_module, hub_module):
+        monkeypatch.setattr(module, "LONGEST", 100)
+    hub[None] = rows_of(text=["ten digits"] * 95)
+    documents = list(HubDataset(path="web", **options).documents())
+    assert len(documents) > 5
+    assert "\n".join(documents) == "\n".join(["ten digits"] * 95)
+
+
+def test_a_pattern_that_is_none_is_an_error() -> None:
+    with pytest.raises(UserError, match=r"document_start='\(' is no regular expression: .*; mend the pattern"):
+        HubDataset(path="web", document_start="(")

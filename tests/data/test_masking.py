@@ -389,3 +389,17 @@ def test_uniform_numbers_are_even_and_never_0_or_1() -> None:
     assert abs(chi_square(found, np.full(100, 1000.0))) < 5
     bits = np.array([2**63, 2**62], dtype=np.uint64)
     assert to_uniform(bits) == pytest.approx([0.5, 0.25])
+
+
+def test_a_random_word_is_one_that_there_is_where_ids_are_skipped() -> None:
+    ids = {"[PAD]": 0, "[UNK]": 1, "[SEP]": 2, "[MASK]": 3, "a": 4, "b": 9, "▁c": 20}
+    backend = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    gaps = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    for smoothing, whole_word in ((0.0, False), (0.7, True)):
+        masking = Masking(
+            mlm_probability=0.5, mask_share=0.0, random_share=1.0, smoothing=smoothing, whole_word=whole_word
+        )
+        masker = Masker(masking, tokenizer=gaps, token_counts=np.ones(21, dtype=np.int64), seed=0)
+        masked, labels = masker(np.full((50, 40), 20), epoch=0, samples=np.arange(50))
+        assert set(masked[labels != IGNORE_INDEX].tolist()) == {4, 9, 20}

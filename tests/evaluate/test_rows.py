@@ -194,3 +194,33 @@ def test_a_data_set_of_the_hub_is_read_and_its_absence_is_explained(
     assert found == [Example(texts=("one",), label=1), Example(texts=("two",), label=0)]
     with pytest.raises(UserError, match="cannot open data set 'nobody/nothing' .*task.data_dir=<folder>"):
         read(HubSplit(path="nobody/nothing", split="train"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("dev.jsonl", '[{"sentence": "one", "label": 1}]', "line 1 is a JSON array, not an object"),
+        ("dev.jsonl", '{"sentence": "one", "label": ' + "1" * 5000 + "}", "line 1 holds a number of more digits"),
+        ("dev.jsonl", '{"sentence": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 1 holds lists within lists"),
+        ("dev.jsonl", '{"sentence": null, "label": 1}', "line 1 has no text in sentence"),
+        ("dev.csv", "sentence,label\nto be, or not,1\n", "line 2 has 3 fields, but the header has 2"),
+        ("dev.csv", 'sentence,label\n"open,1\n', "row that begins in line 2 cannot be read"),
+        ("dev.tsv", "sentence\tlabel\none\t" + "1" * 5000, "line 2 has label '1111"),
+    ],
+)
+def test_what_is_wrong_with_a_row_is_said(tmp_path: Path, name: str, content: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read(written(tmp_path, name, content))
+
+
+def test_white_space_around_the_names_of_a_header_is_none_of_them(tmp_path: Path) -> None:
+    split = written(tmp_path, "dev.CSV", "sentence, label \none,1\n")
+    assert read(split) == [Example(texts=("one",), label=1)]
+
+
+def test_hidden_files_are_no_part_of_a_task_and_capitals_are(tmp_path: Path) -> None:
+    for name in ("train/pos/a.TXT", "train/pos/._a.txt", "train/.ipynb_checkpoints/a.txt", "._train"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("\ufeffgood", "utf-8")
+    found = read(FileSplit(folder=tmp_path, file="*train"), texts=["text"], labels=["neg", "pos"])
+    assert found == [Example(texts=("good",), label=1)]

@@ -24,6 +24,8 @@ from distilkit.losses import IGNORE_INDEX
 
 log = logging.getLogger(__name__)
 
+_NUM_CHECKED = 512  # blocks of a split in which a token to predict is looked for
+
 
 _BUNCH, _WINDOW = 32, 1024  # blocks of like length, and blocks among which they are found
 
@@ -329,11 +331,18 @@ class DistillationDataModule(LightningDataModule):
         """Tokenize the corpus into the cache, unless it is cached already, and return the cache's folder."""
         return prepare(self.corpus, self.tokenizer, cache_dir=self.cache_dir, val_share=self.val_share)
 
+    def open(self) -> TokenCache:
+        """Prepare and open the cache, and make blocks of it. Blocks without a token to predict are an error."""
+        self.cache = open_cache(self.prepare(), self.tokenizer)
+        self.train_blocks, self.val_blocks = self._blocks("train"), self._blocks("val")
+        self._check_labels(self.train_blocks, epoch=0, at_once=self.global_batch_size)
+        self._check_labels(self.val_blocks, epoch=VALIDATION_EPOCH, at_once=_NUM_CHECKED)
+        return self.cache
+
     def setup(self, stage: str | None = None) -> None:
         """Open the cache, and set the trainer's gradient accumulation from the batch sizes."""
-        if self.cache is None:
-            self.cache = open_cache(self.prepare(), self.tokenizer)  # cached by prepare_data
-            self.train_blocks, self.val_blocks = self._blocks("train"), self._blocks("val")
+        if self.cache is None or self.train_blocks is None or self.val_blocks is None:
+            self.open()  # cached by prepare_data
             self._check_sizes(len(self.train_blocks), len(self.val_blocks))
             if self.trainer is not None and self.trainer.global_rank == 0:
                 log.info("a training block: %.300s", self.decoded_sample())
@@ -382,6 +391,18 @@ class DistillationDataModule(LightningDataModule):
             packing=self.packing,
         )
 
+    def _check_labels(self, blocks: Blocks, *, epoch: int, at_once: int) -> None:
+        """Refuse blocks of which mostly no token is predicted, ``at_once`` taken together."""
+        count = min(len(blocks), _NUM_CHECKED)
+        steps = (blocks[(epoch, np.arange(count))]["labels"] != IGNORE_INDEX).any(dim=1).split(at_once) if count else ()
+        without = sum(not step.any() for step in steps)
+        if without > len(steps) / 2:
+            raise UserError(
+                f"of {len(steps)} batches of {min(at_once, count)} blocks {without} have no token to predict: they hold "
+                "only special or unknown tokens, or only words of more tokens than data.masking.mlm_probability="
+                f"{self.masking.mlm_probability} allows; set whole_word=false or a larger share, or check data.corpus"
+            )
+
     def _check_sizes(self, num_train: int, num_val: int) -> None:
         if num_train < self.global_batch_size:
             raise UserError(
@@ -389,7 +410,10 @@ class DistillationDataModule(LightningDataModule):
                 f"data.global_batch_size={self.global_batch_size}; add more text or set a smaller batch"
             )
         if num_val == 0:
-            raise UserError(f"data.val_share={self.val_share} held out no document; add text or set a larger share")
+            cure = "add text or set a larger share"
+            if getattr(self.corpus, "document", "line") != "line":  # of text files
+                cure += ", or data.corpus.document=line if each line is a document"
+            raise UserError(f"data.val_share={self.val_share} held out no document; {cure}")
 
     def decoded_sample(self) -> str:
         """Decode the first training block with its masks, for inspection."""

@@ -1,0 +1,75 @@
+"""Tokenizers that are trained on a corpus."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distilkit.data.tokenizer import train_tokenizer
+from distilkit.errors import UserError
+from tiny import make_documents
+
+MODELS = pytest.mark.parametrize("model", ["wordpiece", "bpe"])
+
+
+class Texts:
+    """A corpus in memory that counts how often it is read."""
+
+    def __init__(self, texts: list[str]) -> None:
+        self.texts, self.reads = texts, 0
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"texts": self.texts}
+
+    def documents(self) -> Iterator[str]:
+        self.reads += 1
+        yield from self.texts
+
+
+def settings(cache_dir: Path, **fields: Any) -> dict[str, Any]:
+    return {"cache_dir": str(cache_dir), "lowercase": True, "max_documents": 1000, "vocab_size": 300} | fields
+
+
+@MODELS
+def test_more_words_than_asked_for_are_a_warning_that_says_why(
+    tmp_path: Path, model: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = Texts(["".join(chr(0x4E00 + start + n) for n in range(20)) for start in range(0, 800, 20)])
+    why = {"bpe": "the 256 bytes", "wordpiece": "the characters of the corpus"}[model]
+    for _ in range(2):  # trained, and from the cache
+        words = len(train_tokenizer(corpus=texts, model=model, **settings(tmp_path, vocab_size=200)))
+        assert (
+            f"the tokenizer has {words} words, more than tokenizer.vocab_size=200: {why} and 5 special tokens are always"
+        ) in caplog.text
+        caplog.clear()
+    assert texts.reads == 1
+    train_tokenizer(corpus=texts, model=model, **settings(tmp_path, vocab_size=2000))
+    assert not caplog.text
+
+
+@MODELS
+def test_a_trained_tokenizer_is_read_from_a_cache_that_cannot_be_written(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = Texts(make_documents(50))
+    first = train_tokenizer(corpus=texts, model=model, **settings(tmp_path))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert train_tokenizer(corpus=texts, model=model, **settings(tmp_path)).get_vocab() == first.get_vocab()
+    assert texts.reads == 1
+
+
+def test_a_training_that_fails_leaves_no_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the corpus is empty: no tokenizer can be trained on it"):
+        train_tokenizer(corpus=Texts([]), model="bpe", **settings(tmp_path))
+    assert [path for path in (tmp_path / "tokenizers").iterdir() if path.is_dir()] == []
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "max_documents"])
+def test_a_size_below_one_is_an_error(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=f"tokenizer.{name}=-1, but it must be at least 1"):
+        train_tokenizer(corpus=Texts(["ba"]), model="bpe", **settings(tmp_path, **{name: -1}))
