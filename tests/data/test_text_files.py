@@ -327,12 +327,12 @@ def test_a_suffix_may_be_in_capitals(tmp_path: Path, name: str) -> None:
 
 
 def test_files_of_other_kinds_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for name in ("b.md", "c.md", "d.PDF", "e.parquet.gz", "LICENSE", ".f.txt"):
+    for name in ("b.md", "c.md", "d.PDF", "e.parquet.gz", "LICENSE", ".f.txt", ".git/a.txt"):
         write(tmp_path / "folder" / name, "no corpus")
     write(tmp_path / "folder/a.txt", "text")
     with caplog.at_level("INFO"):
         assert read(tmp_path / "folder") == ["text"]
-        assert "folder: left out 6 files of other kinds: .gz 1, .md 2, .pdf 1, hidden 1, no suffix 1" in caplog.text
+        assert "folder: left out 7 files of other kinds: .gz 1, .md 2, .pdf 1, hidden 2, no suffix 1" in caplog.text
         caplog.clear()
         assert read(tmp_path / "folder/*") == ["text"]
         assert "left out 5 files of other kinds: .gz 1, .md 2, .pdf 1, no suffix 1" in caplog.text

@@ -187,7 +187,7 @@ def _search(folder: Path, others: Counter[str]) -> list[Path]:
             folders.clear()
             continue
         seen.add(here)
-        others["hidden"] += sum(name.startswith(".") for name in files)
+        others["hidden"] += sum(name.startswith(".") for name in folders + files)
         found += [Path(root, name) for name in files if not name.startswith(".")]
         folders[:] = sorted(name for name in folders if not name.startswith("."))
     return found
