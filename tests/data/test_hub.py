@@ -196,5 +196,5 @@ def test_rows_that_never_end_a_document_are_cut_into_several(
 
 
 def test_a_pattern_that_is_none_is_an_error() -> None:
-    with pytest.raises(UserError, match=r"document_start='\(' is no regular expression: .*; mend the pattern"):
+    with pytest.raises(UserError, match=r"document_start='\(' is no pattern: .*; mend it"):
         HubDataset(path="web", document_start="(")

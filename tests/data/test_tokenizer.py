@@ -36,11 +36,11 @@ def test_more_words_than_asked_for_are_a_warning_that_says_why(
     tmp_path: Path, model: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     texts = Texts(["".join(chr(0x4E00 + start + n) for n in range(20)) for start in range(0, 800, 20)])
-    why = {"bpe": "the 256 bytes", "wordpiece": "the characters of the corpus"}[model]
+    why = {"bpe": "each of 256 bytes", "wordpiece": "each character of the corpus"}[model]
     for _ in range(2):  # trained, and from the cache
         words = len(train_tokenizer(corpus=texts, model=model, **settings(tmp_path, vocab_size=200)))
         assert (
-            f"the tokenizer has {words} words, more than tokenizer.vocab_size=200: {why} and 5 special tokens are always"
+            f"the tokenizer has {words} words, more than tokenizer.vocab_size=200: {why} is one, and so are the special tokens"
         ) in caplog.text
         caplog.clear()
     assert texts.reads == 1

@@ -200,8 +200,8 @@ def test_a_data_set_of_the_hub_is_read_and_its_absence_is_explained(
     ("name", "content", "message"),
     [
         ("dev.jsonl", '[{"sentence": "one", "label": 1}]', "line 1 is a JSON array, not an object"),
-        ("dev.jsonl", '{"sentence": "one", "label": ' + "1" * 5000 + "}", "line 1 holds a number of more digits"),
-        ("dev.jsonl", '{"sentence": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 1 holds lists within lists"),
+        ("dev.jsonl", '{"sentence": "one", "label": ' + "1" * 5000 + "}", "line 1 holds a number of too many digits"),
+        ("dev.jsonl", '{"sentence": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 1 holds .* lists too deep"),
         ("dev.jsonl", '{"sentence": null, "label": 1}', "line 1 has no text in sentence"),
         ("dev.csv", "sentence,label\nto be, or not,1\n", "line 2 has 3 fields, but the header has 2"),
         ("dev.csv", 'sentence,label\n"open,1\n', "row that begins in line 2 cannot be read"),

@@ -341,8 +341,9 @@ class DistillationDataModule(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Open the cache, and set the trainer's gradient accumulation from the batch sizes."""
-        if self.cache is None or self.train_blocks is None or self.val_blocks is None:
+        if self.cache is None:
             self.open()  # cached by prepare_data
+            assert self.train_blocks is not None and self.val_blocks is not None
             self._check_sizes(len(self.train_blocks), len(self.val_blocks))
             if self.trainer is not None and self.trainer.global_rank == 0:
                 log.info("a training block: %.300s", self.decoded_sample())

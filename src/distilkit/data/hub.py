@@ -37,9 +37,7 @@ class HubDataset:
         try:
             self.start = re.compile(document_start) if document_start else None
         except re.error as error:
-            raise UserError(
-                f"data.corpus.document_start={document_start!r} is no regular expression: {error}; mend the pattern"
-            ) from error
+            raise UserError(f"data.corpus.document_start={document_start!r} is no pattern: {error}; mend it") from error
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the arguments. Pin ``revision`` if the dataset on the hub may change."""

@@ -26,20 +26,17 @@ _DECOMPRESSORS: dict[str, Callable[[], Any]] = {  # by suffix
     ".bz2": bz2.BZ2Decompressor,
 }
 _DAMAGED = (OSError, EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError, zipfile.BadZipFile)
-_MARKS = {  # byte order marks; those of UTF-32 first, because UTF-16's are their beginning
-    codecs.BOM_UTF32_LE: "UTF-32",
-    codecs.BOM_UTF32_BE: "UTF-32",
-    codecs.BOM_UTF16_LE: "UTF-16",
-    codecs.BOM_UTF16_BE: "UTF-16",
+_MARKS = {  # UTF-32 first, because its mark begins with that of UTF-16
+    "UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
+    "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
 }
 _LONGEST_FIELD = 2**28  # characters of a .csv field; the default is 128 kB, less than some documents
 
 
 class _Decompressed(io.RawIOBase):
-    """Read a compressed file to its very end: streams that follow each other, with zero bytes as padding.
+    """Read compressed streams that follow each other, with zero bytes as padding; anything else is an error.
 
-    A file that ends within a stream raises ``EOFError``, and anything else after a stream the error of its library.
-    The readers of the standard library ignore what follows a stream of .xz or .bz2, and take an empty .gz for text.
+    The standard library ignores what follows a stream of .xz or .bz2, and takes a .gz of no bytes for empty text.
     """
 
     def __init__(self, file: Path, start: Callable[[], Any]) -> None:
@@ -78,10 +75,9 @@ class _Decompressed(io.RawIOBase):
 
 def _open_bytes(file: Path) -> Any:
     """Open a file as bytes, decompressed as its last suffix says, whatever its case."""
-    suffix = file.suffix.lower()
-    if suffix in _DECOMPRESSORS:
-        return io.BufferedReader(_Decompressed(file, _DECOMPRESSORS[suffix]), 2**16)
-    if suffix != ".zip":
+    if start := _DECOMPRESSORS.get(file.suffix.lower()):
+        return io.BufferedReader(_Decompressed(file, start), 2**16)
+    if file.suffix.lower() != ".zip":
         return file.open("rb")
     archive = zipfile.ZipFile(file)
     held = [name for name in archive.namelist() if not name.endswith("/") and not name.startswith(("__MACOSX/", "."))]
@@ -101,38 +97,23 @@ def name_errors(file: Path) -> Iterator[None]:
 
 @contextmanager
 def open_text(file: Path, *, newline: str | None = None) -> Iterator[TextIO]:
-    """Open UTF-8 text, plain or compressed as its last suffix says, without a byte order mark.
-
-    Raises:
-        UserError: the file is missing, damaged or in another encoding, which is named if the file says it.
-    """
+    """Open UTF-8 text, plain or compressed as its last suffix says, without a byte order mark; name other encodings."""
     with name_errors(file), _open_bytes(file) as stream:
         head = stream.peek(4096)[:4096]
-        marked = next((encoding for mark, encoding in _MARKS.items() if head.startswith(mark)), None)
-        if marked or head.count(0) > len(head) // 4:
-            found = marked or "UTF-16 or UTF-32 without a byte order mark, or no text"
+        named = next((name for name, marks in _MARKS.items() if head.startswith(marks)), None)
+        if named or head.count(0) > len(head) // 4:
+            found = named or "UTF-16 or UTF-32 without a byte order mark, or no text"
             raise UserError(
-                f"{file} is not UTF-8 but {found}; convert it first, with iconv -f {marked or 'UTF-16LE'} -t UTF-8"
+                f"{file} is not UTF-8 but {found}; convert it first, with iconv -f {named or 'UTF-16LE'} -t UTF-8"
             )
         try:
             yield io.TextIOWrapper(stream, "utf-8-sig", newline=newline)
         except UnicodeDecodeError as error:
-            line, byte = _first_not_utf8(file)
+            before = error.object[: error.start][-30:].decode(errors="replace")
             raise UserError(
-                f"{file} is not UTF-8: line {line} holds the byte 0x{byte:02x}; convert it first, for example with "
-                "iconv -f latin1 -t utf-8 if that is its encoding"
+                f"{file} is not UTF-8: the byte 0x{error.object[error.start]:02x} stands after {before!r}; convert it "
+                "first, for example with iconv -f latin1 -t utf-8 if that is its encoding"
             ) from error
-
-
-def _first_not_utf8(file: Path) -> tuple[int, int]:
-    """Find the first line that is not UTF-8, and the byte in it that is none."""
-    with _open_bytes(file) as stream:
-        for number, line in enumerate(stream, start=1):
-            try:
-                line.decode()
-            except UnicodeDecodeError as error:
-                return number, line[error.start]
-    raise AssertionError(f"{file} changed while it was read")
 
 
 def json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
@@ -144,23 +125,18 @@ def json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
 
 def _json_object(line: str) -> dict[str, Any] | str:
-    begin = line.lstrip()[:1]
+    begins = line.strip()[:1]
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        is_cut = begin in ("[", "{") and error.pos >= len(line.rstrip())  # what it begins goes on in the next line
-        row = [{}] if is_cut and begin == "[" else None
-        if is_cut and begin == "{":
+        if begins == "{" and error.pos >= len(line.rstrip()):
             return "is the beginning of a JSON object; write each object on one line, for example with jq -c ."
-    except ValueError:
-        return "holds a number of more digits than Python reads; write it as text, or drop that line"
-    except RecursionError:
-        return "holds lists within lists, deeper than Python reads; drop that line"
-    if isinstance(row, dict):
-        return row
+        row = [{}] if begins == "[" and error.pos >= len(line.rstrip()) else None  # it goes on in the next line
+    except (ValueError, RecursionError):
+        return "holds a number of too many digits, or lists too deep in each other, for Python; drop that line"
     if isinstance(row, list) and row and isinstance(row[0], dict):
         return "is a JSON array, not an object; write each object on its own line, for example with jq -c '.[]'"
-    return "is not a JSON object; fix or drop that line"
+    return row if isinstance(row, dict) else "is not a JSON object; fix or drop that line"
 
 
 def delimited_rows(file: Path) -> Iterator[tuple[int, list[str]]]:

@@ -68,12 +68,9 @@ class TextFiles:
                     texts = self._parquet(file)
             yield from nonempty(texts)
         if self.document == "blank_line" and read["lines"] >= _MANY_LINES * max(1, read["documents"]):
-            log.warning(
-                "%s lines of .txt are only %s documents, because an empty line ends a document; set "
-                "data.corpus.document=line if each line is one",
-                f"{read['lines']:,}",
-                f"{read['documents']:,}",
-            )
+            found = f"{read['lines']:,} lines of .txt are only {read['documents']:,} documents"
+            cure = "set data.corpus.document=line if each line is one"
+            log.warning("%s, because an empty line ends a document; %s", found, cure)
 
     def _text(self, file: Path, read: Counter[str]) -> Iterator[str]:
         """Yield documents, long ones in parts, so that memory is bounded. Count lines and documents in ``read``."""

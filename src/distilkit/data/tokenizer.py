@@ -55,10 +55,7 @@ def load_tokenizer(
 
 
 def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the highest id plus one: what arrays by id need.
-
-    It is more than the number of words where ids are skipped, as by a vocab.txt that holds a word twice.
-    """
+    """Return the highest id plus one; it exceeds the number of words where a vocab.txt holds a word twice."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
@@ -99,14 +96,9 @@ def train_tokenizer(
     folder = make_once(Path(cache_dir).expanduser(), f"tokenizers/{model}-{vocab_size}-{key}", write)
     tokenizer = load_tokenizer(name=str(folder))
     if len(tokenizer) > vocab_size:
-        kept = "the characters of the corpus" if model == "wordpiece" else "the 256 bytes"
-        log.warning(
-            "the tokenizer has %s words, more than tokenizer.vocab_size=%s: %s and %d special tokens are always words",
-            f"{len(tokenizer):,}",
-            vocab_size,
-            kept,
-            len(_BERT),
-        )
+        kept = "each character of the corpus is one" if model == "wordpiece" else "each of 256 bytes is one"
+        found = f"the tokenizer has {len(tokenizer):,} words, more than tokenizer.vocab_size={vocab_size}"
+        log.warning("%s: %s, and so are the special tokens", found, kept)
     return tokenizer
 
 
