@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from distilkit import cli
 from distilkit.cli import check_added, check_keys, keep_large_buffers, ranks_on_config
@@ -54,6 +54,26 @@ def test_a_failed_job_of_a_sweep_ends_its_ranks_before_lightning_ends_this_proce
 
 def test_a_class_without_a_signature_is_not_checked() -> None:
     check_keys(OmegaConf.create({"interval": {"_target_": "datetime.timedelta", "minutes": 15}}))
+
+
+def test_a_home_folder_may_stand_in_any_key_of_any_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    seen: list[DictConfig] = []
+    cfg = OmegaConf.create(
+        {
+            **{"student": {"name": "~/s", "config": None}, "tokenizer": {"name": "${student.name}"}, "layers": [1, 2]},
+            **{"task": {"against": ["~/a", "${student.name}", "b~/c"]}, "about": "~30 MB"},
+            **{"cache_dir": "${oc.env:NOT_SET,'~/.cache'}", "wanted": "???", "any": None, "all": "~"},
+        }
+    )
+    OmegaConf.set_readonly(cfg, True)
+    cli.report_errors(seen.append)(cfg)
+    home = str(tmp_path)
+    assert cfg.student.name == cfg.tokenizer.name == f"{home}/s"
+    assert list(cfg.task.against) == [f"{home}/a", f"{home}/s", "b~/c"]
+    assert (cfg.about, cfg.all) == ("~30 MB", home)
+    assert cfg.cache_dir == "~/.cache"  # each machine of a run has its own, where it is used
+    assert OmegaConf.is_missing(cfg, "wanted")
 
 
 @pytest.mark.parametrize(

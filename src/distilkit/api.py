@@ -15,7 +15,7 @@ from hydra.version import VersionBase
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from distilkit.cli import check_added, keep_large_buffers, quiet, user_cause
+from distilkit.cli import check_added, expand_home, keep_large_buffers, quiet, user_cause
 from distilkit.data.corpus import write_documents
 from distilkit.errors import UserError
 from distilkit.train import build, run
@@ -90,6 +90,7 @@ def distill(
         elif paths is not None:
             several = [paths] if isinstance(paths, str | Path) else paths
             cfg.data.corpus.paths = [_literal(path) for path in several]
+        expand_home(cfg)
         job = build(cfg)
         run(job)
     before, after = (

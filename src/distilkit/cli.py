@@ -25,7 +25,7 @@ from hydra.errors import InstantiationException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from hydra.utils import get_object
-from omegaconf import DictConfig, OmegaConf, flag_override
+from omegaconf import DictConfig, ListConfig, OmegaConf, flag_override
 
 from distilkit.errors import UserError
 
@@ -58,6 +58,22 @@ def replace_unprintable() -> None:
         sys.stdout.reconfigure(errors="replace")
 
 
+def expand_home(node: DictConfig | ListConfig) -> None:
+    """Expand a ``~`` at the start of every text of a config: any key may take a folder.
+
+    Interpolations follow what they refer to, and ``cache_dir``'s default is expanded by each machine of a run.
+    """
+    for key in list(node) if isinstance(node, DictConfig) else range(len(node)):
+        if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
+            continue
+        value = node[key]
+        if isinstance(value, DictConfig | ListConfig):
+            expand_home(value)
+        elif isinstance(value, str) and (value == "~" or value.startswith("~/")):
+            with flag_override(node, "readonly", False):
+                node[key] = str(Path(value).expanduser())
+
+
 def report_errors(entry: Callable[P, R]) -> Callable[P, R]:
     """Print a user error as one message and exit with status 1; ``HYDRA_FULL_ERROR=1`` keeps the traceback.
 
@@ -67,6 +83,9 @@ def report_errors(entry: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(entry)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         replace_unprintable()
+        for given in args:
+            if isinstance(given, DictConfig):
+                expand_home(given)
         try:
             return entry(*args, **kwargs)
         except Exception as error:

@@ -31,6 +31,7 @@ from transformers import (
     pipeline,
 )
 
+import distilkit
 import distilkit.data.cache
 import distilkit.export
 import distilkit.prepare
@@ -905,3 +906,23 @@ def test_the_installed_wheel_prints_its_config_and_trains_without_the_checkout(
     assert done.code == 0, done.err
     student = only(tmp_path, "outputs/distil/*/student")
     assert AutoModelForMaskedLM.from_pretrained(student).config.n_layers == 3
+
+
+def test_all_folders_may_begin_with_the_home_folder(
+    save_teacher: Callable[..., Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(save_teacher("bert"), tmp_path / "m")
+    shutil.copy(text_file, tmp_path / "t.txt")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    models = ("teacher=hf", 'teacher.name="~/m"', "student=hf", 'student.name="~/m"', 'tokenizer.name="~/m"')
+    folders = ('data.corpus.paths=["~/t.txt"]', 'cache_dir="~/cache"', "hydra.run.dir=run", "trainer.max_steps=1")
+    done = call(distilkit.train.main, *models, *folders, *SMALL, *QUIET, cwd=tmp_path)
+    assert done.code == 0, done.err
+    result = distilkit.distill(
+        "~/m", paths="~/t.txt", out="~/second", overrides=[*SMALL[1:], *QUIET, *folders[1:2]], max_steps=1
+    )
+    assert result.path == tmp_path / "second" / "student"
+    exported = call(distilkit.export.main, 'ckpt="~/run/checkpoints/last.ckpt"', 'out="~/mine"', cwd=tmp_path)
+    assert exported.code == 0, exported.err
+    assert (tmp_path / "mine" / "model.safetensors").is_file()
+    assert not (tmp_path / "~").exists()
