@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import random
+import signal
 import subprocess
 import sys
 import warnings
@@ -153,6 +154,19 @@ class StopAfter(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.global_step >= self.step:
             raise RuntimeError("the power went out")
+
+
+class Send(Callback):
+    """Send this process a signal in the middle of an optimizer step; for ``+callbacks.send``."""
+
+    def __init__(self, *, name: str, step: int) -> None:
+        self.number, self.step = signal.Signals[name], step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self.step and batch["is_first"]:
+            os.kill(os.getpid(), self.number)
 
 
 class Poison(Callback):
