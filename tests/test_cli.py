@@ -1,4 +1,5 @@
 import contextlib
+import io
 import platform
 import subprocess
 import sys
@@ -7,9 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from distilkit import cli
-from distilkit.cli import check_added, check_keys, keep_large_buffers, ranks_on_config
+from distilkit.cli import ExpandHome, check_added, check_keys, keep_large_buffers, ranks_on_config, report_errors
 from distilkit.errors import UserError
 
 # The resident memory after freeing 200 MB, with and without the raised thresholds.
@@ -88,3 +90,32 @@ def test_a_home_folder_may_stand_in_any_key_of_any_command(tmp_path: Path, monke
 def test_each_command_names_its_keys(config: str, known: str) -> None:
     with pytest.raises(UserError, match=f"nope is unknown, and no other key reads it; the config takes .*{known}"):
         check_added(OmegaConf.create({"nope": 1}), config=config, overrides=["+nope=1"])
+
+
+def test_a_command_prints_a_replacement_for_what_its_output_cannot_encode(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1", write_through=True))
+    report_errors(print)("é 나는 \udcff")
+    assert written.getvalue() == b"\xe9 ?? ?\n"
+
+
+def test_a_command_that_lightning_ends_at_sigterm_is_no_success() -> None:
+    @report_errors
+    def terminated() -> None:
+        raise SIGTERMException
+
+    with pytest.raises(SystemExit) as stopped:
+        terminated()
+    assert stopped.value.code == 143
+
+
+@pytest.mark.parametrize(("folder", "expanded"), [("~/a", "/home/me/a"), ("/b/~", "/b/~")])
+def test_the_folder_of_a_sweep_may_begin_with_the_home_folder(
+    folder: str, expanded: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": folder}, "overrides": {"hydra": []}}})
+    OmegaConf.set_readonly(config.hydra, True)
+    ExpandHome().on_multirun_start(config)
+    assert config.hydra.sweep.dir == expanded
+    assert config.hydra.overrides.hydra == ([] if folder == expanded else [f"hydra.sweep.dir='{expanded}'"])

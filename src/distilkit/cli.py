@@ -94,8 +94,32 @@ def report_errors(entry: Callable[P, R]) -> Callable[P, R]:
                 raise
             print(f"error: {cause}", file=sys.stderr)
             sys.exit(1)
+        except SystemExit as stop:
+            if type(stop).__name__ == "SIGTERMException":  # Lightning's, with which a killed command ends as a success
+                sys.exit(143)
+            raise
 
     return wrapped
+
+
+class ExpandHome(Callback):
+    """Hydra callback: let ``~`` begin the folder of a run or a sweep, which Hydra would create by this name."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Expand hydra.run.dir."""
+        self._expand(config, "run")
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Expand hydra.sweep.dir."""
+        self._expand(config, "sweep")
+
+    def _expand(self, config: DictConfig, kind: str) -> None:
+        folder = str(config.hydra[kind].dir)
+        if folder.startswith("~"):
+            whole = str(Path(folder).expanduser())
+            with flag_override(config, "readonly", False), flag_override(config.hydra, "readonly", False):
+                config.hydra[kind].dir = whole
+                config.hydra.overrides.hydra.append(f"hydra.{kind}.dir='{whole}'")  # each job of a sweep reads these
 
 
 def _plain(override: str) -> str:

@@ -513,6 +513,22 @@ def test_the_last_checkpoint_is_the_newest_where_the_held_out_loss_got_no_better
     assert steps == {"best": 2, "last": 4}
 
 
+def test_a_folder_below_home_with_brackets_is_made_and_printed_as_it_is(
+    tmp_path: Path, text_file: Path, cache: Path, save_teacher: Callable[..., Path]
+) -> None:
+    few = "teacher=hf", f"teacher.name={save_teacher('bert')}", "trainer.max_steps=1", "validate_first=false"
+    korean = tmp_path / "ko.txt"  # which a C locale cannot print
+    korean.write_text(text_file.read_text("utf-8").replace("ba", "나는"), "utf-8")
+    given = *few, *SMALL, f"data.corpus.paths={korean}", f"cache_dir={cache}", 'hydra.run.dir="~/run [v2]"'
+    locale = {"HOME": str(tmp_path), "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = spawn("-m", "distilkit.train", *given, cwd=cache, environment={**locale, "PYTHONIOENCODING": None})
+    assert done.code == 0, done.err
+    assert "Logging error" not in done.err
+    assert done.out.splitlines()[-1] == f"student: {tmp_path}/run [v2]/student"
+    assert (tmp_path / "run [v2]" / "student").is_dir()
+    assert not (cache / "~").exists()
+
+
 def test_two_runs_in_a_row_have_folders_of_their_own(train: Train, save_teacher: Callable[..., Path]) -> None:
     few = "teacher=hf", f"teacher.name={save_teacher('bert')}", "trainer.max_steps=1", "validate_first=false"
     first, second = train(*few), train(*few)

@@ -14,7 +14,6 @@ from hydra.experimental.callback import Callback
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
 
 from distilkit.cli import check_names, report_errors
 from distilkit.errors import UserError
@@ -109,4 +108,4 @@ class Ablation(Callback):
             title=f"Ablation: {config.name}",
             wandb=None,
         )
-        Console().print(f"report: {file}", soft_wrap=True, highlight=False)
+        print(f"report: {file}")

@@ -12,7 +12,6 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from rich.console import Console
 
 from distilkit.cli import check_keys, check_names, in_sweep, set_matmul_precision
 from distilkit.errors import UserError
@@ -286,4 +285,4 @@ def _show(results: Sequence[Result], folder: Path) -> None:
         for metric in results[0].scores
     ]
     print_table(results[0].task, ["metric", *(result.name for result in results)], rows)
-    Console().print(f"results: {folder / FILE}", soft_wrap=True, highlight=False)
+    print(f"results: {folder / FILE}")

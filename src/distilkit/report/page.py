@@ -11,6 +11,7 @@ from typing import Any
 import rich.table
 from jinja2 import Environment, PackageLoader
 from rich.console import Console
+from rich.text import Text
 
 Records = Sequence[Mapping[str, Any]]
 Rows = Sequence[Sequence[str]]
@@ -92,11 +93,12 @@ def markdown_table(header: Sequence[str], rows: Rows) -> str:
 
 def print_table(title: str, header: Sequence[str], rows: Rows, *, console: Console | None = None) -> None:
     """Print a table with columns of figures aligned to the right."""
-    table = rich.table.Table(title=title, title_justify="left")
+    # As texts, in which brackets are no markup.
+    table = rich.table.Table(title=Text(title, "table.title"), title_justify="left")
     for index, column in enumerate(header):
-        table.add_column(column, justify="right" if is_figures(rows, index) else "left", overflow="fold")
+        table.add_column(Text(column), justify="right" if is_figures(rows, index) else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     (console or Console()).print(table)
 
 
