@@ -282,7 +282,10 @@ BUILDERS: dict[str, Callable[[DictConfig, Given], Any]] = {
     "trainer": build_trainer,
 }
 BUILT: dict[str, Any] = {
-    "callbacks/default": ["ModelCheckpoint", "ModelCheckpoint", "ValidateEvery", "Throughput", "ProgressBar"],
+    "callbacks/default": [
+        *("ModelCheckpoint", "ModelCheckpoint", "StopOnSignal", "ValidateEvery"),
+        *("Throughput", "ProgressBar"),
+    ],
     "data/base": "TextFiles",
     "data/docstrings": "Docstrings",
     "data/hf": "HubDataset",
