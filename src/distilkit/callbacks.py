@@ -1,4 +1,4 @@
-"""Callbacks that Lightning lacks: validation by optimizer steps, an end at a signal, and a bar for ``max_steps``."""
+"""Callbacks: validation by optimizer steps, an end at a signal, a comparison of input forms, and a progress bar."""
 
 import logging
 import math
@@ -11,6 +11,8 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import RichProgressBar
 
+from distilkit.data.batches import DistillationDataModule
+from distilkit.data.forms import Comparison, compare_forms
 from distilkit.errors import UserError
 from distilkit.module import DistillationModule
 
@@ -90,6 +92,54 @@ class StopOnSignal(Callback):
                 "stopped after step %d; the same command with ckpt_path=%s goes on", trainer.global_step, self.file
             )
             raise SystemExit(128 + self.received)
+
+
+class CompareForms(Callback):
+    """Score the teacher on held-out documents, packed into blocks and each alone, before a run starts.
+
+    A teacher that was trained on single documents may read blocks badly, and then teaches at a loss. Rank 0 alone runs
+    this, before the models are distributed, and no resumed run. A teacher whose head no term reads is not scored.
+    """
+
+    def __init__(self, *, enabled: bool, ckpt_path: str | None) -> None:
+        """Compare only if ``enabled``, and if the run does not resume from ``ckpt_path``."""
+        self.enabled = enabled and ckpt_path is None
+        self.found: Comparison | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Compare, log the result in one line, and warn if the form of this run is clearly worse."""
+        assert isinstance(pl_module, DistillationModule)
+        teacher: Any = pl_module.teacher
+        data = trainer.datamodule  # type: ignore[attr-defined]  # set by one of its connectors
+        if (
+            not self.enabled
+            or stage != "fit"
+            or not trainer.is_global_zero
+            or not isinstance(data, DistillationDataModule)
+        ):
+            return
+        if teacher is None or not pl_module.objective.reads_teacher_logits or data.cache is None or not data.val_blocks:
+            return
+        teacher.to(trainer.strategy.root_device)
+        with torch.compiler.set_stance("force_eager"):
+            self.found = found = compare_forms(
+                teacher,
+                data.cache.tokens["val"],
+                tokenizer=data.tokenizer,
+                block_size=data.block_size,
+                masker=data.val_blocks.masker,
+                attend_across_documents=data.attend_across_documents,
+                batch_size=data.micro_batch_size,
+            )
+        teacher.to("cpu")  # the strategy moves or shards it
+        if found is None:
+            return
+        scores = {form: f"{found.nll[form]:.3f} nats and {found.accuracy[form]:.1%}" for form in found.nll}
+        line = "the teacher on %d held-out sequences: packed into blocks %s, each document alone %s (%+.3f ± %.3f nats)"
+        log.info(line, found.sequences, scores["blocks"], scores["documents"], found.difference, found.error)
+        if found.worse(data.packing):
+            other = "documents" if data.packing == "blocks" else "blocks"
+            log.warning("the teacher reads data.packing=%s clearly worse; set data.packing=%s", data.packing, other)
 
 
 class ProgressBar(RichProgressBar):

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from transformers import PreTrainedModel
 
+from distilkit.callbacks import CompareForms
 from distilkit.data.corpus import Corpus
 from distilkit.errors import UserError
 from distilkit.export import export_checkpoint
@@ -105,6 +107,7 @@ def describe(
         "architecture": type(student).__name__,
         "layers": student.config.distilkit_layers,
         "data": cfg.data.description,
+        "packing": cfg.data.packing,
         "block_size": cfg.data.block_size,
         "global_batch_size": cfg.data.global_batch_size,
         "metadata": card_metadata(
@@ -123,6 +126,7 @@ def finish(trainer: Trainer, module: DistillationModule, *, out: Path) -> None:
     student = export_checkpoint(ckpt, made, results=module.after, trust_remote_code=True)
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by one of its connectors
     throughput = next((callback for callback in callbacks if isinstance(callback, Throughput)), None)
+    forms = next((callback.found for callback in callbacks if isinstance(callback, CompareForms)), None)
     record = {name: value for name, value in module.record.items() if name != "config"}
     write_json(
         out / "summary.json",
@@ -135,6 +139,7 @@ def finish(trainer: Trainer, module: DistillationModule, *, out: Path) -> None:
             "tokens_per_second": round(module.tokens_seen / max(throughput.seconds, 1e-9), 1) if throughput else None,
             "wall_seconds": round(throughput.seconds, 1) if throughput else None,
             "peak_memory_mb": peak_memory_mb(trainer.strategy.root_device),
+            "input_forms": asdict(forms) if forms else None,
             "before": module.before,
             "after": module.after,
             "versions": versions(),

@@ -153,6 +153,7 @@ def test_the_summary_has_every_field_and_counts_right(run: Run, save_teacher: Ca
         "architecture",
         "layers",
         "data",
+        "packing",
         "block_size",
         "global_batch_size",
         "metadata",
@@ -163,6 +164,7 @@ def test_the_summary_has_every_field_and_counts_right(run: Run, save_teacher: Ca
         "tokens_per_second",
         "wall_seconds",
         "peak_memory_mb",
+        "input_forms",
         "before",
         "after",
         "versions",
@@ -178,6 +180,8 @@ def test_the_summary_has_every_field_and_counts_right(run: Run, save_teacher: Ca
     assert summary["wall_seconds"] > 0
     assert summary["peak_memory_mb"]["host"] > 100
     assert summary["versions"]["torch"] == torch.__version__
+    assert summary["input_forms"]["sequences"] > 8
+    assert set(summary["input_forms"]["nll"]) == {"blocks", "documents"}
     expected = {
         "loss",
         "loss_ce",

@@ -284,7 +284,7 @@ BUILDERS: dict[str, Callable[[DictConfig, Given], Any]] = {
 BUILT: dict[str, Any] = {
     "callbacks/default": [
         *("ModelCheckpoint", "ModelCheckpoint", "StopOnSignal", "ValidateEvery"),
-        *("Throughput", "ProgressBar"),
+        *("CompareForms", "Throughput", "ProgressBar"),
     ],
     "data/base": "TextFiles",
     "data/docstrings": "Docstrings",
