@@ -3,13 +3,16 @@
 import dataclasses
 import json
 import os
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from omegaconf import OmegaConf
 
-from distilkit.records import Result
+from distilkit import metrics
+from distilkit.records import Result, Rows, write_results, write_rows
 from distilkit.report.frame import GLUE_TASKS, Scores, gather
 from distilkit.report.page import Table
 
@@ -57,6 +60,36 @@ def result(name: str, task: str, score: float | None, **fields: Any) -> Result:
     return Result(name=name, task=task, score=score, **given)
 
 
+def with_rows(
+    folder: Path,
+    name: str,
+    task: str,
+    rows: Rows,
+    *,
+    seed: int = 1,
+    names: Sequence[str] = ("accuracy",),
+    **fields: Any,
+) -> Result:
+    """Make a result of the rows of one split, and write both as scoring does."""
+    folder = folder / name / task / f"seed{seed}"
+    write_rows(folder, "dev", rows)
+    scores = {metric: metrics.score(metric, rows) for metric in names}
+    given = {"details": {"rows": {"dev": len(rows)}}, "folder": str(folder), **fields}
+    made = result(name, task, statistics.fmean(scores.values()), seed=seed, scores=scores, **given)
+    write_results(folder, [made])
+    return made
+
+
+def said(share: float, *, seed: int, size: int = 1000) -> Rows:
+    """Classes of which about a share is right, on rows that are equally hard for all models; 60 % are of class 1."""
+    rng = np.random.default_rng(0)
+    gold, hard = (rng.random(size) < 0.6).astype(int), rng.random(size)
+    own = np.random.default_rng(seed).random(size)
+    right = 0.7 * hard + 0.3 * own < np.quantile(0.7 * hard + 0.3 * own, share)
+    logits = np.stack([-own, own], axis=1) * np.where(right == gold, 1, -1)[:, None]
+    return Rows(ids=np.arange(size), gold=gold, said=np.where(right, gold, 1 - gold), logits=logits.astype(np.float16))
+
+
 def glue(*, seeds: Sequence[int] = (1, 2, 3)) -> list[Result]:
     """Nine tasks, three models, three seeds: the middle one has the score of the tables above."""
     shift = {1: 0.0, 2: -0.02, 3: 0.01}
@@ -88,10 +121,11 @@ def perplexity(name: str, value: float, *, task: str = "perplexity", **fields: A
     """Make a result as LanguageScore writes it; ``settings`` and ``details`` are changes of what it writes."""
     given = {"scores": {task: value, "word_perplexity": 2 * value}, **fields}
     given["settings"] = {
-        **{"text": {"hub": WIKITEXT}, "max_tokens": None, "block_size": 512, "vocabulary": 50_257, "stride": 256},
+        **{"scored_data": "5f2d", "max_tokens": None, "block_size": 512, "vocabulary": 50_257, "stride": 256},
         **fields.get("settings", {}),
     }
-    given["details"] = {"documents": 60, "text_tokens": 900, "words": 700, **fields.get("details", {})}
+    given["details"] = {"documents": 60, "text_tokens": 900, "words": 700, "task": {"paths": None, "dataset": WIKITEXT}}
+    given["details"] |= fields.get("details", {})
     return result(name, task, value, kind="language_model", seed=None, higher_is_better=False, **given)
 
 

@@ -64,6 +64,32 @@ def test_settings_without_held_out_scores_are_rows_of_their_own_named_by_what_di
     assert [score.plain for score in counting(results)] == [row == "m" for row, _ in rows]
 
 
+def test_settings_are_not_chosen_between_results_on_different_data() -> None:
+    results = [
+        result("m", "rte", score, settings={"lr": lr, "scored_data": data}, held_out=held_out)
+        for data, lr, held_out, score in (
+            ("v1", 1, 0.8, 0.6),
+            ("v1", 2, 0.7, 0.9),
+            ("v2", 1, 0.9, 0.5),
+            ("v2", 2, 0.95, 0.4),
+        )
+    ]
+    found = {score.row: (score.median, len(score.tried)) for score in counting(results)}
+    assert found == {"m (lr=1, scored_data=v1)": (0.6, 2), "m (lr=2, scored_data=v2)": (0.4, 2)}
+
+
+def test_a_model_that_was_trained_again_on_all_rows_stands_for_the_setting_it_took() -> None:
+    results = [result("m", "rte", 0.6, settings={"lr": lr}, held_out=held_out) for lr, held_out in ((1, 0.8), (2, 0.7))]
+    results.append(result("m", "rte", 0.65, settings={"lr": 1, "refit": True}, held_out=0.8))
+    (score,) = counting(results)
+    assert (score.median, score.row) == (0.65, "m")
+
+
+def test_two_revisions_of_a_hub_model_are_two_rows() -> None:
+    results = [result("b", "rte", 0.7, sha256="someone/b@main"), result("b", "rte", 0.6, sha256="someone/b@v2")]
+    assert {score.row: score.median for score in counting(results)} == {"b @main": 0.7, "b @v2": 0.6}
+
+
 def test_the_later_of_two_results_of_one_seed_counts() -> None:
     results = [
         result("m", "rte", 0.7, cost={**COST, "date": "2026-11-20T10:00:01+00:00"}),
@@ -117,3 +143,8 @@ def test_timings_have_the_name_under_which_the_weights_were_scored() -> None:
     assert [each.name for each in renamed] == ["student", "teacher", "new", "teacher", "student"]
     assert renamed[0].details == {"against": {"teacher": {"cpu/latency_ms": 1.5}}}
     assert renamed[3:] == scored
+
+
+def test_a_timing_keeps_its_name_where_it_has_scores() -> None:
+    both = [result(name, "rte", 0.7, sha256="t" * 64) for name in ("a", "b")]
+    assert [each.name for each in frame.name_alike([*both, speed("b", 20.0, sha256="t" * 64)])] == ["a", "b", "b"]

@@ -1,15 +1,11 @@
-"""Text for a person: alignment and names of any letters."""
+"""Text for a person: alignment, what stands out, and what is folded."""
 
 import io
 
 from rich.console import Console
 
 from distilkit.report import page
-
-
-def test_figures_stand_to_the_right_and_text_to_the_left() -> None:
-    rows = [["m", "1,234.5", "1.0 (0.9 to 1.1)", "bert", "9%"], ["n", "-", "+2.00", "-", "1.5e+04"]]
-    assert [page.is_figures(rows, column) for column in range(5)] == [False, True, True, False, True]
+from distilkit.report.page import Plot
 
 
 def test_brackets_in_a_printed_table_are_no_markup() -> None:
@@ -18,3 +14,30 @@ def test_brackets_in_a_printed_table_are_no_markup() -> None:
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     for text in ("runs of run [v2]", "model [b]", "layers=[0,2] [red]"):
         assert text in shown
+
+
+def test_columns_are_aligned_by_the_type_of_the_records_whatever_their_text() -> None:
+    records = [{"model": "6 layers", "layers": "1 2", "score": 1.5}, {"model": "9%", "layers": "-", "score": None}]
+    columns = {"model": "{}", "layers": "{}", "score": "{:.1f}", "latency": "ms {}"}
+    table = page.tabulate(
+        "t", "T", records, columns, cells=[{**each, "latency": "1.0 (0.9 to 1.1)"} for each in records]
+    )
+    assert table is not None
+    assert table.text == [0, 1]
+    assert (
+        page.markdown_table(table.header, table.rows, text=table.text).splitlines()[1] == "| --- | --- | ---: | ---: |"
+    )
+
+
+def test_the_best_cells_are_bold_folded_tables_open_and_plots_have_captions() -> None:
+    rows = [["a", "1.0"], ["b", "2.0"]]
+    table = page.Table(name="t", title="Cost", header=["m", "x"], rows=rows, records=[], best={(1, 1)}, folded=True)
+    blocks = [table, Plot(name="p", caption="What it shows.", png=b"")]
+    html = page.html_page("Title", "the command", blocks)
+    assert '<td class="figure"><b>2.0</b></td>' in html
+    assert "<details><summary>Cost</summary>" in html
+    assert '<figcaption class="note">What it shows.</figcaption>' in html
+    assert html.index("the command") < html.index("Cost")
+    text = page.markdown_page("Title", "the command", blocks)
+    assert "| b | **2.0** |" in text
+    assert text.count("What it shows.") == 2  # beside the picture and below it

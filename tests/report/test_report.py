@@ -20,7 +20,7 @@ from distilkit.records import Result, find_runs
 from distilkit.report import __main__ as report
 from distilkit.report import ablation, published, quality, retention, runs
 from distilkit.report.frame import gather
-from distilkit.report.speed import speed_table
+from distilkit.report.speed import speed_tables
 from jobs import call
 from scores import every_kind, glue, result, run, speed, write_training
 
@@ -29,11 +29,13 @@ TABLES = [
     "ablation",
     "cost",
     "each_metric",
+    "finetuning",
     "published",
     "published_speed",
     "quality",
     "retention",
     "speed",
+    "summary",
     "training",
 ]
 PLOTS = ["held_out_loss", "quality_latency", "quality_parameters", "retention"]
@@ -65,8 +67,8 @@ def test_the_report_has_all_its_files(written: Path) -> None:
 def test_the_tables_of_the_report_hold_the_numbers(written: Path) -> None:
     text = (written / "report.md").read_text("utf-8")
     assert re.search(r"^\| student \| 66,000,000 \| 76\.6 \|", text, re.MULTILINE)
-    assert "student keeps 96.9 % of bert. baseline, which was trained without a teacher, keeps 89.2 %" in text
-    assert "| no_ce | 66.0 | -4.00 | 4.200 | +0.200 | -2.96 | yes |" in text
+    assert "student keeps 96.9 % of bert, and baseline, which was trained without a teacher, 89.2 %: no verdict" in text
+    assert "| no_ce | 66.0 | -4.00 | 4.200 | +0.200 | -2.96 | no interval |" in text
     for name in PLOTS:
         assert f"]({name}.png)" in text
     for line in (line for line in text.splitlines() if line.startswith("|")):
@@ -158,8 +160,23 @@ def test_a_later_report_leaves_nothing_of_the_earlier_one_but_a_users_own_files(
     (tmp_path / "out" / "notes.txt").write_text("mine", "utf-8")
     write([result("m", "rte", 0.7)], tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        *("notes.txt", "report.md", "report.html", "quality.csv", "published.csv", "each_metric.csv", "cost.csv")
+        *("notes.txt", "report.md", "report.html", "quality.csv", "published.csv", "each_metric.csv", "cost.csv"),
+        "finetuning.csv",
     }
+
+
+def test_the_page_begins_with_the_command_the_date_the_version_and_the_machine(written: Path) -> None:
+    for name in ("report.md", "report.html"):
+        first = (written / name).read_text("utf-8").partition("Summary")[0]
+        assert re.search(r"python .*pytest.* · 20\d\d-\d\d-\d\d \d\d:\d\d\+00:00 · distilkit \d\S* · .+ cores", first)
+
+
+def test_details_are_folded_and_the_result_comes_first(written: Path) -> None:
+    text = (written / "report.html").read_text("utf-8")
+    titles = re.findall(r"<(h2|details><summary)>([^<]+)<", text)
+    assert [title for _, title in titles][:3] == ["Summary", "What is kept of the teacher", "Quality"]
+    folded = [title for tag, title in titles if tag != "h2"]
+    assert folded == ["Size and speed, published", "Each metric", "Cost of fine-tuning and scoring"]
 
 
 def test_training_runs_alone_make_a_report_too(outputs: Path, tmp_path: Path) -> None:
@@ -303,7 +320,7 @@ def test_tables_and_plots_go_to_wandb_offline(tmp_path: Path, monkeypatch: pytes
 def test_tables_without_anything_to_show_are_left_out() -> None:
     none = gather([])
     made = [quality.quality_table(none), retention.retention_table(none), quality.metrics_table(none)]
-    made += [published.published_table(none), speed_table(none)]
+    made += [published.published_table(none), *speed_tables(none)]
     made += [ablation.ablation_table(none, []), runs.training_table([]), runs.cost_table(none)]
     assert made == [None] * len(made)
 

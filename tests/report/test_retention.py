@@ -1,12 +1,16 @@
-"""What is kept of the teacher: table, verdicts and bars."""
+"""What is kept of the teacher: tables, verdicts and points."""
 
+import re
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from distilkit.records import Result
-from distilkit.report import retention
-from scores import by_row, gathered, glue, perplexity, result
+from distilkit.records import Result, Rows
+from distilkit.report import quality, retention
+from distilkit.report.frame import Scores
+from scores import by_row, gathered, glue, perplexity, result, said, with_rows
 
 
 @pytest.mark.parametrize(
@@ -16,8 +20,8 @@ from scores import by_row, gathered, glue, perplexity, result
         ({"settings": {"stride": 512}}, "stride (512, not 256)"),
         ({"settings": {"max_tokens": 100}}, "max_tokens (100, not None)"),
         (
-            {"settings": {"text": "other"}},
-            "text (other, not {'hub': {'path': 'Salesforce/wikitext', 'name': 'wikitext-10)",
+            {"settings": {"scored_data": "91c0"}},
+            "scored_data (91c0, not 5f2d)",
         ),
         ({"details": {"words": 500}}, "words (500, not 700)"),
     ],
@@ -46,7 +50,7 @@ def test_with_different_tokenizers_perplexities_per_word_are_compared_where_ther
     assert retention.retention_table(gathered(masked, teacher="gpt2", baseline=None)) is None
     said = retention.nothing_kept(gathered(masked, teacher="gpt2", baseline=None))
     assert said is not None
-    assert said.endswith("it differs from gpt2 in vocabulary (30000, not 50257), text_tokens (1100, not 900).")
+    assert said.endswith("it differs from gpt2 in text_tokens (1100, not 900), vocabulary (30000, not 50257).")
 
 
 def test_what_is_kept_is_a_share_of_the_teachers_score_and_of_its_average() -> None:
@@ -58,17 +62,163 @@ def test_what_is_kept_is_a_share_of_the_teachers_score_and_of_its_average() -> N
     assert rows["student"]["GLUE average"] == "96.9"  # 689 / 711
     assert rows["baseline"]["GLUE average"] == "89.2"  # 634 / 711
     assert table is not None
-    assert table.notes[1] == (
-        "On the GLUE average student keeps 96.9 % of bert. baseline, which was trained without a teacher, keeps 89.2 %: student "
-        "keeps more, by 7.7 points."
+    (line,) = retention.verdicts(gathered(glue()))
+    assert line == (
+        "On the GLUE average student keeps 96.9 % of bert, and baseline, which was trained without a teacher, 89.2 %: no "
+        "verdict, because there are no rows files of the same rows."
     )
 
 
-def test_the_verdict_names_the_baseline_where_it_keeps_more() -> None:
-    scores = gathered([result("bert", "rte", 0.8), result("student", "rte", 0.4), result("baseline", "rte", 0.6)])
+Shares = dict[str, tuple[float, ...]]
+
+
+def on_sst2(folder: Path, shares: Shares, **fields: Any) -> Scores:
+    """Score rows of SST-2, of which each model says a share right; shares of further seeds follow."""
+    results = [
+        with_rows(folder, name, "sst2", said(share, seed=100 * index + seed), seed=seed, **fields.get(name, {}))
+        for index, (name, own) in enumerate(shares.items())
+        for seed, share in enumerate(own, 1)
+    ]
+    return gathered(results)
+
+
+def verdict_of(scores: Scores) -> str:
     (line,) = retention.verdicts(scores)
-    assert line.startswith("On RTE student keeps 50.0 % of bert")
-    assert line.endswith("baseline keeps more, by 25.0 points.")
+    return line.partition(" %: ")[2]
+
+
+@pytest.mark.parametrize(
+    ("shares", "said"),
+    [
+        (
+            {"student": (0.85,) * 3, "baseline": (0.75,) * 3},
+            r"student keeps more, \[\+[89]\.\d, \+1\d\.\d\] points \(3 seeds\)\.",
+        ),
+        (
+            {"student": (0.75,) * 3, "baseline": (0.85,) * 3},
+            r"baseline keeps more, \[-1\d\.\d, -[89]\.\d\] points \(3 seeds\)\.",
+        ),
+        (
+            {"student": (0.80,) * 3, "baseline": (0.80,) * 3},
+            r"no difference shown, \[-\d\.\d, \+\d\.\d\] points \(3 seeds\)\.",
+        ),
+        ({"student": (0.9, 0.7), "baseline": (0.6, 0.8)}, r"no difference shown, .* \(2 seeds\)\."),  # they spread
+        (
+            {"student": (0.85,), "baseline": (0.75,)},
+            r"\[\+8\.\d, .*\] points over rows, but no verdict, because 1 seed",
+        ),
+        ({"student": (0.80,), "baseline": (0.80,)}, r"no difference shown, .* \(1 seed\)\."),
+    ],
+)
+def test_a_verdict_needs_an_interval_without_zero(shares: Shares, said: str, tmp_path: Path) -> None:
+    assert re.match(said, verdict_of(on_sst2(tmp_path, {"bert": (0.9,) * 3, **shares})))
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_two_seeds_of_one_model_as_two_models_are_no_difference(seeds: int, tmp_path: Path) -> None:
+    drawn = np.random.default_rng(3).normal(0.8, 0.02, size=(2, seeds))  # seeds that spread by 2 points
+    shares = {"bert": (0.9,) * seeds, "student": tuple(drawn[0]), "baseline": tuple(drawn[1])}
+    assert "keeps more" not in verdict_of(on_sst2(tmp_path, shares))
+
+
+def test_there_is_no_verdict_between_models_that_were_fine_tuned_differently(tmp_path: Path) -> None:
+    one = {"epochs": 1, "lr": 5e-5, "max_length": 128, "precision": "32-true"}
+    other = {"epochs": 10, "lr": 2e-5, "max_length": 256, "precision": "bf16-mixed"}
+    fields = {name: {"settings": own} for name, own in (("bert", one), ("student", other), ("baseline", one))}
+    scores = on_sst2(tmp_path, {"bert": (0.9,) * 3, "student": (0.85,) * 3, "baseline": (0.7,) * 3}, **fields)
+    assert verdict_of(scores) == (
+        "no verdict, because they were fine-tuned or scored differently (epochs, lr, max_length, precision)."
+    )
+    table = retention.retention_table(scores)
+    assert table is not None
+    assert table.notes[-1] == (
+        "student was fine-tuned or scored differently from bert: epochs (10, not 1), lr (2e-05, not 5e-05), max_length (256, not "
+        "128), precision (bf16-mixed, not 32-true)."
+    )
+
+
+def test_settings_that_were_chosen_from_the_same_grid_are_one_protocol(tmp_path: Path) -> None:
+    results = [
+        with_rows(
+            tmp_path / str(lr),
+            name,
+            "sst2",
+            said(share + lr, seed=seed),
+            seed=seed,
+            settings={"lr": lr},
+            held_out=held_out,
+        )
+        for name, share, best in (("bert", 0.9, 0.01), ("student", 0.8, 0.02), ("baseline", 0.7, 0.02))
+        for lr in (0.01, 0.02)
+        for held_out in [0.5 + (lr == best)]
+        for seed in (1, 2, 3)
+    ]
+    assert verdict_of(gathered(results)).startswith("student keeps more")
+
+
+def test_what_is_kept_has_an_interval_and_says_which_rows_are_at_chance(tmp_path: Path) -> None:
+    scores = on_sst2(tmp_path, {"bert": (0.9,) * 3, "student": (0.81,) * 3, "baseline": (0.6,) * 3})
+    table = retention.retention_table(scores)
+    assert table is not None
+    cells = [row[1] for row in table.rows]
+    assert re.fullmatch(r"90\.\d ± \d\.\d", cells[0])
+    assert table.notes[1] == "baseline is not shown to be above chance on SST-2."
+    record = table.records[0]
+    assert record["low"] < record["percent"] < record["high"]
+
+
+def test_nothing_is_kept_of_a_teacher_that_is_not_above_chance(tmp_path: Path) -> None:
+    def collapsed(name: str) -> Result:
+        right = said(0.8, seed=1)
+        rows = Rows(ids=right.ids, gold=right.gold, said=np.ones(1000, int))
+        return with_rows(tmp_path, name, "cola", rows, names=["matthews"])
+
+    scores = gathered([collapsed(name) for name in ("bert", "student", "baseline")])
+    rows = by_row(quality.quality_table(scores))
+    assert {row["CoLA"] for row in rows.values()} == {"0.0 ± 0.0", "0.0"}
+    assert list(rows)[-1] == "majority class or no correlation"
+    assert retention.retention_table(scores) is None
+    assert retention.verdicts(scores) == []
+    kept = retention.nothing_kept(scores)
+    assert kept is not None
+    assert "bert is not shown to be above chance on CoLA; nothing is kept of it there." in kept
+
+
+def test_models_that_were_scored_on_different_rows_have_no_common_interval(tmp_path: Path) -> None:
+    results = [
+        with_rows(tmp_path, "bert", "sst2", said(0.9, seed=1)),
+        with_rows(tmp_path, "student", "sst2", said(0.8, seed=2)),
+    ]
+    rows = said(0.7, seed=3)
+    results.append(with_rows(tmp_path, "baseline", "sst2", rows.take(np.arange(500))))
+    scores = gathered(results)
+    assert verdict_of(scores) == "no verdict, because there are no rows files of the same rows."
+    table = retention.retention_table(scores)
+    assert table is not None
+    assert ["±" in row[1] for row in table.rows] == [True, False]
+
+
+def test_the_summary_has_each_score_what_it_keeps_and_its_difference_to_the_teacher(tmp_path: Path) -> None:
+    table = retention.summary_table(
+        on_sst2(tmp_path, {"bert": (0.9,) * 3, "student": (0.81,) * 3, "baseline": (0.6,) * 3})
+    )
+    assert table is not None
+    assert table.header == ["model", "SST-2", "kept, %", "less the teacher"]
+    assert [row[0] for row in table.rows] == ["bert (teacher)", "student", "baseline"]
+    assert re.fullmatch(r"81\.\d ± \d\.\d", table.rows[1][1])
+    assert re.fullmatch(r"90\.\d ± \d\.\d", table.rows[1][2])
+    assert re.fullmatch(r"\[-1\d\.\d, -\d\.\d\]", table.rows[1][3])
+    assert table.rows[0][2:] == ["-", "-"]
+    assert "student keeps more" in table.notes[1]
+
+
+def test_the_table_of_fidelity_says_how_often_a_row_says_the_same_as_the_teacher(tmp_path: Path) -> None:
+    rows = said(0.9, seed=1)
+    scores = gathered([with_rows(tmp_path, "bert", "sst2", rows), with_rows(tmp_path, "student", "sst2", rows)])
+    table = retention.fidelity_table(scores)
+    assert table is not None
+    assert table.rows == [["student", "100.0 (0.000)"]]
+    assert retention.fidelity_table(gathered(glue())) is None
 
 
 @pytest.mark.parametrize("score", [0.0, -0.1])
@@ -78,27 +228,22 @@ def test_nothing_is_a_share_of_a_teachers_score_of_zero_or_less(score: float) ->
 
 
 def legend_of(results: list[Result], monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], list[Any]]:
-    """Return labels and colours of the bars of what is kept."""
+    """Return labels and colours of the points of what is kept."""
     found: list[Any] = []
     monkeypatch.setattr(retention, "png", lambda figure: found.append(figure) or b"")
     assert retention.retention_plot(gathered(results)) is not None
-    bars = found[0].axes[0].containers
-    return [each.get_label() for each in bars], [each.patches[0].get_facecolor() for each in bars]
+    (legend,) = found[0].legends
+    points = {str(text.get_text()): line for text, line in zip(legend.get_texts(), legend.get_lines(), strict=True)}
+    del points["bert (teacher)"]
+    return list(points), [each.get_color() for each in points.values()]
 
 
-def test_the_baseline_has_its_bars_however_many_rows_there_are_and_no_colour_is_used_twice(
+def test_the_baseline_has_its_points_however_many_rows_there_are_and_no_colour_is_used_twice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     many = [result(f"student{number}", "rte", 0.6) for number in range(12)]
     labels, colours = legend_of([*glue(seeds=[1]), *many], monkeypatch)
-    assert labels == ["student", *(f"student{number}" for number in range(5)), "baseline", "DistilBERT (published)"]
-    assert len(set(colours)) == len(colours)
-
-
-def test_published_bars_have_the_names_of_the_published_students(monkeypatch: pytest.MonkeyPatch) -> None:
-    results = [each for name in ("bert", "student") for each in (perplexity(name, 20.0), result(name, "xnli", 0.7))]
-    labels, colours = legend_of([*results, *glue(seeds=[1])], monkeypatch)
-    assert labels[2:] == ["DistilBERT (published)", "DistilmBERT (published)", "DistilGPT2 (published)"]
+    assert labels == ["student", *(f"student{number}" for number in range(5)), "baseline"]
     assert len(set(colours)) == len(colours)
 
 

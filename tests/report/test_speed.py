@@ -6,17 +6,16 @@ from typing import Any
 
 import matplotlib.image
 import pytest
+from matplotlib.figure import Figure
 
 from distilkit.records import Result
-from distilkit.report.speed import latency_plot, speed_table, speeds
+from distilkit.report import speed as speed_module
+from distilkit.report.speed import latency_plot, speed_tables, speeds
 from scores import COST, every_kind, gathered, speed
 
 
 def test_size_and_speed_have_a_row_for_each_model_and_backend() -> None:
-    against = {"bert": {"cpu/latency_ms": 1.63, "cpu/latency_ms_p10": 9.0, "cpu/onnx/latency_ms": 1.5}}
-    results = [speed("student", 20.0, details={"against": against}), speed("bert", 33.0)]
-    table = speed_table(gathered(results))
-    assert table is not None
+    (table,) = speed_tables(gathered([speed("student", 20.0), speed("bert", 33.0)]))
     sizes = ["66,000,000", "42,000,000"]
     assert [row[:2] for row in table.rows] == [
         ["bert (teacher)", "cpu"],
@@ -24,42 +23,69 @@ def test_size_and_speed_have_a_row_for_each_model_and_backend() -> None:
         ["bert (teacher)", "cpu/onnx"],
         ["student", "cpu/onnx"],
     ]
-    assert table.rows[1] == [
-        "student",
-        "cpu",
-        *sizes,
-        "438.0",
-        "20.0 (19.0 to 22.0)",
-        "150.0",
-        "latency 1.63 x bert",
-    ]
-    assert table.rows[3] == ["student", "cpu/onnx", *sizes, "440.5", "10.0", "-", "latency 1.50 x bert"]
+    assert table.rows[0][6:] == ["-", "90.9", "-"]
+    assert table.rows[1] == ["student", "cpu", *sizes, "438.0", "20.0 (19.0 to 22.0)", "1.65", "150.0", "1.65"]
+    assert table.rows[3] == ["student", "cpu/onnx", *sizes, "440.5", "10.0", "1.65", "-", "-"]
     assert "Some CPU, 2 cores" in table.notes[0]
-    assert "batch 1" not in table.notes[0]
+    assert "batches of" not in table.notes[0]
 
 
 def test_the_note_on_speed_says_how_it_was_timed() -> None:
     details = {"threads": 2, "num_sentences": 200, "rounds": 5}
-    table = speed_table(gathered([speed("m", 20.0, settings={"batch_sizes": [4, 16]}, details=details)]))
-    assert table is not None
-    assert table.notes[0].endswith(
-        " Batches of 4 and 16, sentences: 200, CPU threads: 2, measured on Some CPU, 2 cores."
-    )
+    (table,) = speed_tables(gathered([speed("m", 20.0, settings={"batch_sizes": [4, 16]}, details=details)]))
+    said = "Measured on Some CPU, 2 cores, batches of 4 and 16, sentences: 200, CPU threads: 2, 2026-11-20."
+    assert table.notes[0].endswith(said)
+
+
+def on(machine: str, *, hour: int = 8, folder: str | None = None, **details: Any) -> dict[str, Any]:
+    cost = {**COST, "machine": machine, "date": f"2026-11-20T{hour:02}:00:00+00:00"}
+    return {"cost": cost, "folder": folder, "details": details}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        on("Xeon"),
+        on("M4", threads=8),
+        on("M4", folder="later", hour=9),
+        {**on("M4"), "settings": {"batch_sizes": [8, 64]}},
+    ],
+)
+def test_timings_of_other_machines_conditions_or_runs_are_in_tables_and_panels_of_their_own(
+    other: dict[str, Any],
+) -> None:
+    results = [speed("bert", 12.0, **on("M4")), speed("student", 7.0, **on("M4")), speed("baseline", 33.0, **other)]
+    scores = gathered([*every_kind(), *results])
+    scores = dataclasses.replace(scores, results=scores.results.tail(3))
+    tables = speed_tables(scores)
+    assert [[row[0] for row in table.rows if row[1] == "cpu"] for table in tables] == [
+        ["bert (teacher)", "student"],
+        ["baseline"],
+    ]
+    assert [table.title for table in tables] == ["Size and speed, run 1 of 2", "Size and speed, run 2 of 2"]
+    assert [table.name for table in tables] == ["speed", "speed_2"]
+    assert tables[1].rows[0][6] == "-"  # of another run there is no ratio
+    panels: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed_module, "scatter", lambda found, *args, **labels: panels.update(found) or Figure())
+        latency_plot(scores)
+    assert {title: [point.name for point in points] for title, points in panels.items()} == {
+        "cpu, M4, run 1": ["bert", "student"],
+        "cpu/onnx, M4, run 1": ["bert", "student"],
+    }
 
 
 @pytest.mark.parametrize("turned", [False, True])
-def test_the_later_timing_counts_and_of_the_teacher_that_beside_a_student(turned: bool) -> None:
-    def at(hour: int) -> dict[str, Any]:
-        return {"cost": {**COST, "date": f"2026-11-20T{hour:02}:00:00+00:00"}}
-
-    beside = [speed("student", 20.0, details={"against": {"bert": {}}}, **at(8)), speed("bert", 30.0, **at(8))]
-    later = [speed("bert", 99.0, **at(9)), speed("baseline", 50.0, **at(9))]
-    earlier = [speed("baseline", 40.0, **at(7))]
-    order = [*later, *earlier, *beside] if turned else [*beside, *later, *earlier]
-    found = speeds(gathered(order))
-    latency = {each["model"]: each["latency_ms"] for each in found if each["backend"] == "cpu"}
-    assert latency == {"student": 20.0, "bert": 30.0, "baseline": 50.0}
-    assert speeds(gathered(order, teacher=None))[0]["latency_ms"] == (99.0 if turned else 20.0)
+def test_a_run_that_was_repeated_as_a_whole_counts_once(turned: bool) -> None:
+    first = [speed("student", 20.0, **on("M4", folder="a")), speed("bert", 30.0, **on("M4", folder="a"))]
+    again = [
+        speed("student", 22.0, **on("M4", folder="b", hour=9)),
+        speed("bert", 99.0, **on("M4", folder="b", hour=9)),
+    ]
+    alone = [speed("student", 21.0, **on("M4", folder="c", hour=10))]
+    found = speeds(gathered([*again, *alone, *first] if turned else [*first, *again, *alone]))
+    cpu = [(each["run"], each["model"], each["latency_ms"]) for each in found if each["backend"] == "cpu"]
+    assert sorted(cpu) == [(1, "bert", 99.0), (1, "student", 22.0), (2, "student", 21.0)]
 
 
 def test_a_panel_shows_each_device_and_backend() -> None:

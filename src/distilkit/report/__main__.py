@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import shlex
+import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path, PurePath
 
 import hydra
@@ -10,14 +14,15 @@ from omegaconf import DictConfig, ListConfig
 
 from distilkit.cli import check_added, report_errors
 from distilkit.errors import UserError
-from distilkit.records import Result, distinct, find_runs, read_results
+from distilkit.records import Result, distinct, find_runs, processor, read_results
 from distilkit.report import ablation, published, quality, retention, runs, speed
 from distilkit.report.ablation import Run
 from distilkit.report.frame import Scores, gather
 from distilkit.report.page import Block, Plot, Table, html_page, markdown_page, write_csv
 
 _NAMES = (  # of the tables and plots that a report may have written
-    *("quality", "retention", "published", "each_metric", "speed", "published_speed", "ablation", "training", "cost"),
+    *("summary", "quality", "retention", "published", "each_metric", "speed", "speed_*", "published_speed", "ablation"),
+    *("training", "cost", "fidelity", "finetuning"),
     *("quality_parameters", "quality_latency", "held_out_loss"),
 )
 
@@ -60,13 +65,21 @@ def assign_roles(
 def sections(scores: Scores, trained: Sequence[Run]) -> list[Block]:
     """Return the report's tables and plots in their order, without the empty ones."""
     blocks = [
-        *(quality.quality_table(scores), quality.size_plot(scores), speed.latency_plot(scores)),
-        *(retention.retention_table(scores) or retention.nothing_kept(scores), retention.retention_plot(scores)),
-        *(published.published_table(scores), speed.speed_table(scores), published.published_speed(scores)),
+        *(retention.summary_table(scores), retention.retention_table(scores) or retention.nothing_kept(scores)),
+        *(quality.quality_table(scores), retention.retention_plot(scores), quality.size_plot(scores)),
+        *(retention.fidelity_table(scores), *speed.speed_tables(scores), speed.latency_plot(scores)),
+        *(published.published_table(scores), published.published_speed(scores)),
         *(ablation.ablation_table(scores, trained), runs.training_table(trained), runs.loss_plot(trained)),
-        *(quality.metrics_table(scores), runs.cost_table(scores)),
+        *(quality.finetuning_table(scores), quality.metrics_table(scores), runs.cost_table(scores)),
     ]
     return [block for block in blocks if block is not None]
+
+
+def about() -> str:
+    """Return the command, the date, the version of the code and the machine of this report."""
+    command = shlex.join(["python", *sys.orig_argv[1:]])
+    now = datetime.now(UTC).isoformat(sep=" ", timespec="minutes")
+    return f"{command} · {now} · distilkit {version('distilkit')} · {processor('cpu')}"
 
 
 def write_report(
@@ -96,16 +109,16 @@ def write_report(
     scores, notes = assign_roles(gather(results), trained, teacher=teacher, baseline=baseline)
     blocks = [*notes, *sections(scores, trained)]
     out.mkdir(parents=True, exist_ok=True)
-    for file in [out / f"{name}.{kind}" for name in _NAMES for kind in ("csv", "png")]:
-        file.unlink(missing_ok=True)
+    for file in [file for name in _NAMES for kind in ("csv", "png") for file in out.glob(f"{name}.{kind}")]:
+        file.unlink()
     tables = [block for block in blocks if isinstance(block, Table)]
     plots = [block for block in blocks if isinstance(block, Plot)]
     for table in tables:
         write_csv(out / f"{table.name}.csv", table.records)
     for plot in plots:
         (out / f"{plot.name}.png").write_bytes(plot.png)
-    (out / "report.html").write_text(html_page(title, blocks), "utf-8")
-    (out / "report.md").write_text(markdown_page(title, blocks), "utf-8")
+    (out / "report.html").write_text(html_page(title, about(), blocks), "utf-8")
+    (out / "report.md").write_text(markdown_page(title, about(), blocks), "utf-8")
     if wandb is not None:
         from distilkit import tracking  # imports wandb and Lightning
 

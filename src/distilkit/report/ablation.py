@@ -1,13 +1,13 @@
 """The ablation: the change without each term of the objective and without the teacher's weights, next to table 4."""
 
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
 from distilkit.report.frame import Scores, task_label
-from distilkit.report.page import Table, tabulate
+from distilkit.report.intervals import Interval
+from distilkit.report.page import Table, figure, tabulate
 from distilkit.report.published import ABLATION
 
 Run = Mapping[str, Any]  # a summary.json with its ``label`` and ``folder``
@@ -37,11 +37,24 @@ def _records(scores: Scores, rows: Mapping[str, str], runs: Mapping[str, Run]) -
     for name in [name for name in ("full", *ABLATION) if name in rows or name in runs]:
         both = [(values.get(name), values.get("full")) for values in (percents, entropy)]
         change, more = (None if name == "full" or a is None or b is None else a - b for a, b in both)
-        better = -more if change is None and more is not None else change  # a higher cross-entropy is worse
-        signs = "-" if better is None or math.isnan(better) else "yes" if better * ABLATION[name] > 0 else "no"
         record = {"row": name, "model": rows.get(name) or runs[name]["label"], "tasks": ", ".join(tasks)}
         record |= {"average": percents.get(name), "change": change, "cross_entropy": entropy.get(name)}
-        yield record | {"cross_entropy_change": more, "published_change": ABLATION.get(name), "signs_agree": signs}
+        record |= {"cross_entropy_change": more, "published_change": ABLATION.get(name), "verdict": "-"}
+        if change is not None:
+            range_ = scores.difference(rows[name], rows["full"], tasks)
+            record |= {"verdict": _verdict(scores, [rows[name], rows["full"]], tasks, range_, ABLATION[name])}
+            record |= {"low": 100 * range_.low, "high": 100 * range_.high} if range_ else {}
+        yield record
+
+
+def _verdict(
+    scores: Scores, rows: Sequence[str], tasks: Sequence[str], range_: Interval | None, published: float
+) -> str:
+    """Return whether the interval of a change excludes zero, and whether it holds the paper's change."""
+    if range_ is None or scores.unlike(rows[0], *tasks, other=rows[1]):
+        return "no interval" if range_ is None else "fine-tuned differently"
+    shown = "no difference shown" if range_.holds(0) else "a difference" if scores.seeds(rows, tasks) != 1 else "1 seed"
+    return f"{shown}; {'holds' if range_.holds(published / 100) else 'excludes'} the published"
 
 
 def ablation_table(scores: Scores, runs: Sequence[Run]) -> Table | None:
@@ -53,14 +66,16 @@ def ablation_table(scores: Scores, runs: Sequence[Run]) -> Table | None:
         pairs = [(scored[0], trained[0])]
     records = [record for rows, own in pairs for record in _records(scores, rows, own)]
     tasks = dict.fromkeys(task for record in records for task in record["tasks"].split(", ") if task)
-    compared = [record["signs_agree"] for record in records if record["signs_agree"] != "-"]
     over = f"over {', '.join(map(task_label, tasks))}" if tasks else "(there is none: no task was scored for all rows)"
-    columns = {"row": "{}", "average": "{:.1f}", "change": "{:+.2f}", "cross_entropy": "cross-entropy {:.3f}"}
-    columns |= {"cross_entropy_change": "its change {:+.3f}", "published_change": "{:+.2f}", "signs_agree": "{}"}
+    columns = {"row": "{}", "average": "{:.1f}", "change": "{}", "cross_entropy": "cross-entropy {:.3f}"}
+    columns |= {"cross_entropy_change": "its change {:+.3f}", "published_change": "{:+.2f}"}
+    columns |= {"verdict": "95 % interval of the change {}"}
     note = (
         f"Changes against the full objective at equal tokens: of the average score {over}, in points, and of the "
         "held-out cross-entropy in nats per token, where more is worse. Published: the paper's table 4, of the GLUE "
-        "average. The sign is that of the average, or else of the cross-entropy, reversed; "
-        f"{compared.count('yes')} of {len(compared)} agree with the paper's."
+        "average. Seeds are of fine-tuning; each objective was distilled once."
     )
-    return tabulate("ablation", "Ablation", records, columns, note)
+    half = [f" ± {(each['high'] - each['low']) / 2:.2f}" if "high" in each else "" for each in records]
+    changes = [figure(each["change"], "{:+.2f}") + more for each, more in zip(records, half, strict=True)]
+    cells = [{**each, "change": change} for each, change in zip(records, changes, strict=True)]
+    return tabulate("ablation", "Ablation", records, columns, note, cells=cells)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import offset_copy
 
 from distilkit.report.frame import Scores
 
@@ -15,13 +16,15 @@ WIDTH = 6.5  # inches: the text stays readable on a phone
 
 
 class Point(NamedTuple):
-    """A model in a plot: its place, and the range of its x."""
+    """A model in a plot: its place, and the ranges of its x and y."""
 
     name: str
     x: float
     y: float
     low: float | None = None
     high: float | None = None
+    bottom: float | None = None
+    top: float | None = None
 
 
 def plain(text: str, *, width: int = 40) -> str:
@@ -54,11 +57,18 @@ def scatter(panels: Mapping[str, Sequence[Point]], scores: Scores, *, x: str, y:
     figure = Figure(figsize=(WIDTH, 4.2 * len(panels) + 0.11 * len(names)))
     figure.set_layout_engine("constrained", h_pad=0.12)
     for axis, (title, points) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
-        for name, *place, low, high in sorted(points, key=lambda point: names.index(point.name)):
-            marker, colour, size = looks[name]
-            axis.plot(*place, marker, color=colour, markersize=size, alpha=0.8, label=plain(scores.label(name)))
-            if low is not None and high is not None:
-                axis.hlines(place[1], low, high, color=colour, linewidth=1)
+        places: list[tuple[float, float]] = []
+        for point in sorted(points, key=lambda point: names.index(point.name)):
+            marker, colour, size = looks[point.name]
+            beside = 9 * places.count(place := (point.x, point.y))  # equal places stand side by side
+            places.append(place)
+            moved = {"transform": offset_copy(axis.transData, figure, x=beside, units="points")}
+            label = plain(scores.label(point.name))
+            axis.plot(*place, marker, color=colour, markersize=size, alpha=0.8, label=label, **moved)
+            if point.low is not None and point.high is not None:
+                axis.hlines(point.y, point.low, point.high, color=colour, linewidth=1)
+            if point.bottom is not None and point.top is not None:
+                axis.vlines(point.x, point.bottom, point.top, color=colour, linewidth=1, **moved)
         finish(axis)
         axis.margins(x=0.1, y=0.1)
         axis.set(xlabel=x, ylabel=y, title=plain(title))

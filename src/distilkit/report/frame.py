@@ -4,14 +4,16 @@ import dataclasses
 import json
 import re
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from distilkit.records import Result
+from distilkit.report.intervals import Interval, interval
+from distilkit.report.samples import Samples, read_samples
 
 GLUE_TASKS = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
 LABELS = dict(zip(GLUE_TASKS, ("CoLA", "MNLI", "MRPC", "QNLI", "QQP", "RTE", "SST-2", "STS-B", "WNLI"), strict=True))
@@ -19,6 +21,8 @@ LABELS |= {"imdb": "IMDb", "squad": "SQuAD", "xnli": "XNLI", "perplexity": "perp
 LABELS["pseudo_perplexity"] = "pseudo-perplexity"
 SECOND = " + 2nd distillation"
 TOKENIZER = {"vocabulary", "text_tokens"}  # what differs between tokenizers
+_DATA = ("scored_data", "train_data", "metrics", "labels")  # settings that tell one task from another
+_OF_MODEL = {"vocabulary", "tokenizer", "seed"}  # settings that follow from the model, or are the seed
 _COLUMNS = ("row", "task", "metric", "median", "lowest", "highest", "seeds", "share", "averaged", "plain", "kind")
 
 
@@ -28,11 +32,13 @@ class Scores:
 
     ``results`` has a line for each result, with its ``row`` in tables and its ``setting``. ``frame`` has a line for
     each row, task and metric that counts, with its median, lowest and highest value over seeds. The metric "" is the
-    task's score. ``plain`` lines are neither second distillations nor one of several settings.
+    task's score. ``plain`` lines are neither second distillations nor one of several settings. ``results`` of a line
+    are those of its seeds, and ``tried`` the settings among which its own was chosen. ``samples`` draws those of a task.
     """
 
     results: pd.DataFrame
     frame: pd.DataFrame
+    samples: Callable[[str], Samples]
     teacher: str | None = None
     baseline: str | None = None
 
@@ -110,32 +116,103 @@ class Scores:
         """The averages with a column in tables: those of one task are left out."""
         return {label: tasks for label, tasks in self.averages().items() if len(tasks) > 1}
 
-    def unlike(self, row: str, task: str) -> dict[str, tuple[Any, Any]]:
-        """Return how the row's language model was scored differently from the teacher: names with both values.
+    def protocol(self, row: str | None, task: str) -> dict[str, list[Any]]:
+        """Return how a row was scored on a task: for each setting the values among which its own was chosen."""
+        if (line := self.line(row, task)) is None:
+            return {}
+        texts = line.kind == "language_model"
+        more = {name: line.details.get(name) for name in ("words", "text_tokens") if texts}
+        tried = [{name: each[name] for name in each if texts or name not in _OF_MODEL} | more for each in line.tried]
+        names = sorted({name for each in tried for name in each})
+        return {name: sorted({str(each.get(name)) for each in tried}) for name in names}
+
+    def unlike(self, row: str | None, *tasks: str, other: str | None = None) -> dict[str, tuple[str, str]]:
+        """Return how a row was scored differently from the teacher or another row: names with both values.
 
         Differences of ``TOKENIZER`` count only if there is no other: they leave the perplexity per word comparable.
         """
-        mine, theirs = self.line(row, task), self.line(self.teacher, task)
-        if theirs is None or mine.kind != "language_model":
-            return {}
-        one, other = mine.details | mine.settings, theirs.details | theirs.settings
-        names = [*sorted(mine.settings | theirs.settings), "words", "text_tokens"]
-        differing = {name: (one.get(name), other.get(name)) for name in names if one.get(name) != other.get(name)}
-        return {name: pair for name, pair in differing.items() if name not in TOKENIZER} or differing
+        found: dict[str, tuple[str, str]] = {}
+        for task in tasks:
+            one, two = self.protocol(row, task), self.protocol(other or self.teacher, task)
+            names = [name for name in {**one, **two} if one and two and one.get(name) != two.get(name)]
+            texts = {name: [", ".join(side.get(name, ["None"]))[:60] for side in (one, two)] for name in names}
+            found |= {name: (mine, theirs) for name, (mine, theirs) in texts.items()}
+        return {name: pair for name, pair in found.items() if name not in TOKENIZER} or found
+
+    def _metric(self, rows: Iterable[str], task: str) -> str | None:
+        """Return the metric by which rows compare with the teacher: per word if tokenizers differ, None if more does."""
+        models = [row for row in rows if (line := self.line(row, task)) and line.kind == "language_model"]
+        differing = {name for row in models for name in self.unlike(row, task)}
+        return "" if not differing else "word_perplexity" if differing <= TOKENIZER else None
 
     def kept(self, row: str, *tasks: str) -> float | None:
         """Return the percentage of the teacher's mean over tasks that a row keeps: the paper's ratio of averages.
 
         For a perplexity it is the teacher's divided by the row's: per word if tokenizers differ, None if more differs.
+        It is None where the teacher is at chance too.
         """
         mine, theirs = self.mean(row, tasks), self.mean(self.teacher, tasks)
-        if mine is not None and (differing := self.unlike(row, tasks[0])):
-            words = [self.metric(each, tasks[0], "word_perplexity") for each in (row, self.teacher)]
-            mine, theirs = words if differing.keys() <= TOKENIZER else (None, None)
-        if mine is None or theirs is None:
+        if mine is not None and (metric := self._metric([row], tasks[0])) != "":
+            mine, theirs = (self.metric(each, tasks[0], metric) if metric else None for each in (row, self.teacher))
+        if mine is None or theirs is None or self.at_chance(self.teacher, tasks):
             return None
         part, whole = (mine, theirs) if self.line(row, tasks[0]).share else (theirs, mine)
         return 100 * part / whole if whole > 0 else None  # None for a NaN too
+
+    def _interval(
+        self, statistic: Callable[..., Any], rows: Sequence[str | None], tasks: Sequence[str], metric: str = ""
+    ) -> Interval | None:
+        """Return the interval of a function of the means of rows over tasks.
+
+        It is None if a sample is missing, or if those of a task are not of the same rows of data.
+        """
+        found = [[self.samples(task).of(row, metric) for task in tasks] for row in rows]
+        samples, size = [each for own in found for each in own if each is not None], len(tasks)
+        paired = all(len({each.rows for each in own if each}) == 1 for own in zip(*found, strict=True))
+        if len(samples) < len(rows) * size or not size or not paired:
+            return None
+
+        def of_means(*each: Any) -> Any:
+            return statistic(*(sum(each[at : at + size]) / size for at in range(0, len(each), size)))
+
+        return interval(of_means, *samples)
+
+    def interval(self, row: str | None, tasks: Sequence[str]) -> Interval | None:
+        """Return the interval of a row's mean over tasks."""
+        return self._interval(lambda mean: mean, [row], tasks)
+
+    def difference(self, row: str, other: str | None, tasks: Sequence[str]) -> Interval | None:
+        """Return the interval of the mean over tasks less that of another row."""
+        return self._interval(lambda mine, theirs: mine - theirs, [row, other], tasks)
+
+    def kept_interval(self, row: str, *tasks: str, less: str | None = None) -> Interval | None:
+        """Return the interval of what a row keeps, or of what it keeps more than the row ``less``."""
+        rows = [row, *([less] if less else [])]
+        if any(self.kept(each, *tasks) is None for each in rows):
+            return None
+        share = self.line(row, tasks[0]).share
+
+        def percent(teacher: Any, *each: Any) -> Any:
+            own, *others = (100 * mine / teacher if share else 100 * teacher / mine for mine in each)
+            return own - others[0] if others else own
+
+        return self._interval(percent, [self.teacher, *rows], tasks, self._metric(rows, tasks[0]) or "")
+
+    def chance(self, tasks: Sequence[str]) -> float | None:
+        """Return the mean score over tasks of what says the commonest class, or no correlation."""
+        found = [self.samples(task).chance for task in tasks]
+        return statistics.fmean(each for each in found if each is not None) if found and None not in found else None
+
+    def at_chance(self, row: str | None, tasks: Sequence[str]) -> bool:
+        """Return whether a row's mean over tasks is not shown to be above chance."""
+        chance = self.chance(tasks)
+        own = None if chance is None else self.interval(row, tasks)
+        return own is not None and chance is not None and own.low <= chance
+
+    def seeds(self, rows: Iterable[str | None], tasks: Sequence[str]) -> int | None:
+        """Return the least number of seeds that rows have on tasks; None where no score depends on a seed."""
+        lines = [self.line(row, task) for row in rows for task in tasks]
+        return min((line.seeds for line in lines if line and line.results[0].seed is not None), default=None)
 
 
 def task_label(task: str) -> str:
@@ -144,13 +221,15 @@ def task_label(task: str) -> str:
 
 
 def name_alike(results: Sequence[Result]) -> list[Result]:
-    """Give timings the name under which the same weights were scored."""
+    """Give timings the name under which the same weights were scored, unless their own name is one of these."""
     names = {each.sha256: each.name for each in reversed(results) if each.kind != "speed"}
-    new = {each.name: names[each.sha256] for each in results if each.kind == "speed" and each.sha256 in names}
+    own = {(each.name, each.sha256) for each in results if each.kind != "speed"}
+    timed = [each for each in results if each.kind == "speed" and (each.name, each.sha256) not in own]
+    new = {each.name: names[each.sha256] for each in timed if each.sha256 in names}
 
     def renamed(timing: Result) -> Result:
         against = {"against": {new.get(other, other): x for other, x in timing.details.get("against", {}).items()}}
-        return dataclasses.replace(timing, name=names.get(timing.sha256, timing.name), details=timing.details | against)
+        return dataclasses.replace(timing, name=new.get(timing.name, timing.name), details=timing.details | against)
 
     return [renamed(each) if each.kind == "speed" else each for each in results]
 
@@ -169,15 +248,19 @@ def gather(results: Sequence[Result]) -> Scores:
     lines = [{"setting": _setting(each), **vars(each)} for each in name_alike(results)]
     every = pd.DataFrame(lines, columns=["setting", *Result.__annotations__], dtype=object)  # keeps None and NaN apart
     ambiguous = every.groupby("name")["sha256"].transform("nunique") > 1
-    every["row"] = every["name"] + np.where(ambiguous, " @" + every["sha256"].str[:7], "")
+    ends = every["sha256"].str.replace(".*@", "", regex=True).str[:7]  # of a hub model without commit the revision
+    every["row"] = every["name"] + np.where(ambiguous, " @" + ends, "")
     every["row"] += np.where(every["teacher"].notna(), SECOND, "")
-    counting = [summary for label, seeds in _counting(every) for summary in _summaries(label, seeds)]
-    frame = pd.DataFrame(counting, columns=[*_COLUMNS, "parameters", "settings", "details"], dtype=object)
-    return Scores(results=every, frame=frame.astype({"averaged": bool, "plain": bool}))
+    counting = [summary for cell in _counting(every) for summary in _summaries(*cell)]
+    more = ("parameters", "settings", "details", "results", "tried")
+    frame = pd.DataFrame(counting, columns=[*_COLUMNS, *more], dtype=object)
+    scored = frame[frame["metric"] == ""]
+    samples = cache(lambda task: read_samples(list(scored[scored["task"] == task].itertuples(index=False))))
+    return Scores(results=every, frame=frame.astype({"averaged": bool, "plain": bool}), samples=samples)
 
 
-def _counting(every: pd.DataFrame) -> Iterator[tuple[str, list[Any]]]:
-    """Go through what counts of each row and task: a label, and the results of its seeds.
+def _counting(every: pd.DataFrame) -> Iterator[tuple[str, list[Any], list[Any]]]:
+    """Go through what counts of each row and task: a label, the results of its seeds, and the settings tried.
 
     Of several settings it is the one with the best median on held-out rows, never by the score itself; settings without
     held-out scores are rows of their own. Of two results with the same seed and settings the later counts.
@@ -190,13 +273,18 @@ def _counting(every: pd.DataFrame) -> Iterator[tuple[str, list[Any]]]:
         held_out = {setting: [line.held_out for line in lines] for setting, lines in groups.items()}
         sign = 1 if by_date[0].higher_is_better else -1
         merits = {setting: sign * np.median(values) for setting, values in held_out.items() if None not in values}
-        chosen = [pd.Series(merits).fillna(-np.inf).idxmax()] if merits else []
-        counting = chosen + [setting for setting in groups if setting not in merits]
+        grids: dict[tuple[str, ...], dict[str, float]] = {}  # settings that differ in the data are not one grid
+        for setting in sorted(merits, key=lambda each: "refit" not in each):  # a refit has the merit of what it took
+            own = json.loads(setting)
+            grids.setdefault(tuple(str(own.get(name)) for name in _DATA), {})[setting] = merits[setting]
+        chosen = {pd.Series(grid).fillna(-np.inf).idxmax(): grid for grid in grids.values()}
+        counting = [*chosen, *(setting for setting in groups if setting not in merits)]
         labels = _differences(counting)
-        if chosen or len(counting) == 1:
+        if len(chosen) == 1 or len(counting) == 1:
             del labels[counting[0]]  # this setting has the row's own name
         for setting in counting:
-            yield f"{row} ({labels[setting]})" if setting in labels else row, groups[setting]
+            tried = [groups[each][0].settings for each in chosen.get(setting, [setting])]
+            yield f"{row} ({labels[setting]})" if setting in labels else row, groups[setting], tried
 
 
 def _differences(keys: Iterable[str]) -> dict[str, str]:
@@ -212,12 +300,12 @@ def _differences(keys: Iterable[str]) -> dict[str, str]:
     return labels
 
 
-def _summaries(label: str, lines: Sequence[Any]) -> Iterator[dict[str, Any]]:
+def _summaries(label: str, lines: Sequence[Any], tried: Sequence[Any]) -> Iterator[dict[str, Any]]:
     """Summarize the score and each metric over seeds; one NaN makes the result NaN, so that a failed seed shows."""
     first = lines[0]
     about = {name: getattr(first, name) for name in ("task", "kind", "parameters", "settings", "details")}
     about |= {"share": first.higher_is_better, "averaged": first.kind == "finetuned" and first.higher_is_better}
-    about |= {"row": label, "plain": label == first.row and first.teacher is None}
+    about |= {"row": label, "plain": label == first.row and first.teacher is None, "results": lines, "tried": tried}
     scores = [{"": line.score, **line.scores} for line in lines]
     for metric in dict.fromkeys(name for each in scores for name in each):
         found = [each[metric] for each in scores if metric in each]

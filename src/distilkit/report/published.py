@@ -8,7 +8,6 @@ from omegaconf import OmegaConf
 
 from distilkit.report.frame import GLUE_TASKS, Scores
 from distilkit.report.page import Table, tabulate
-from distilkit.report.quality import limit_notes
 
 
 class Published(NamedTuple):
@@ -29,25 +28,12 @@ ABLATION: dict[str, float] = _DATA["ablation"]
 
 def published_task(line: Any) -> str:
     """Return the task of a score in ``MODELS``: wikitext103 for a perplexity on all of WikiText-103's test split."""
-    text = line.settings.get("text")
-    hub = text.get("hub", {}) if isinstance(text, Mapping) else {}
+    node, text = line.details.get("task", {}), line.settings.get("text")  # the text was a setting in format 1
+    hub = node.get("dataset") if node.get("paths") is None else None
+    hub = hub or (text.get("hub", {}) if isinstance(text, Mapping) else {})
     whole = hub.get("split") == "test" and line.settings.get("max_tokens") is None
     found = whole and str(hub.get("name")).startswith("wikitext-103") and line.task == "perplexity"
     return "wikitext103" if found else str(line.task)
-
-
-def published_retention(task: str) -> tuple[str, float] | None:
-    """Return the first published student that has this task, and the percentage of its teacher's score that it keeps.
-
-    A task of several figures counts with their mean; for perplexities it is the teacher's divided by the student's.
-    """
-    figures = {model.name: model.figures for model in MODELS}
-    for name, _, own, teacher in MODELS:
-        keys = [key for key in own if key.partition("/")[0] == task]
-        if keys and teacher:
-            kept = sum(own[key] for key in keys) / sum(figures[teacher][key] for key in keys)
-            return name, 100 * (1 / kept if task == "wikitext103" else kept)
-    return None
 
 
 def _measured(scores: Scores, row: str) -> dict[str, float]:
@@ -69,10 +55,7 @@ def published_table(scores: Scores) -> Table | None:
     mine = [{"model": scores.label(row), "source": "measured here"} | own for row, own in ours.items() if own]
     others = [each for each in MODELS if each.figures.keys() & set(keys) - {"glue"}]
     theirs = [{"model": each.name, "source": f"published, {each.source}"} | each.figures for each in others]
-    named = {task: {published_task(line) for row in ours if (line := scores.line(row, task))} for task in scores.tasks}
-    tasks = [task for task, names in named.items() if names & {key.partition("/")[0] for key in keys}]
-    notes = [_NOTES["published"], *limit_notes(scores, tasks)]
-    notes += [_NOTES["wikitext103"]] if "wikitext103" in keys else []
+    notes = [_NOTES["published"], *([_NOTES["wikitext103"]] if "wikitext103" in keys else [])]
     columns = {"model": "{}", "source": "{}"}
     columns |= {key: _COLUMNS[key][0] + (" {:.2f}" if key == "imdb" else " {:.1f}") for key in keys}
     records = [{key: record.get(key) for key in columns} for record in mine + theirs]
@@ -87,4 +70,4 @@ def published_speed(scores: Scores) -> Table | None:
     columns |= {"times_faster_than_bert_base": "times as fast as BERT-base {:.2f}"}
     lines = [(name, size, seconds, SPEED["BERT-base"][1] / seconds) for name, (size, seconds) in SPEED.items()]
     records = [dict(zip(columns, line, strict=True)) for line in lines]
-    return tabulate("published_speed", "Size and speed, published", records, columns, _NOTES["speed"])
+    return tabulate("published_speed", "Size and speed, published", records, columns, _NOTES["speed"], folded=True)

@@ -18,6 +18,8 @@ from distilkit.report.drawing import COLOURS, WIDTH, finish, plain, png
 from distilkit.report.frame import Scores, task_label
 from distilkit.report.page import Plot, Table, markdown, markdown_table, print_table, tabulate
 
+_REACHED = ("nll", "teacher_nll", "agreement")  # of a training run, on held-out documents
+
 
 def teacher_label(teacher: Mapping[str, Any] | None) -> str:
     """Name a run's teacher: the student of another run by that run's folder, any other by its name."""
@@ -47,20 +49,21 @@ def _layers(run: Run) -> str:
 
 def training_table(runs: Sequence[Run]) -> Table | None:
     """Build the table of how each student was trained, at what cost, and its held-out cross-entropy."""
-    columns = {"run": "{}", "teacher": "{}", "parameters": "{:,}", "layers": "{}", "objective": "{}", "tokens": "{:,}"}
-    columns |= {"hours": "{:.2f}", "tokens_per_second": "tokens/s {:,.0f}", "peak_memory_mb": "peak memory MB {:,.0f}"}
-    columns |= dict.fromkeys(("before", "after", "teacher_cross_entropy", "agreement"), "{:.3f}")
+    columns = {"run": "{}", **dict.fromkeys(("before", "after"), "{:.3f}"), "teacher_cross_entropy": "teacher's {:.3f}"}
+    columns |= {"agreement": "{:.3f}", "teacher": "{}", "layers": "{}", "tokens": "{:,}", "hours": "{:.2f}"}
+    columns |= {"tokens_per_second": "tokens/s {:,.0f}", "objective": "{}"}
     records = []
     for label, run in zip(run_labels(runs), runs, strict=True):
         terms = [f"{name.removeprefix('alpha_')} {value}" for name, value in (run.get("objective") or {}).items()]
         hours = None if run.get("wall_seconds") is None else run["wall_seconds"] / 3600
         memory = max((run.get("peak_memory_mb") or {}).values(), default=None)
-        values = [label, teacher_label(run.get("teacher")), run["student_parameters"], _layers(run), ", ".join(terms)]
-        values += [run["tokens_seen"], hours, run.get("tokens_per_second"), memory, run["before"].get("val/nll")]
-        values += [run["after"].get(f"val/{name}") for name in ("nll", "teacher_nll", "agreement")]
-        records.append(dict(zip(columns, values, strict=True)) | {"folder": run["folder"]})
+        values = [label, run["before"].get("val/nll"), *(run["after"].get(f"val/{name}") for name in _REACHED)]
+        values += [teacher_label(run.get("teacher")), _layers(run), run["tokens_seen"], hours]
+        record = dict(zip(columns, [*values, run.get("tokens_per_second"), ", ".join(terms)], strict=True))
+        more = {"parameters": run["student_parameters"], "peak_memory_mb": memory, "folder": run["folder"]}
+        records.append(record | more)
     note = (
-        "Before, after and teacher: cross-entropy in nats per labelled token on held-out documents. Agreement: share "
+        "Before, after and teacher's: cross-entropy in nats per labelled token on held-out documents. Agreement: share "
         "of labelled tokens for which student and teacher predict the same. Hours are of training without validation."
     )
     return tabulate("training", "Training runs", records, columns, note)
@@ -82,15 +85,14 @@ def cost_table(scores: Scores) -> Table | None:
     table["dates"] = groups["day"].agg(lambda days: " to ".join(dict.fromkeys((min(days), max(days)))))
     table["versions"] = groups["version"].agg(lambda versions: "; ".join(versions.unique()))
     columns = {"model": "{}", "task": "{}", "results": "{}", "tokens": "{:,}", "hours": "{:.2f}"}
-    columns |= {"machine": "{}", "dates": "date {}", "versions": "{}"}
-    records = table.reset_index()[[*columns]].to_dict("records")
+    columns |= {"machine": "{}", "dates": "date {}"}
+    records = table.reset_index()[[*columns, "versions"]].to_dict("records")
     every = list(dict.fromkeys(version for each in records for version in each["versions"].split("; ")))
-    numbers = [", ".join(str(1 + every.index(one)) for one in each["versions"].split("; ")) for each in records]
-    cells = [{**x, "task": task_label(x["task"]), "versions": n} for x, n in zip(records, numbers, strict=True)]
+    cells = [{**each, "task": task_label(each["task"])} for each in records]
     tokens, hours = sum(costs["tokens"]), sum(costs["hours"])
     notes = [f"All seeds and settings together: {tokens:,} tokens in {hours:.2f} hours."]
-    notes += [f"Versions {number}: {version}." for number, version in enumerate(every, 1)]
-    return tabulate("cost", "Cost of fine-tuning and scoring", records, columns, *notes, cells=cells)
+    notes += [f"Versions: {version}." for version in every]
+    return tabulate("cost", "Cost of fine-tuning and scoring", records, columns, *notes, cells=cells, folded=True)
 
 
 def _curves(run: Run) -> dict[str, list[tuple[float, float]]]:
