@@ -1,6 +1,7 @@
 """One job: a model, a task and a seed, known by everything that decides the score, and recorded once."""
 
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -227,7 +228,7 @@ def evaluate(cfg: DictConfig, *, refit: Refit | None = None) -> float | None:
         node = OmegaConf.to_container(cfg.task, resolve=True)
         more |= {"refit": True, "settings_tried": refit.settings_tried} if refit else {}
         results = [
-            replace(each, settings=each.settings | more, details=each.details | {"task": node})
+            replace(each, settings=more | each.settings, details=each.details | {"task": node})
             for each in task.measure(job)
         ]
         if refit:
@@ -280,9 +281,11 @@ def _protocols(results: Sequence[Result]) -> list[str]:
 
 
 def _show(results: Sequence[Result], folder: Path) -> None:
-    rows = [
-        [metric, *(f"{result.scores[metric]:,.4g}" if metric in result.scores else "-" for result in results)]
-        for metric in results[0].scores
-    ]
-    print_table(results[0].task, ["metric", *(result.name for result in results)], rows)
+    for task, group in itertools.groupby(results, key=lambda result: result.task):
+        some = list(group)
+        rows = [
+            [metric, *(f"{result.scores[metric]:,.4g}" if metric in result.scores else "-" for result in some)]
+            for metric in some[0].scores
+        ]
+        print_table(task, ["metric", *(result.name for result in some)], rows)
     print(f"results: {folder / FILE}")

@@ -30,7 +30,7 @@ _BILOU = str.maketrans("LU", "ES")  # its last and single words as IOBES names t
 
 @dataclass(frozen=True, kw_only=True)
 class Sentence:
-    """Words and the tag of each, in IOB2: B- begins an entity, I- continues it, O is no entity; its place in the split."""
+    """Words and the tag of each, in IOB2: B- begins an entity, I- continues it, O is none; and its place in the split."""
 
     words: tuple[str, ...]
     tags: tuple[str, ...]
