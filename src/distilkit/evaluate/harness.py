@@ -4,7 +4,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from types import ModuleType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,7 +21,7 @@ from distilkit.records import Result, Rows, cost, write_rows
 _MAIN = ("acc_norm", "acc")  # the score of a task that has one of them
 
 
-def _harness() -> ModuleType:
+def _harness() -> Any:
     try:
         import lm_eval
         import lm_eval.models.huggingface

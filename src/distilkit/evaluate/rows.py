@@ -213,14 +213,16 @@ def read_examples(
             continue
         value = 0.0 if label is None else label_of(row[label], labels=labels, aliases=aliases)
         if value is None:
-            faults.append(f"{place} has {label} {row[label]!r}, not one of {', '.join(labels or ['a number'])}")
+            faults.append(f"{place} has {label} {row[str(label)]!r}, not one of {', '.join(labels or ['a number'])}")
             continue
         filled = tuple(text.format_map(row) if "{" in text else row[text] for text in texts)
         examples.append(Example(texts=filled, label=value, row=count - 1))
     if faults and not (skip_malformed and label is not None):
+        cure = (
+            "; a leaderboard wants them all" if label is None else ", or skip these rows with task.skip_malformed=true"
+        )
         raise UserError(
-            f"{split}: {len(faults)} of {count} rows cannot be used; the first: {faults[0]}. Fix the file, or "
-            "skip these rows with task.skip_malformed=true"
+            f"{split}: {len(faults)} of {count} rows cannot be used; the first: {faults[0]}. Fix the file{cure}"
         )
     if faults:
         log.warning("%s: %d of %d rows were skipped; the first: %s", split, len(faults), count, faults[0])
