@@ -21,7 +21,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 import distilkit.evaluate.__main__
 from distilkit.evaluate.finetune import Batches, FinetuningModule, hold_out
-from distilkit.evaluate.job import job_id
+from distilkit.evaluate.job import job_id, prepare
 from distilkit.evaluate.models import tokenizer_id, weights_id
 from distilkit.metrics import measure
 from distilkit.records import read_results, read_rows
@@ -140,6 +140,25 @@ def test_another_tokenizer_in_the_same_folder_is_another_model(
     file.write_text(file.read_text("utf-8").replace('"ba":', '"zzz":'), "utf-8")
     assert weights_id(str(folder), revision="main") != before
     assert tokenizer_id(str(folder)) != tokenizer_id(str(save_teacher("distilbert", num_layers=2)))
+
+
+def test_a_timing_is_known_by_the_models_that_it_is_set_against(
+    save_teacher: Callable[..., Path], tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(save_teacher("distilbert", num_layers=2), other)
+    (tmp_path / "lines.txt").write_text("ba be\nbi\n", "utf-8")
+
+    def folder() -> Path:
+        own = f"model={save_teacher('bert', num_layers=2)}"
+        with initialize_config_module("distilkit.conf.evaluate", version_base="1.3"):
+            given = [own, "task=speed", f"task.data_dir={tmp_path}/lines.txt", f"task.against={other}"]
+            return prepare(compose("evaluate", given))[1].folder
+
+    before = folder()
+    assert folder() == before
+    shutil.copy(save_teacher("distilbert", num_layers=1) / "model.safetensors", other)
+    assert folder() != before
 
 
 def test_results_with_other_labels_or_metrics_are_kept_apart(score: Callable[..., Outcome], tmp_path: Path) -> None:

@@ -141,10 +141,10 @@ def _check_numbers(cfg: DictConfig) -> None:
             raise UserError(f"{key}={value}, but it must be {what} {low}{high}")
 
 
-def job_id(cfg: DictConfig, *, ids: Mapping[str, str | None]) -> str:
+def job_id(cfg: DictConfig, *, ids: Mapping[str, Any]) -> str:
     """Return a short hash of everything that decides a score, except the seed and the machine.
 
-    ``ids`` are those of the rows, the model, the tokenizer and the teacher, instead of the names they were given by.
+    ``ids`` are those of the rows, the model, its tokenizer and other models, instead of the names they were given by.
     """
     settings = json.loads(
         json.dumps(OmegaConf.to_container(cfg, resolve=True), default=str), object_hook=_without_module
@@ -196,10 +196,13 @@ def prepare(cfg: DictConfig, *, refit: bool = False) -> tuple[Task, Job]:
     _check_name("task.name", task.name, nested=False)
     revision = resolved(cfg.model, revision=cfg.revision)
     model_id, data = weights_id(cfg.model, revision=revision), task.check_data(train=cfg.finetune.epochs > 0)
-    ids: dict[str, str | None] = {"model": model_id, **data}
+    ids: dict[str, Any] = {"model": model_id, **data}
     ids["tokenizer"] = None if cfg.tokenizer is None else tokenizer_id(cfg.tokenizer)
     ids["teacher"] = None if cfg.teacher is None else weights_id(cfg.teacher, revision="main")
-    ids |= {"refit": "true"} if refit else {}
+    if against := cfg.task.get("against"):
+        named = [against] if isinstance(against, str) else against
+        ids["against"] = [weights_id(each, revision="main") for each in named]
+    ids |= {"refit": True} if refit else {}
     folder = Path(cfg.output_dir).expanduser() / name / task.name / f"seed{cfg.seed}-{job_id(cfg, ids=ids)}"
     given = {key: cfg[key] for key in ("model", "tokenizer", "seed")}
     about: Any = {"revision": revision, "sha256": model_id, "name": name, "folder": folder.resolve(), "data": data}
