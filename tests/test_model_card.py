@@ -113,6 +113,59 @@ def test_a_bar_in_the_data_does_not_break_the_table() -> None:
     assert "| data | a \\| b c |" in card({"data": "a | b\nc"}).text
 
 
+@pytest.mark.parametrize(
+    "data, shown",
+    [
+        (
+            "text files ['/home/me/a b/c.txt', 'books/d.txt', '~/e/*.jsonl']",
+            "text files ['c.txt', 'books/d.txt', '*.jsonl']",
+        ),
+        ("text files ['/home/me/books/', \"/home/it's/f.txt\"]", "text files ['books', \"f.txt\"]"),
+        ("/srv/data/mine de", "mine de"),
+        ("~/corpus.txt, /data/x.txt; C:\\\\texts\\\\y.txt", "corpus.txt, x.txt; y.txt"),
+        ("https://example.org/a/b and 1/2 of x/y/z (a/b)", "https://example.org/a/b and 1/2 of x/y/z (a/b)"),
+    ],
+)
+def test_a_card_shows_the_names_of_files_and_not_the_folders_of_this_machine(data: str, shown: str) -> None:
+    data = data.replace("\\\\", "\\")
+    made = card({"data": data})
+    assert f"| data | {shown} |" in made.text
+    (index,) = head(made.content)["model-index"]
+    assert index["results"][0]["dataset"]["name"] == f"held-out documents: {shown}"
+
+
+@pytest.mark.parametrize(
+    "name, known, shown",
+    [
+        ("/home/me/models/my-teacher/", {}, "my-teacher"),  # also on another machine, where it is no folder
+        ("~/my-teacher", {}, "my-teacher"),
+        ("outputs/my-teacher", {"folder": True}, "my-teacher"),
+        ("outputs/a/student", {}, "student"),
+    ],
+)
+def test_a_teacher_in_a_folder_is_shown_by_its_name_and_is_no_base_model(
+    name: str, known: dict[str, Any], shown: str
+) -> None:
+    made = card({"teacher": {**RECORD["teacher"], "name": name, **known}})
+    assert "base_model" not in head(made.content)
+    assert f"distilled from `{shown}` (110,000,000 parameters)" in made.text
+    assert "/home" not in made.content and "~" not in made.content
+
+
+@pytest.mark.parametrize("kept", ["Mine to keep.\n", "## Mine\n\n| a | b |\n|---|---|\n| 1 | 2 |\n"])
+def test_scores_without_their_end_marker_lose_nothing_that_follows_them(kept: str, tmp_path: Path) -> None:
+    card().save(tmp_path / "README.md")
+    assert add_scores(tmp_path, "| task | rte |\n|---|---|\n| a | 60.0 |\n", {"rte": {"accuracy": 0.6}})
+    written = (tmp_path / "README.md").read_text("utf-8")
+    assert written.count("<!-- end of scores -->\n") == 1
+    (tmp_path / "README.md").write_text(written.replace("<!-- end of scores -->\n", f"\n{kept}"), "utf-8")
+    for score in ("70.0", "80.0"):
+        assert add_scores(tmp_path, f"| task | rte |\n|---|---|\n| a | {score} |\n", {"rte": {"accuracy": 0.7}})
+        text = (tmp_path / "README.md").read_text("utf-8")
+        assert text.count("## Scores") == 1 and score in text and "60.0" not in text
+        assert text.count(kept) == 1 and text.index(kept) > text.index("<!-- end of scores -->")
+
+
 def test_the_datasets_are_the_hub_ids_that_the_corpus_reads() -> None:
     wikipedia = MultilingualWikipedia(languages=["en"], date="20231101", exponent=0.7, seed=1)
     parts = Concatenation(parts=[HubDataset(path="a/b"), HubDataset(path="c/d"), HubDataset(path="a/b"), wikipedia])

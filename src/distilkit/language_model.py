@@ -99,7 +99,7 @@ def build_from_config(config: PretrainedConfig, *, trust_remote_code: bool = Fal
     return cast(PreTrainedModel, auto.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code))
 
 
-def weight_hash(model: PreTrainedModel) -> str:
+def weight_hash(model: nn.Module) -> str:
     """Return the SHA-256 of the names and values of all weights."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():

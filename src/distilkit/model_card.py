@@ -1,6 +1,7 @@
 """The model card of a student: its origin, its training and its scores, with the hub's metadata."""
 
 import logging
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,11 @@ log = logging.getLogger(__name__)
 _TAGS = ["knowledge-distillation", "distilkit"]
 _PIPELINES = {"mlm": "fill-mask", "clm": "text-generation"}
 _BEGIN, _END = "<!-- scores of distilkit.evaluate -->", "<!-- end of scores -->"
+_OLD_SCORES = re.compile(r"\A\s*## Scores\n+[^\n|]*\n+(\|[^\n]*\n)*")  # heading, introduction, table
+# An absolute path, with spaces only in quotes; no part of a relative path or a URL is one.
+_ROOT = r"(?:~/|/|[A-Za-z]:\\)"
+_PATH = re.compile(rf"(?<='){_ROOT}[^']*|(?<=\"){_ROOT}[^\"]*|(?<![\w./:~-]){_ROOT}[^\s'\",;)\]]+")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _UNREADABLE = (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError)  # of a card
 _TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 
@@ -39,6 +45,11 @@ def is_text(value: Any) -> bool:
     return all(isinstance(each, str) and each for each in (value if isinstance(value, list) else [value]))
 
 
+def _last(path: str) -> str:
+    """Return the last part of a path of any system."""
+    return re.split(r"[\\/]", path.rstrip("\\/"))[-1]
+
+
 def student_card(
     record: Mapping[str, Any],
     *,
@@ -49,9 +60,13 @@ def student_card(
     mask_token: str = "[MASK]",
 ) -> ModelCard:
     """Build the card of a student from the record of its run, and its ``results`` on held-out documents."""
-    teacher, pipeline, data = record["teacher"], _PIPELINES[lm], f"held-out documents: {record['data']}"
-    base_model = teacher["name"] if teacher and not Path(teacher["name"]).exists() else None
-    named: Any = {"task_type": pipeline, "dataset_type": "held-out", "dataset_name": data}
+    teacher, pipeline = dict(record["teacher"] or {}), _PIPELINES[lm]
+    # A card is published, where the folders of this machine are of no use.
+    data = _PATH.sub(lambda path: _last(path[0]), " ".join(str(record["data"]).split()))
+    base_model = teacher.get("name")
+    if base_model and (teacher.get("folder") or not _HUB_ID.fullmatch(base_model) or Path(base_model).exists()):
+        teacher["name"], base_model = _last(base_model), None
+    named: Any = {"task_type": pipeline, "dataset_type": "held-out", "dataset_name": f"held-out documents: {data}"}
     scores = {name: results[f"val/{name}"] for name in ("nll", "perplexity", "accuracy") if f"val/{name}" in results}
     metadata = ModelCardData(
         base_model=base_model,
@@ -63,9 +78,8 @@ def student_card(
         or None,
         **record.get("metadata", {}),
     )
-    plain = {key: " ".join(str(record[key]).split()) for key in ("name", "data")}  # one line each
     facts: Any = {
-        "record": {**record, **plain},
+        "record": {**record, "name": " ".join(str(record["name"]).split()), "data": data, "teacher": teacher},
         "results": results,
         "tokens_seen": tokens_seen,
         "num_params": num_params,
@@ -93,7 +107,9 @@ def add_scores(folder: Path, table: str, medians: Mapping[str, Mapping[str, floa
     if "distilkit" not in (card.data.to_dict().get("tags") or []):
         return False
     before, begin, rest = card.text.partition(_BEGIN)
-    after = rest.partition(_END)[2] if begin and _END in rest else "\n"
+    after = rest.partition(_END)[2]
+    if _END not in rest:  # somebody took the marker out: what is not distilkit's stays
+        after = "\n\n" * bool(begin) + (_OLD_SCORES.sub("", rest).lstrip("\n") or "\n")
     intro = "After fine-tuning on each task; medians over seeds, in percent where they are shares."
     card.text = f"{before.rstrip()}\n\n" + "\n".join([_BEGIN, "## Scores", "", intro, "", table, _END]) + after
     scores = [

@@ -95,7 +95,7 @@ def describe(
     origin = None
     if teacher is not None:
         origin = {name: getattr(teacher, name) for name in ("name", "revision", "sha256")}
-        origin["parameters"] = num_parameters(teacher.model)
+        origin |= {"parameters": num_parameters(teacher.model), "folder": Path(teacher.name).exists()}
     terms: dict[str, Any] = {f"alpha_{name}": alpha for name, alpha in objective.weights.items()}
     if objective.reads_teacher_logits:
         terms |= {"temperature": objective.temperature, "soft_targets": objective.soft_targets}

@@ -330,7 +330,7 @@ def test_the_model_card_says_how_the_student_was_made(run: Run, save_teacher: Ca
     assert [metric["type"] for metric in metrics] == ["nll", "perplexity", "accuracy"]
     assert metrics[0]["value"] == round(run.summary["after"]["val/nll"], 4)
     for fact in (
-        f"distilled from `{save_teacher('bert')}` (58,718 parameters) with distilkit",
+        f"distilled from `{save_teacher('bert').name}` (58,718 parameters) with distilkit",
         "A DistilBertForMaskedLM of",
         "| layers kept | [0, 2, 5] |",
         "alpha_ce 5.0, alpha_mlm 2.0, alpha_cos 1.0, temperature 2.0, soft_targets all",
