@@ -117,6 +117,8 @@ def test_sums_over_rows_are_means_perplexities_and_the_f1_of_entities() -> None:
     assert measure(["f1", "precision", "recall"], entities) == {"f1": 2 / 8, "precision": 1 / 3, "recall": 1 / 5}
     with pytest.raises(UserError, match="'accuracy' cannot be taken from rows with sums of tp, said, gold"):
         score("accuracy", entities)
+    with pytest.raises(UserError, match="'bleu' cannot be taken from these rows"):
+        score("bleu", rows([0, 1], [0, 1]))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import functools
 import math
@@ -19,26 +18,22 @@ OF_NUMBERS = ("pearson", "spearman")
 OWN = ("accuracy", "f1", "matthews", *OF_NUMBERS)
 
 
-def exp(nats: float) -> float:
-    """Return a perplexity; a text without spaces has words whose perplexity exceeds the largest float."""
-    return math.exp(min(nats, 700.0))
+def _per(sums: dict[str, float], part: str, whole: str) -> float:
+    return sums[part] / sums[whole] if sums[whole] else math.nan
 
 
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else math.nan
-
-
-def _nll(sums: dict[str, float]) -> float:
-    return _ratio(sums["nll"], sums["tokens"])
+def _perplexity(sums: dict[str, float], *, tokens_per_word: float = 1.0) -> float:
+    """Return the exponent of the mean; a text without spaces has words whose perplexity exceeds the largest float."""
+    return math.exp(min(_per(sums, "nll", "tokens") * tokens_per_word, 700.0))
 
 
 _OF_SUMS: dict[str, Callable[[dict[str, float]], float]] = {  # of all rows
-    "perplexity": lambda sums: exp(_nll(sums)),
-    "pseudo_perplexity": lambda sums: exp(_nll(sums)),
-    # Per word of the scored text: adjacent windows leave out their first tokens.
-    "word_perplexity": lambda sums: exp(_nll(sums) * sums["text_tokens"] / max(1.0, sums["words"])),
-    "masked_accuracy": lambda sums: _ratio(sums["masked_correct"], sums["masked_tokens"]),
-    "masked_cross_entropy": lambda sums: _ratio(sums["masked_nll"], sums["masked_tokens"]),
+    "perplexity": _perplexity,
+    "pseudo_perplexity": _perplexity,
+    # Of the scored text: adjacent windows leave out their first tokens.
+    "word_perplexity": lambda sums: _perplexity(sums, tokens_per_word=sums["text_tokens"] / max(1.0, sums["words"])),
+    "masked_accuracy": lambda sums: _per(sums, "masked_correct", "masked_tokens"),
+    "masked_cross_entropy": lambda sums: _per(sums, "masked_nll", "masked_tokens"),
 }
 _OF_ENTITIES: dict[str, Callable[[dict[str, float]], float]] = {  # sums tp, said and gold; 0 where nothing is said
     "f1": lambda sums: 2 * sums["tp"] / max(1.0, sums["said"] + sums["gold"]),
@@ -67,16 +62,16 @@ def score(metric: str, rows: Rows) -> float:
         return formulas[metric]({name: math.fsum(part) for name, part in rows.sums.items()})
     if metric in rows.sums:
         return math.fsum(rows.sums[metric]) / len(rows)
-    if rows.gold is None or rows.said is None:
-        raise UserError(f"metric {metric!r} cannot be taken from rows with sums of {', '.join(rows.sums) or 'nothing'}")
+    measured = None if metric in OWN else _scikit_learn(metric)
+    if rows.gold is None or rows.said is None or (metric not in OWN and measured is None):
+        held = f"rows with sums of {', '.join(rows.sums)}" if rows.sums else "these rows"
+        raise UserError(f"metric {metric!r} cannot be taken from {held}")
     if not all(np.isfinite(part).all() for part in (rows.gold, rows.said)):
         return math.nan
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of scikit-learn and scipy, where a metric is not defined
-        if metric in OWN:
-            return _own(metric, rows.gold, rows.said)
         try:
-            return float(_scikit_learn(metric)(rows))
+            return _own(metric, rows.gold, rows.said) if measured is None else float(measured(rows))
         except ValueError:  # such as the area under a curve where there is only one class
             return math.nan
 
@@ -97,77 +92,61 @@ def _own(metric: str, gold: Array, said: Array) -> float:
     return float(np.nan_to_num({"pearson": stats.pearsonr, "spearman": stats.spearmanr}[metric](gold, said).statistic))
 
 
-def _function(metric: str) -> Any:
-    """Return scikit-learn's function of a score: cohen_kappa is cohen_kappa_score."""
+@functools.cache
+def _scikit_learn(metric: str) -> Callable[[Rows], Any] | None:
+    """Return a scorer of scikit-learn, or a function as cohen_kappa_score, as a function of rows; None for no metric."""
     import sklearn.metrics
 
-    return getattr(sklearn.metrics, f"{metric.removesuffix('_score')}_score", None)
-
-
-@functools.cache
-def _scikit_learn(metric: str) -> Callable[[Rows], Any]:
-    """Return one of scikit-learn's scorers, or functions of gold and said, as a function of rows."""
-    from sklearn.metrics import get_scorer, get_scorer_names
-
-    if metric not in get_scorer_names():
-        function = _function(metric)
-        return lambda rows: function(rows.gold, rows.said)
-    scorer = get_scorer(metric)
-    return lambda rows: scorer(_estimator()(rows), np.arange(len(rows)), rows.gold)
+    if metric in sklearn.metrics.get_scorer_names():
+        scorer = sklearn.metrics.get_scorer(metric)
+        return lambda rows: scorer(_estimator()(rows), np.arange(len(rows)), rows.gold)
+    function = getattr(sklearn.metrics, f"{metric.removesuffix('_score')}_score", None)
+    return None if function is None else lambda rows: function(rows.gold, rows.said)
 
 
 @functools.cache
 def _estimator() -> Any:
     """Return a class whose objects predict for row numbers what rows say, as scorers ask it of a trained model."""
     from scipy.special import softmax
-    from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+    from sklearn.base import BaseEstimator, ClassifierMixin
 
-    class Number(RegressorMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
+    class Said(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
         def __init__(self, rows: Any = None) -> None:
-            self.rows = rows
+            self.rows, self.classes_ = rows, np.arange(2 if rows.logits is None else rows.logits.shape[1])
 
-        def predict(self, index: Array) -> Array:
-            return self.rows.said[index]  # type: ignore[no-any-return]
+        def predict(self, index: Array) -> Any:
+            return self.rows.said[index]
 
-    class Class(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
-        def __init__(self, rows: Any = None) -> None:
-            self.rows, self.classes_ = rows, np.arange(rows.logits.shape[1])
+        def predict_proba(self, index: Array) -> Any:
+            return softmax(self.rows.logits[index].astype(np.float64), axis=1)
 
-        def predict(self, index: Array) -> Array:
-            return self.rows.said[index]  # type: ignore[no-any-return]
-
-        def predict_proba(self, index: Array) -> Array:
-            return softmax(self.rows.logits[index].astype(np.float64), axis=1)  # type: ignore[no-any-return]
-
-    return lambda rows: (Number if rows.logits is None else Class)(rows)
+    return Said
 
 
 def check_metrics(metrics: Sequence[str], *, num_classes: int | None) -> None:
     """Make sure that metrics have known names, and can be taken from so many classes, or from numbers for None."""
-    import sklearn.metrics
+    from sklearn.metrics import get_scorer_names
 
-    names = [*OWN, *sklearn.metrics.get_scorer_names()]
     for metric in metrics:
-        if metric in names or _function(metric) is not None:
-            continue
-        near = difflib.get_close_matches(metric, names, n=5, cutoff=0.5)
-        raise UserError(
-            f"task.metrics={list(metrics)}, but {metric!r} is no metric"
-            + (f"; near it are {', '.join(near)}" if near else "")
-            + f". It takes {', '.join(OWN)} and scikit-learn's, such as f1_macro"
-        )
+        if metric not in OWN and _scikit_learn(metric) is None:
+            near = difflib.get_close_matches(metric, [*OWN, *get_scorer_names()], n=5, cutoff=0.5)
+            raise UserError(
+                f"task.metrics={list(metrics)}, but {metric!r} is no metric"
+                + (f"; near it are {', '.join(near)}" if near else "")
+                + f". It takes {', '.join(OWN)} and scikit-learn's, such as f1_macro"
+            )
     trial = _trial(num_classes)
     for metric in set(metrics) - set(OWN):
-        reason = "it is not defined"
-        with warnings.catch_warnings(), contextlib.suppress(TypeError):
-            warnings.simplefilter("ignore")
-            try:
-                if math.isfinite(float(_scikit_learn(metric)(trial))):
-                    continue
-            except (ValueError, AttributeError) as error:
-                reason = str(error).splitlines()[0]
-        what = "numbers (task.labels=null)" if num_classes is None else f"{num_classes} classes"
-        raise UserError(f"task.metrics={list(metrics)}, but {metric} cannot be taken from {what}: {reason}")
+        measured: Any = _scikit_learn(metric)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                reason = "" if math.isfinite(float(measured(trial))) else "it is not defined"
+        except (ValueError, AttributeError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+        if reason:
+            what = "numbers (task.labels=null)" if num_classes is None else f"{num_classes} classes"
+            raise UserError(f"task.metrics={list(metrics)}, but {metric} cannot be taken from {what}: {reason}")
 
 
 def _trial(num_classes: int | None) -> Rows:
