@@ -56,8 +56,8 @@ def test_a_student_of_other_layers_than_it_says_is_refused(
     student.config.distilkit_layers = [0, 3]
     with pytest.raises(
         UserError,
-        match=rf"layers \[0, 3\] of {teacher.name} \(model type '.*'\) is not the teacher without its other layers: "
-        r"outputs differ by [0-9.]+ of their largest value; choose another teacher",
+        match=rf"layers \[0, 3\] of {teacher.name} \(model type '.*'\) is not the teacher without its other layers "
+        r"\(outputs differ by [0-9.]+ of their largest value\); choose another teacher",
     ):
         probe(student=student, teacher=teacher, tokenizer=tokenizer, apart=False, max_length=64)
 
@@ -88,8 +88,8 @@ def test_models_that_cannot_keep_documents_apart_are_refused_only_where_it_is_as
     kind = name.partition(" ")[0]
     with pytest.raises(
         UserError,
-        match=rf"data.attend_across_documents=false, but the student \(model type '{kind}'\) cannot keep packed "
-        r"documents apart: [^\n]+; set data.attend_across_documents=true",
+        match=rf"data.attend_across_documents=false, but .*model type '{kind}'\)? cannot keep packed "
+        r"documents apart[^\n]+; set data.attend_across_documents=true",
     ):
         probe(student=student, teacher=None, tokenizer=tokenizer, apart=True, max_length=64)
 

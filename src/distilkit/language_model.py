@@ -157,6 +157,9 @@ def last_hidden_state(
     arguments: dict[str, Any] = {"use_cache": False} if causal else {}
     if document_ids is None:
         arguments["attention_mask"] = attention_mask
+    elif model._is_stateful:  # some take a mask and do not read it
+        found = f"model type {model.config.model_type!r} cannot keep packed documents apart: it carries a state"
+        raise UserError(f"data.attend_across_documents=false, but {found}; set data.attend_across_documents=true")
     elif "position_ids" in inspect.signature(model.base_model.forward).parameters:
         arguments["position_ids"] = _restarting_positions(model, ids, document_ids)
     if use_attention(model):

@@ -100,7 +100,7 @@ def _without_layers(model: PreTrainedModel, kept: Sequence[int]) -> Iterator[Non
     top = min((name.count(".") for name, _ in lists), default=0)
     stacks = [module for name, module in lists if name.count(".") == top]
     if len(kept) < depth and len(stacks) != 1:
-        raise ValueError(f"{len(stacks)} stacks of {depth} layers were found in it")
+        raise _DifferenceError(f"{len(stacks)} stacks of {depth} layers were found in it")
 
     def skip(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         given = args[0] if args else kwargs["hidden_states"]
@@ -121,12 +121,6 @@ def _without_layers(model: PreTrainedModel, kept: Sequence[int]) -> Iterator[Non
             hook.remove()
 
 
-def _difference(ours: Tensor, theirs: Tensor) -> float:
-    """Return the largest difference as a share of the largest value; a NaN counts as infinite."""
-    found = (ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12)
-    return float(found.nan_to_num(nan=float("inf")))
-
-
 def _check_cut(student: PreTrainedModel, teacher: Teacher, layers: Sequence[int], ids: Tensor) -> None:
     def logits(model: PreTrainedModel) -> Tensor:
         return nn.functional.linear(*lm_head(model, last_hidden_state(model, ids)[0]))
@@ -135,10 +129,10 @@ def _check_cut(student: PreTrainedModel, teacher: Teacher, layers: Sequence[int]
         f"a student of layers {list(layers)} of {teacher.name} (model type {teacher.model.config.model_type!r}) "
         "is not the teacher without its other layers",
         cure="choose another teacher, or set student=new with a shape of your own",
-    ) as compare:
+    ):
         with _without_layers(teacher.model, layers):
             expected = logits(teacher.model)
-        compare(logits(student), expected)
+        _compare(logits(student), expected)
 
 
 def _check_masks(model: PreTrainedModel, ids: Tensor, *, name: str, apart: bool) -> None:
@@ -146,21 +140,22 @@ def _check_masks(model: PreTrainedModel, ids: Tensor, *, name: str, apart: bool)
     first, second = ids[:, :cut], ids[:, cut:]
     documents = torch.ones_like(ids)
     documents[:, :cut] = 0
-    rows = torch.cat([ids, nn.functional.pad(second, (0, cut), value=model.config.pad_token_id or 0)])  # (2, length)
+    padding = max(getattr(model.config, "pad_token_id", None) or 0, 0)
+    rows = torch.cat([ids, nn.functional.pad(second, (0, cut), value=padding)])  # (2, length)
     real = torch.ones_like(rows)
     real[1, second.shape[1] :] = 0
     other = ids.clone()
     other[:, last:] = (other[:, last:] + 1) % num_embeddings(model)
-    with _refusing(f"padding changes the states of {kind}", cure="choose another model") as compare:
+    with _refusing(f"padding changes the states of {kind}", cure="choose another model"):
         whole, alone = last_hidden_state(model, ids), last_hidden_state(model, second)
         padded = last_hidden_state(model, rows, attention_mask=real)
-        compare(padded[:1], whole)
-        compare(padded[1:, : second.shape[1]], alone)
+        _compare(padded[:1], whole)
+        _compare(padded[1:, : second.shape[1]], alone)
     causal, changed = lm_of_model(model) == "clm", last_hidden_state(model, other)[:, :last]
     if causal:
         cure = "choose a model of causal attention (a BERT needs is_decoder=true in its config)"
-        with _refusing(f"later tokens change earlier states of {kind}", cure=cure) as compare:
-            compare(changed, whole[:, :last])
+        with _refusing(f"later tokens change earlier states of {kind}", cure=cure):
+            _compare(changed, whole[:, :last])
     elif torch.equal(changed, whole[:, :last]):
         found = f"tokens of {kind} do not see each other, as MRA's without its CUDA kernel"
         raise UserError(f"{found}; choose another model")
@@ -168,29 +163,33 @@ def _check_masks(model: PreTrainedModel, ids: Tensor, *, name: str, apart: bool)
         with _refusing(
             f"data.attend_across_documents=false, but {kind} cannot keep packed documents apart",
             cure="set data.attend_across_documents=true",
-        ) as compare:
+        ):
             packed = last_hidden_state(model, ids, document_ids=documents)
-            compare(packed[:, :cut], last_hidden_state(model, first))
-            compare(packed[:, cut:], alone)
+            _compare(packed[:, :cut], last_hidden_state(model, first))
+            _compare(packed[:, cut:], alone)
             if causal:
-                compare(last_hidden_state(model, other, document_ids=documents)[:, :last], packed[:, :last])
+                _compare(last_hidden_state(model, other, document_ids=documents)[:, :last], packed[:, :last])
 
 
-class _Comparison:
-    """Raise a ``ValueError`` that says how far two tensors are apart."""
+class _DifferenceError(Exception):
+    """Say how far two tensors are apart."""
 
-    def __call__(self, ours: Tensor, theirs: Tensor) -> None:
-        if not (found := _difference(ours, theirs)) <= _TOLERANCE:
-            raise ValueError(f"outputs differ by {found:.2g} of their largest value")
+
+def _compare(ours: Tensor, theirs: Tensor) -> None:
+    """Compare two tensors by the largest difference, as a share of the largest value; a NaN is a difference."""
+    found = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
+    if not found <= _TOLERANCE:
+        raise _DifferenceError(f"outputs differ by {found:.2g} of their largest value")
 
 
 @contextmanager
-def _refusing(found: str, *, cure: str) -> Iterator[_Comparison]:
+def _refusing(found: str, *, cure: str) -> Iterator[None]:
     """Turn a difference, or any error of an architecture that does not support it, into a ``UserError``."""
     try:
-        yield _Comparison()
+        yield
     except UserError:
         raise
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{found}: {reason}; {cure}") from error
+        kind = "" if isinstance(error, _DifferenceError) else f"{type(error).__name__}: "
+        raise UserError(f"{found} ({kind}{reason}); {cure}") from error
