@@ -244,6 +244,45 @@ def test_a_core_that_does_not_compile_runs_eager_and_says_so_once(
     assert len([record for record in caplog.records if "without torch.compile" in record.message]) == 1
 
 
+def test_backward_makes_no_second_buffer_for_the_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = build_heads()
+    made: list[int] = []
+
+    def watched(make: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        made.append((tensor := make(*args, **kwargs)).data_ptr())
+        return tensor
+
+    for name in ("zeros_like", "empty_like"):
+        monkeypatch.setattr(torch, name, functools.partial(watched, getattr(torch, name)))
+    fused_losses(student, teacher, build_labels(300), **row_weights(300, "soft", "hard")).total.mul(3).backward()
+    assert {tensor.grad.data_ptr() for tensor in student if tensor is not None and tensor.grad is not None} <= set(made)
+
+
+def test_the_frozen_embeddings_of_a_teacher_are_padded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_VOCABULARY_MULTIPLE", {"cpu": 128})
+    student, teacher = build_heads(vocabulary=(47, 49))
+    frozen = Head(teacher.features, torch.nn.Parameter(teacher.weight, requires_grad=False), teacher.bias)
+    settings = build_labels(300), row_weights(300, "soft", "hard")
+
+    def loss(head: Head, implementation: Callable[..., VocabularyLosses] = fused_losses) -> Tensor:
+        return implementation(student, head, settings[0], **settings[1]).total
+
+    def padded() -> int:
+        return fused._cast_rows(frozen.weight, 47, 128, torch.float64).data_ptr()
+
+    with torch.inference_mode():  # a validation comes first
+        loss(frozen)
+    first = padded()
+    loss(frozen).backward()
+    assert padded() == first
+    torch.testing.assert_close(loss(frozen), loss(teacher, reference_losses))
+    with torch.no_grad():
+        frozen.weight.mul_(2.0)
+    assert padded() != first
+    torch.testing.assert_close(loss(frozen), loss(frozen, reference_losses))
+    assert not hasattr(student.weight, "_distilkit_cast")
+
+
 @pytest.mark.parametrize(
     "wait",
     [

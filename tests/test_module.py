@@ -622,6 +622,19 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, tokenizer: Pr
     assert not (tmp_path / "bad.ckpt").exists()
 
 
+def test_all_ranks_stop_where_the_rank_that_holds_the_weights_finds_one_not_finite(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = build_module(tokenizer)
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    trainer = SimpleNamespace(strategy=strategy, global_step=7, world_size=2)
+    monkeypatch.setattr(DistillationModule, "trainer", trainer)
+    of_all_ranks = iter([0.0, 1.0])  # all losses were finite, but rank 0 has found a weight
+    monkeypatch.setattr(DistillationModule, "_sum_over_ranks", lambda *_: torch.tensor(next(of_all_ranks)))
+    with pytest.raises(UserError, match="a weight is not finite at step 7; no checkpoint was written"):
+        module.on_save_checkpoint({"state_dict": {}})
+
+
 def test_dropout_depends_on_the_step_and_not_on_what_was_drawn_before(tokenizer: PreTrainedTokenizerBase) -> None:
     step = uneven_step(lm="mlm")
     teacher = build_teacher("bert", num_layers=2, hidden_dropout_prob=0.5)

@@ -10,11 +10,11 @@ import itertools
 import logging
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.autograd.function import once_differentiable
 
@@ -72,12 +72,18 @@ class _Projection:
 
 
 def _cast_rows(tensor: Tensor, rows: int, padded: int, dtype: torch.dtype) -> Tensor:
-    """Cast the first rows and append zeros up to ``padded`` rows, with at most one copy."""
-    if rows == padded:
-        return tensor[:rows].to(dtype)
+    """Cast the first rows and append zeros up to ``padded`` rows, with at most one copy, which frozen embeddings keep."""
+    if rows == padded and tensor.dtype == dtype:
+        return tensor[:rows]
+    frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+    state = (tensor.data_ptr(), tensor._version, rows, padded, dtype) if frozen else None
+    if frozen and getattr(tensor, "_distilkit_cast", (None,))[0] == state:
+        return cast(Tensor, tensor._distilkit_cast[1])  # type: ignore[attr-defined]
     result = torch.empty(padded, *tensor.shape[1:], dtype=dtype, device=tensor.device)
     result[:rows] = tensor[:rows]
     result[rows:] = 0
+    if frozen:
+        tensor._distilkit_cast = state, result  # type: ignore[attr-defined]
     return result
 
 
@@ -154,7 +160,9 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         unit, *gradients = ctx.saved_tensors
         scale = upstream * unit
-        return (*(None if gradient is None else gradient * scale for gradient in gradients), *[None] * 5)
+        # In place, unless backward may run again: the gradient of the embeddings is as large as the embeddings.
+        times = torch.mul if torch._C._autograd._get_current_graph_task_keep_graph() else Tensor.mul_
+        return (*(None if gradient is None else times(gradient, scale) for gradient in gradients), *[None] * 5)
 
 
 def _core(

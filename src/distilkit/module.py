@@ -296,10 +296,13 @@ class DistillationModule(LightningModule):
         """Remove the teacher, and add the data that export and resume need."""
         self._check_finite()
         state = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name.startswith("student.")}
-        for name, tensor in state.items():
-            if not tensor.isfinite().all():
-                found = f"{name} is not finite at step {self.trainer.global_step}; no checkpoint was written"
-                raise UserError(f"{found}. Lower optimizer.lr, or set trainer.precision=32-true")
+        broken = next((name for name, tensor in state.items() if not tensor.isfinite().all()), None)
+        # With trainer=fsdp, rank 0 alone has the weights, and the other ranks would wait for it.
+        any_rank = torch.tensor(float(broken is not None), device=self.trainer.strategy.root_device)
+        if float(self._sum_over_ranks(any_rank)):
+            found = f"{broken or 'a weight'} is not finite at step {self.trainer.global_step}"
+            cure = "Lower optimizer.lr, or set trainer.precision=32-true"
+            raise UserError(f"{found}; no checkpoint was written. {cure}")
         checkpoint["state_dict"] = state
         checkpoint["distilkit"] = {
             "teacher": {"name": self.teacher_name, "sha256": self.teacher_sha256},

@@ -2,11 +2,10 @@
 
 import logging
 import os
-import socket
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
+import requests
 import wandb
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -21,14 +20,16 @@ def _offline_reason() -> str | None:
     if os.environ.get("WANDB_MODE"):
         return None
     settings = wandb.setup().settings
-    url = urlparse(settings.base_url)
     keys = settings.api_key, os.environ.get("WANDB_API_KEY"), os.environ.get("WANDB_IDENTITY_TOKEN_FILE")
     if not any(keys) and not get_netrc_auth(settings.base_url):
         return "no API key is set (wandb login)"
-    try:
-        socket.create_connection((str(url.hostname), url.port or 443), timeout=3).close()
-    except OSError as error:
-        return f"{url.hostname} cannot be reached ({error})"
+    proxies = {"http": settings.http_proxy, "https": settings.https_proxy}
+    try:  # as W&B does: through its own proxies, or those of the environment
+        requests.head(settings.base_url, timeout=3, proxies={name: url for name, url in proxies.items() if url})
+    except requests.exceptions.SSLError:
+        return None  # a server answers; which certificates to trust is a setting of W&B
+    except requests.RequestException as error:
+        return f"{settings.base_url} cannot be reached ({error})"
     return None
 
 
