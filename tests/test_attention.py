@@ -240,12 +240,34 @@ def test_flex_attention_sees_the_same(model: PreTrainedModel, packed: bool, monk
         )
         return output.transpose(1, 2).contiguous(), None
 
-    monkeypatch.setattr(distilkit.attention, "_can_flex", lambda *_: True)
+    for name in ("_can_flex", "_flex_runs"):
+        monkeypatch.setattr(distilkit.attention, name, lambda *_: True)
     monkeypatch.setattr(distilkit.attention, "flex_attention_forward", flex)
     got = last_hidden_state(model, ids_of(2, 30), document_ids=documents)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     assert bool(calls) == (packed or model.config.model_type == "modernbert")
     assert len({id(mask) for mask in calls}) <= 2, "one mask a forward for full and one for sliding layers"
+
+
+@torch.no_grad()
+def test_dense_masks_take_over_where_flex_attention_does_not_run(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build_model("bert", num_layers=1)
+    use_attention(model)
+    expected = last_hidden_state(model, ids_of(2, 30), document_ids=DOCUMENTS)
+
+    def flex(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("Cannot find a working triton installation\nsecond line")
+
+    monkeypatch.setattr(distilkit.attention, "_can_flex", lambda *_: True)
+    monkeypatch.setattr(distilkit.attention, "flex_attention_forward", flex)
+    distilkit.attention._flex_runs.cache_clear()
+    for _ in range(2):
+        assert torch.equal(last_hidden_state(model, ids_of(2, 30), document_ids=DOCUMENTS), expected)
+    said = [record.message for record in caplog.records if "dense masks" in record.message]
+    assert said == ["attention runs on dense masks, which are slower: Cannot find a working triton installation"]
+    distilkit.attention._flex_runs.cache_clear()
 
 
 def test_teacher_and_student_are_apart_and_what_is_saved_is_plain(

@@ -9,6 +9,7 @@ hook computes the visible keys once, and all layers share them.
 import copy
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -19,6 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+log = logging.getLogger(__name__)
 
 # Model types whose layers pass keyword arguments to the attention function; others keep their own attention.
 FAMILIES = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "gpt2", "modernbert")
@@ -86,13 +89,27 @@ def _masks(backbone: PreTrainedModel, segments: Tensor | None, tokens: Tensor, *
     def mask(reach: int) -> Mask:
         if segments is None and reach >= length - 1:  # the kernels are faster without a mask
             return None
-        if not flex:
+        if not flex or not (torch.compiler.is_compiling() or _flex_runs(device)):
             return dense_mask(segments, length=length, causal=causal, reach=reach, device=device)
         rule = _rule(segments, causal=causal, reach=reach)
         return create_block_mask(rule, None if segments is None else len(segments), None, length, length, str(device))
 
     full = mask(length)
     return _Visible(full=full, sliding=full if window >= length - 1 else mask(window))
+
+
+@functools.cache
+def _flex_runs(device: torch.device) -> bool:
+    """Try flex attention once: it needs Triton, a C compiler and a card that is new enough; log why it fails."""
+    mask = create_block_mask(_rule(None, causal=True, reach=128), None, None, 128, 128, str(device))
+    try:
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            states = torch.zeros(1, 1, 128, 64, device=device, requires_grad=True)
+            flex_attention_forward(nn.Module(), states, states, states, mask, scaling=1.0)[0].sum().backward()
+    except Exception as error:  # of the compiler, of Triton or of CUDA; dense masks always work
+        log.warning("attention runs on dense masks, which are slower: %s", str(error).partition("\n")[0])
+        return False
+    return True
 
 
 def _can_flex(backbone: PreTrainedModel, tokens: Tensor) -> bool:
