@@ -103,6 +103,10 @@ FAMILIES: dict[str, tuple[Outcome, dict[str, Any]]] = {
     "llama": ("works", _LLAMA),
     "mamba": ("not apart", {**_BASE, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 4}),
     "mistral": ("works", _WINDOW),
+    "modernbert-decoder": (
+        "works",
+        {**_MODERN, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 2, "sep_token_id": 2},
+    ),
     "mixtral": ("works", {**_LLAMA, "num_local_experts": 2}),
     "mpt": ("works", {**_BASE, "d_model": 32, "n_heads": 4, "max_seq_len": 80, "n_layers": 4}),
     "olmo2": ("works", _LLAMA),

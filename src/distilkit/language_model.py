@@ -18,6 +18,7 @@ from distilkit.losses import Head
 LM = Literal["mlm", "clm"]
 
 _AUTO_CLASS = {"mlm": AutoModelForMaskedLM, "clm": AutoModelForCausalLM}
+_BEFORE_OUTPUT = ("generator_predictions", "head", "lm_head")  # where a model transforms its last hidden states
 
 
 class Batch(TypedDict):
@@ -184,17 +185,17 @@ def lm_head(model: PreTrainedModel, states: Tensor) -> Head:
     output = parts.get_output_embeddings()
     bias, features = output.bias, states
     predictions: Any = getattr(getattr(parts, "cls", parts), "predictions", None)
-    block: Any = getattr(parts, "generator_predictions", None) or predictions or getattr(parts, "lm_head", None)
-    if hasattr(predictions, "transform"):  # as in BERT
-        features = predictions.transform(states)
-    elif hasattr(block, "dense"):  # as in RoBERTa, ELECTRA and ALBERT
+    block: Any = predictions or getattr(parts, "lm_head", None)
+    blocks = (getattr(predictions, "transform", None), *(getattr(parts, name, None) for name in _BEFORE_OUTPUT))
+    before = [each for each in blocks if each is not None and all(part is not output for part in each.modules())]
+    if before:  # as in BERT, ELECTRA and ModernBERT
+        features = before[0](states)
+    elif hasattr(block, "dense"):  # as in RoBERTa and ALBERT, with the output in the same block
         norm = block.layer_norm if hasattr(block, "layer_norm") else block.LayerNorm
         features = norm(getattr(block, "activation", nn.functional.gelu)(block.dense(states)))
         bias = getattr(block, "bias", None) if bias is None else bias  # ESM adds it after the product
     elif hasattr(parts, "vocab_transform"):  # as in DistilBERT
         features = parts.vocab_layer_norm(parts.activation(parts.vocab_transform(states)))
-    elif getattr(parts, "head", output) is not output:  # as in ModernBERT
-        features = parts.head(states)
     scale = getattr(model.config, "logit_scale", None) or 1 / (getattr(model.config, "logits_scaling", None) or 1)
     return Head(features if scale == 1 else features * scale, output.weight, bias)  # Cohere and Granite scale
 
