@@ -135,8 +135,8 @@ def _give_visible(
         raise ValueError(f"{found}, but this attention supports 1; export the model, and load it again")
     if segments is not None and segments.shape != tokens.shape[:2]:
         raise ValueError(f"the attention mask is {tuple(segments.shape)}, but it must be (batch, length)")
-    # Only the last batch of an epoch is padded, which does not justify compiling a kernel.
-    flex = _can_flex(backbone, tokens) and padding is None
+    # With padding alone, either one batch of an epoch is padded, or lengths vary: neither justifies compiling a kernel.
+    flex = _can_flex(backbone, tokens) and (padding is None or documents is not None)
     arguments["visible"] = _masks(backbone, segments, tokens, causal=causal, flex=flex)
     return (), arguments
 

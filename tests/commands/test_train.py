@@ -697,7 +697,9 @@ def summary_of(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_two_ranks_reach_the_loss_of_one_process(deterministic: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize("packing", ["blocks", "documents"])
+def test_two_ranks_reach_the_loss_of_one_process(deterministic: tuple[str, ...], tmp_path: Path, packing: str) -> None:
+    deterministic = (*deterministic, f"data.packing={packing}")
     one = call(distilkit.train.main, *deterministic, "hydra.run.dir=one", cwd=tmp_path)
     assert one.code == 0, one.err
     two = spawn("-m", "distilkit.train", *deterministic, *TWO_RANKS, "hydra.run.dir=two", cwd=tmp_path)

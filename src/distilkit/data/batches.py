@@ -25,8 +25,6 @@ from distilkit.losses import IGNORE_INDEX
 log = logging.getLogger(__name__)
 
 _NUM_CHECKED = 512  # blocks of a split in which a token to predict is looked for
-
-
 _BUNCH, _WINDOW = 32, 1024  # blocks of like length, and blocks among which they are found
 
 
@@ -35,12 +33,10 @@ class StepSampler(Sampler[Draw]):
 
     1. Each epoch has a new permutation of the blocks, which is the same on all ranks.
     2. A step takes the next ``global_batch_size`` blocks. The last step of an epoch may be smaller.
-    3. Rank r takes blocks r, r + ``world_size``, ... of the step. Up to ``world_size`` - 1 blocks of an epoch are
-       dropped, so that all ranks take equally many.
+    3. Rank r takes blocks r, r + ``world_size``, ... of the step. Up to ``world_size`` - 1 blocks at the end of an epoch
+       are dropped, so that all ranks take equally many.
     4. With the blocks' ``lengths`` (blocks,), each step is sorted by them, so that a micro-batch has little padding. A
-       step of few blocks has them of like length: bunches of the next steps are sorted together and shuffled.
-
-    The blocks of a step depend neither on the ranks nor on micro-batches.
+       step of few blocks has them of like length: a window of steps is sorted, and its bunches are shuffled.
     """
 
     def __init__(
@@ -54,7 +50,7 @@ class StepSampler(Sampler[Draw]):
         lengths: NDArray[np.int32] | None = None,
     ) -> None:
         """Store the sizes and the rank of this process."""
-        self.num_blocks = num_blocks - num_blocks % world_size
+        self.num_all, self.num_blocks = num_blocks, num_blocks - num_blocks % world_size
         self.lengths = lengths
         self.global_batch_size = global_batch_size
         self.rank, self.world_size, self.seed = rank, world_size, seed
@@ -75,16 +71,17 @@ class StepSampler(Sampler[Draw]):
     def starting_at(self, step: int) -> Iterator[Draw]:
         """Yield the steps from ``step`` on, for a resumed run."""
         key = mix(mix(np.array([self.seed % 2**64], dtype=np.uint64)) ^ np.uint64(self.epoch))
-        order = np.random.default_rng(int(key[0])).permutation(self.num_blocks)  # (num_blocks,)
+        order = np.random.default_rng(int(key[0])).permutation(self.num_all)  # (blocks,)
         size = self.global_batch_size
-        window = size * math.ceil(_WINDOW / size)
+        window, first = size * math.ceil(_WINDOW / size), -1
         for begin in range(step * size, self.num_blocks, size):
-            step_blocks = order[begin : begin + size]
+            end = min(begin + size, self.num_blocks)
+            step_blocks = order[begin:end]
             if self.lengths is not None:
-                if begin % window == 0 or begin == step * size:
+                if first != begin - begin % window:
                     first = begin - begin % window
                     bunched = self._bunched(order[first : first + window], seed=int(key[0]) ^ first)  # (window,)
-                step_blocks = bunched[begin - first : begin - first + size]
+                step_blocks = bunched[begin - first : end - first]
                 step_blocks = step_blocks[np.argsort(self.lengths[step_blocks], kind="stable")]
             yield self.epoch, step_blocks[self.rank :: self.world_size]
 
@@ -407,7 +404,7 @@ class DistillationDataModule(LightningDataModule):
     def _check_sizes(self, num_train: int, num_val: int) -> None:
         if num_train < self.global_batch_size:
             raise UserError(
-                f"the corpus has {num_train} training blocks of {self.block_size} tokens, fewer than one batch of "
+                f"the corpus has {num_train} training {self.packing} of {self.block_size} tokens, fewer than one batch of "
                 f"data.global_batch_size={self.global_batch_size}; add more text or set a smaller batch"
             )
         if num_val == 0:
