@@ -103,6 +103,19 @@ def test_each_task_of_a_sweep_has_its_own_best_setting(sweep: Callable[..., Outc
     assert sorted((each.task, each.settings["settings_tried"]) for each in refits) == [("cola", 2), ("sst2", 2)]
 
 
+def test_the_tasks_of_a_sweep_may_be_a_pattern_and_a_task_that_trains_nothing_is_not_refitted(
+    sweep: Callable[..., Outcome], save_teacher: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    done = sweep("task=glob(sst*)", "finetune.held_out=0.25", "refit=true", "seed=1")
+    assert done.code == 0, done.out + done.err
+    assert len(by_kind(tmp_path)[1]) == 1
+    given = ["task=lm", f"task.paths={text_file}", "task.max_tokens=50", "finetune.held_out=0.25", "refit=true"]
+    model = f"model={save_teacher('bert', num_layers=1)}"
+    done = call(distilkit.evaluate.__main__.main, "-m", model, *given, "trainer=cpu", cwd=tmp_path)
+    assert done.code == 0, done.out + done.err
+    assert len(read_results([tmp_path])) == 3
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -10,6 +10,7 @@ from typing import Any
 
 from hydra import compose
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
@@ -19,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from distilkit import cli
 from distilkit.errors import UserError
 from distilkit.evaluate.job import Refit, Task, check_refit, evaluate, prepare
-from distilkit.records import FILE, Result, read_file
+from distilkit.records import FILE, read_file
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ def jobs_of(config: DictConfig, *, only_tasks: bool = False) -> list[DictConfig]
     """Compose the config of each job of a sweep; with ``only_tasks``, of those that differ in their task."""
     params = config.hydra.sweeper.get("params") or {}
     given = [*(f"{key}={value}" for key, value in params.items()), *config.hydra.overrides.task]
-    overrides = OverridesParser.create().parse_overrides(given)
+    overrides = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(given)
     if only_tasks:
         named = ("task", "evaluate/task")
         overrides = [each for each in overrides if not each.is_sweep_override() or each.key_or_group.startswith(named)]
@@ -73,11 +74,6 @@ class Suite(Callback):
                 log.error("%s", cli.failures[-1], exc_info=None if cause else error)
 
 
-def _merit(result: Result) -> float:
-    value = result.held_out
-    return -math.inf if value is None or math.isnan(value) else value
-
-
 def _tasks(config: DictConfig) -> list[DictConfig]:
     try:
         return jobs_of(config, only_tasks=True)
@@ -90,7 +86,7 @@ def best_settings(jobs: Iterable[DictConfig]) -> Iterator[tuple[DictConfig, Refi
 
     Yields the config of a refit for each seed: those of ``refit``, or of the sweep. Jobs that failed do not count.
     """
-    cells: dict[str, dict[str, list[tuple[DictConfig, Result]]]] = {}
+    cells: dict[str, dict[str, list[tuple[DictConfig, float]]]] = {}
     for cfg in jobs:
         given = cfg.copy()
         try:
@@ -102,13 +98,13 @@ def best_settings(jobs: Iterable[DictConfig]) -> Iterator[tuple[DictConfig, Refi
         if not (job.folder / FILE).is_file():
             continue
         result, *_ = read_file(job.folder / FILE)
+        if result.held_out is None or math.isnan(result.held_out):  # nothing was trained, or a metric is not defined
+            continue
         cell = json.dumps([job.name, job.sha256, result.task, cfg.teacher, *job.data.values()])
         setting = json.dumps(result.settings, sort_keys=True, default=str)
-        cells.setdefault(cell, {}).setdefault(setting, []).append((given, result))
+        cells.setdefault(cell, {}).setdefault(setting, []).append((given, result.held_out))
     for settings in cells.values():
-        merits = {
-            setting: statistics.median(_merit(result) for _, result in runs) for setting, runs in settings.items()
-        }
+        merits = {setting: statistics.median(value for _, value in runs) for setting, runs in settings.items()}
         best = max(merits, key=lambda setting: merits[setting])
         runs = settings[best]
         seeds = [cfg.seed for cfg, _ in runs] if runs[0][0].refit is True else list(runs[0][0].refit)
