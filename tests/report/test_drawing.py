@@ -46,5 +46,9 @@ def test_names_of_points_cover_neither_each_other_nor_the_plot_and_have_symbols_
     assert all(box.x0 >= 0 and box.x1 <= figure.bbox.width for box in boxes)
     symbols = {(line.get_marker(), line.get_color()) for line in figure.axes[0].get_lines()}
     assert len(symbols) == number
+    for axis in figure.axes:  # all points are inside, and those of one place stand apart
+        places = [tuple(line.get_transform().transform(line.get_xydata()[0])) for line in axis.get_lines()]
+        assert len(set(places)) == number
+        assert all(axis.get_window_extent().contains(*place) for place in places)
     for axis in figure.axes:  # the same symbol in each panel
         assert {(line.get_marker(), line.get_color()) for line in axis.get_lines()} == symbols

@@ -162,7 +162,7 @@ def test_what_is_kept_has_an_interval_and_says_which_rows_are_at_chance(tmp_path
     assert table is not None
     cells = [row[1] for row in table.rows]
     assert re.fullmatch(r"90\.\d ± \d\.\d", cells[0])
-    assert table.notes[1] == "baseline is not shown to be above chance on SST-2."
+    assert table.notes[1] == "Not shown to be above the majority class or no correlation: baseline on SST-2."
     record = table.records[0]
     assert record["low"] < record["percent"] < record["high"]
 
@@ -181,7 +181,10 @@ def test_nothing_is_kept_of_a_teacher_that_is_not_above_chance(tmp_path: Path) -
     assert retention.verdicts(scores) == []
     kept = retention.nothing_kept(scores)
     assert kept is not None
-    assert "bert is not shown to be above chance on CoLA; nothing is kept of it there." in kept
+    assert (
+        "majority class or no correlation: bert on CoLA; student on CoLA; baseline on CoLA. Nothing is kept of bert"
+        in kept
+    )
 
 
 def test_models_that_were_scored_on_different_rows_have_no_common_interval(tmp_path: Path) -> None:
@@ -203,7 +206,7 @@ def test_the_summary_has_each_score_what_it_keeps_and_its_difference_to_the_teac
         on_sst2(tmp_path, {"bert": (0.9,) * 3, "student": (0.81,) * 3, "baseline": (0.6,) * 3})
     )
     assert table is not None
-    assert table.header == ["model", "SST-2", "kept, %", "less the teacher"]
+    assert table.header == ["model", "SST-2", "kept, %", "minus the teacher"]
     assert [row[0] for row in table.rows] == ["bert (teacher)", "student", "baseline"]
     assert re.fullmatch(r"81\.\d ± \d\.\d", table.rows[1][1])
     assert re.fullmatch(r"90\.\d ± \d\.\d", table.rows[1][2])

@@ -62,7 +62,7 @@ def scatter(panels: Mapping[str, Sequence[Point]], scores: Scores, *, x: str, y:
             marker, colour, size = looks[point.name]
             beside = 9 * places.count(place := (point.x, point.y))  # equal places stand side by side
             places.append(place)
-            moved = {"transform": offset_copy(axis.transData, figure, x=beside, units="points")}
+            moved = {"transform": offset_copy(axis.transData, figure, x=beside, units="points")} if beside else {}
             label = plain(scores.label(point.name))
             axis.plot(*place, marker, color=colour, markersize=size, alpha=0.8, label=label, **moved)
             if point.low is not None and point.high is not None:

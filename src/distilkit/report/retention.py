@@ -46,7 +46,12 @@ def summary_table(scores: Scores) -> Table | None:
         records.append(record | {f"{name}_{end}": x for name, each in sides.items() for end, x in ends(each).items()})
         texts = {"score": plus_minus(mean, own), "kept": plus_minus(kept, share, form=_PERCENT)}
         cells.append({"model": scores.label(row), **texts, "less": _points(less, 100)})
-    columns = {"model": "{}", "score": f"{task_label(label)} {{}}", "kept": "kept, % {}", "less": "less the teacher {}"}
+    columns = {
+        "model": "{}",
+        "score": f"{task_label(label)} {{}}",
+        "kept": "kept, % {}",
+        "less": "minus the teacher {}",
+    }
     note = f"{task_label(label)}, in percent; kept of {scores.teacher}; ± and brackets: 95 % intervals, in points."
     return tabulate("summary", "Summary", records, columns, note, *verdicts(scores), cells=cells)
 
@@ -76,11 +81,11 @@ def retention_table(scores: Scores) -> Table | None:
 
 def _at_chance(scores: Scores) -> Iterator[str]:
     """Describe where the teacher or a student is not shown to be above the commonest class or no correlation."""
-    for row in scores.rows:
-        names = [task_label(task) for task in scores.of(row) if scores.at_chance(row, [task])]
-        if names:
-            so = "; nothing is kept of it there" if row == scores.teacher else ""
-            yield f"{row} is not shown to be above chance on {', '.join(names)}{so}."
+    low = {row: [task_label(task) for task in scores.of(row) if scores.at_chance(row, [task])] for row in scores.rows}
+    if any(low.values()):
+        where = "; ".join(f"{row} on {', '.join(names)}" for row, names in low.items() if names)
+        so = f" Nothing is kept of {scores.teacher} there." if low.get(scores.teacher or "") else ""
+        yield f"Not shown to be above the majority class or no correlation: {where}.{so}"
 
 
 def _protocols(scores: Scores) -> Iterator[str]:
@@ -187,11 +192,15 @@ def retention_plot(scores: Scores) -> Plot | None:
         found = {place * step + index: kept[row][name] for place, name in enumerate(names)}
         points = {y: (value, range_ or (value, value)) for y, (value, range_) in found.items() if value is not None}
         colour = COLOURS[7 if row == scores.baseline else index]
-        axis.plot([x for x, _ in points.values()], [*points], "o", color=colour, markersize=5, label=plain(row))
+        axis.plot(
+            [x for x, _ in points.values()], [*points], "o", color=colour, markersize=5, label=plain(scores.label(row))
+        )
         for y, (_, (low, high)) in points.items():
             axis.hlines(y, low, high, color=colour, linewidth=1.5)
             sides += [low, high]
-    axis.axvline(100, color="black", linestyle="--", linewidth=1, label=plain(f"{scores.teacher} (teacher)"), zorder=0)
+    axis.axvline(
+        100, color="black", linestyle="--", linewidth=1, label=plain(scores.label(scores.teacher or "")), zorder=0
+    )
     axis.set_yticks(
         [place * step + step / 2 - 1 for place in range(len(names))], [plain(task_label(name)) for name in names]
     )

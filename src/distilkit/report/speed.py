@@ -71,7 +71,7 @@ def speed_tables(scores: Scores) -> list[Table]:
         columns = {"model": "{}", "backend": "device and backend {}", "parameters": "{:,}"}
         columns |= {"parameters_without_embeddings": "without embeddings {:,}", "file_mb": "file MB {:,.1f}"}
         columns |= {"latency": "latency ms {}", "faster": "times the teacher's speed {:.2f}"}
-        columns |= {"sentences_per_second": "sentences/s {:,.1f}", "more": "times the teacher's {:.2f}"}
+        columns |= {"sentences_per_second": "sentences/s {:,.1f}", "more": "times the teacher's sentences/s {:.2f}"}
         note = "Latency of one batch of the first size: median (10th to 90th percentile) over batches. Sentences per second "
         note += f"at the second size. Measured on {_conditions(records[0])}."
         title = "Size and speed" + (f", run {number} of {len(runs)}" if len(runs) > 1 else "")
