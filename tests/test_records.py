@@ -11,6 +11,7 @@ from distilkit.records import (
     Rows,
     distinct,
     find_runs,
+    model_name,
     read_file,
     read_results,
     read_rows,
@@ -195,3 +196,28 @@ def test_a_damaged_summary_beside_what_was_given_stops_nothing(tmp_path: Path) -
     damaged = write_training(tmp_path, "no_ce", [9.0, 4.0])
     (damaged / "summary.json").write_text("{", "utf-8")
     assert [run["label"] for run in find_runs([tmp_path / "full"])] == ["full"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("2026-11-25_21-49-13-801972", "student"),
+        ("0", "student-0"),
+        ("half_depth", "half_depth"),
+        ("2026", "student-2026"),
+    ],
+)
+def test_a_model_goes_by_the_name_of_its_run_where_the_folder_is_called_by_a_date_or_a_number(
+    folder: str, name: str, tmp_path: Path
+) -> None:
+    write_run(tmp_path, folder, ["seed=1"], name="student")
+    (tmp_path / folder / "student").mkdir()
+    assert model_name(str(tmp_path / folder / "student")) == name
+    (tmp_path / folder / "summary.json").unlink()
+    assert model_name(str(tmp_path / folder / "student")) == folder
+
+
+@pytest.mark.parametrize("overrides", [["seed=1", "x=a"], []])
+def test_a_run_alone_in_a_folder_with_a_date_goes_by_its_name(overrides: list[str], tmp_path: Path) -> None:
+    write_run(tmp_path, "2026-11-25_21-49-13-801972", overrides, name="student")
+    assert [run["label"] for run in find_runs([tmp_path])] == ["student"]

@@ -31,6 +31,7 @@ FILE = "results.json"
 FORMAT = 2
 _READ = (1, FORMAT)  # the first had no hashes of rows
 _PACKAGES = ("distilkit", "torch", "pytorch-lightning", "transformers", "tokenizers", "datasets", "hydra-core", "numpy")
+_DATED = re.compile(r"\d{4}-\d\d-\d\d")  # a folder of Hydra
 _NEEDED = ("before", "after", "student_parameters", "tokens_seen")  # of a summary.json
 
 
@@ -100,12 +101,20 @@ class Rows:
 
 
 def model_name(model: str) -> str:
-    """Return a model's name in tables: its folder's, that above student or model, or the end of its hub id."""
+    """Return a model's name in tables: its folder's, that above student or model, or the end of its hub id.
+
+    A folder that is called by a date or a job's number goes by the name of its training run.
+    """
     folder = Path(model).expanduser()
     if not folder.is_dir():
         return model.rstrip("/").rpartition("/")[2]
     folder = folder.resolve()
-    return folder.parent.name if folder.name in ("student", "model") else folder.name
+    folder = folder.parent if folder.name in ("student", "model") else folder
+    summary = folder / "summary.json"
+    if not (_DATED.match(folder.name) or folder.name.isdigit()) or not summary.is_file():
+        return folder.name
+    name = str(json.loads(summary.read_text("utf-8")).get("name") or folder.name)
+    return f"{name}-{folder.name}" if folder.name.isdigit() else name
 
 
 def versions() -> dict[str, str]:
@@ -272,8 +281,10 @@ def find_runs(folders: Iterable[Path]) -> list[dict[str, Any]]:
                 some = read_runs(Path(sweep), only=found)
             except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
                 raise UserError(f"a summary.json below {sweep} is damaged ({error}); delete it") from error
-            if len(some) == 1 and ", " in some[0]["label"]:  # there is no other run to compare its overrides with
-                some[0]["label"] = f"{some[0].get('name', '')}/{Path(some[0]['folder']).name}"
+            for run in some if len(some) == 1 else ():  # there is no other run to compare its overrides with
+                if ", " in run["label"] or _DATED.match(run["label"]):
+                    name, own = run.get("name", ""), Path(run["folder"]).name
+                    run["label"] = name if name and _DATED.match(own) else f"{name}/{own}"
             runs += some
     for run in runs:
         if missing := [name for name in _NEEDED if name not in run]:

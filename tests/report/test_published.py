@@ -106,4 +106,18 @@ def test_tasks_that_nobody_published_have_no_published_table() -> None:
 def test_the_papers_timings_stand_beside_ours_alone() -> None:
     assert published.published_speed(gathered(glue())) is None
     rows = by_row(published.published_speed(gathered([speed("bert", 33.0)])))
-    assert rows["DistilBERT"]["times as fast as BERT-base"] == "1.63"
+    assert rows["DistilBERT"]["times as fast as the teacher, or BERT-base"] == "1.63"
+
+
+def test_seconds_of_a_whole_pass_stand_beside_the_papers() -> None:
+    timed = [speed("bert", 33.0, details={"pass_sentences": 1500}), speed("student", 20.0)]
+    timed[0].scores["cpu/pass_seconds"] = 66.0
+    timed[1] = dataclasses.replace(
+        timed[1], details=timed[0].details, scores={**timed[1].scores, "cpu/pass_seconds": 40.0}
+    )
+    table = published.published_speed(gathered(timed))
+    assert table is not None
+    assert table.rows[:2] == [
+        ["bert (teacher)", "measured here, 1,500 sentences", "110,000,000", "66", "1.00"],
+        ["student", "measured here, 1,500 sentences", "66,000,000", "40", "1.65"],
+    ]

@@ -39,6 +39,8 @@ def test_training_runs_show_what_they_took_and_reached() -> None:
         *("teacher", "0 2", "64", "1.50", "1,234", "ce 5.0, mlm 2.0, temperature 2.0"),
     ]
     assert list(rows["teacher"].values())[5:7] == ["none", "-"]
+    beside = run("beside", 4.25, teacher=teacher, objective={"alpha_mlm": 2.0})  # it was scored beside one
+    assert by_row(runs.training_table([beside]))["beside"]["teacher"] == "none"
 
 
 @pytest.mark.parametrize(

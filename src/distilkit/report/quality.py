@@ -177,7 +177,7 @@ def finetuning_table(scores: Scores) -> Table | None:
     cells = alike.replace({"rows": {"": "the same for all models"}}).to_dict("records")
     columns = {"model": "{}", "task": "{}", **dict.fromkeys([*keys, "rows"], "{}")}
     note = "Of several settings tried, the line shows the one chosen on held-out rows."
-    return tabulate("finetuning", "How it was fine-tuned", records, columns, note, cells=cells, folded=len(cells) > 9)
+    return tabulate("finetuning", "How it was fine-tuned", records, columns, note, cells=cells, folded=True)
 
 
 def first_average(scores: Scores) -> tuple[str, tuple[str, ...]]:

@@ -54,11 +54,13 @@ def training_table(runs: Sequence[Run]) -> Table | None:
     columns |= {"tokens_per_second": "tokens/s {:,.0f}", "objective": "{}"}
     records = []
     for label, run in zip(run_labels(runs), runs, strict=True):
-        terms = [f"{name.removeprefix('alpha_')} {value}" for name, value in (run.get("objective") or {}).items()]
+        objective = run.get("objective") or {}
+        terms = [f"{name.removeprefix('alpha_')} {value}" for name, value in objective.items()]
+        taught = not objective or any(objective.get(f"alpha_{name}") for name in ("ce", "cos", "mse"))
         hours = None if run.get("wall_seconds") is None else run["wall_seconds"] / 3600
         memory = max((run.get("peak_memory_mb") or {}).values(), default=None)
         values = [label, run["before"].get("val/nll"), *(run["after"].get(f"val/{name}") for name in _REACHED)]
-        values += [teacher_label(run.get("teacher")), _layers(run), run["tokens_seen"], hours]
+        values += [teacher_label(run.get("teacher") if taught else None), _layers(run), run["tokens_seen"], hours]
         record = dict(zip(columns, [*values, run.get("tokens_per_second"), ", ".join(terms)], strict=True))
         more = {"parameters": run["student_parameters"], "peak_memory_mb": memory, "folder": run["folder"]}
         records.append(record | more)

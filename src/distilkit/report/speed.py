@@ -32,6 +32,7 @@ def speeds(scores: Scores) -> list[dict[str, Any]]:
             record = {"model": timing.row, "backend": backend, **about, "file_mb": size}
             record |= {name: value for name, value in values.items() if not name.endswith("_mb")}
             machine = timing.details.get("processors", {}).get(device) or timing.cost.get("machine", "")
+            record["pass_sentences"] = timing.details.get("pass_sentences", 0)
             record |= {"machine": machine, **how, "date": str(timing.cost.get("date", ""))[:10]}
             runs.setdefault((machine, *how.values(), timing.folder), {})[timing.row, backend] = record
     kept: list[tuple[Any, dict[tuple[str, str], dict[str, Any]]]] = []
