@@ -500,7 +500,7 @@ def test_a_corpus_of_unknown_tokens_is_an_error_and_one_of_many_a_warning(
 
 def test_a_separator_that_is_the_unknown_token_is_no_unknown_token(tmp_path: Path) -> None:
     gpt2 = small_tokenizer(["a", "b"], eos_token="a", unk_token="a")
-    opened(tmp_path, gpt2, ["a"] * 20, "ends")
+    opened(tmp_path, gpt2, ["b"] * 20, "ends")
 
 
 def test_arrays_are_as_long_as_the_highest_id_where_ids_are_skipped(tmp_path: Path) -> None:

@@ -476,3 +476,10 @@ def test_few_documents_of_very_many_lines_are_a_warning(tmp_path: Path, caplog: 
     read(lines, document="file")
     read(write(tmp_path / "empty.txt", ""))
     assert not caplog.text
+
+
+def test_text_of_parquet_that_is_not_utf8_is_an_error(tmp_path: Path) -> None:
+    table = pa.table({"text": pa.array([b"fine", b"caf\xe9"]).view(pa.string())})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=rf"cannot read {tmp_path}/a.parquet: .*0xe9"):
+        read(tmp_path / "a.parquet")

@@ -163,8 +163,12 @@ def test_a_file_that_is_cut_short_or_missing_is_told(tmp_path: Path) -> None:
     (tmp_path / "b.json.xz").write_bytes(lzma.compress(whole)[:-30])
     (tmp_path / "c.json.gz").write_bytes(gzip.compress(whole)[:-10])
     (tmp_path / "d.json").write_bytes(b"\xff\xfe")
+    (tmp_path / "g.json").write_bytes(b'{"data": ' + b"1" * 5000 + b"}")
+    (tmp_path / "h.json").write_bytes(b"[" * 100_000)
     for name, message in (
         ("a.json", "a.json is not JSON"),
+        ("g.json", "g.json is not JSON"),
+        ("h.json", "h.json is not JSON"),
         ("b.json.xz", "cannot read .*b.json.xz: .*cut short"),
         ("c.json.gz", "cannot read .*c.json.gz: .*cut short"),
         ("d.json", "d.json is not UTF-8"),

@@ -25,7 +25,7 @@ _DECOMPRESSORS: dict[str, Callable[[], Any]] = {  # by suffix
     ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj(),  # as of zstd --long=31
     ".bz2": bz2.BZ2Decompressor,
 }
-_DAMAGED = (OSError, EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError, zipfile.BadZipFile)
+_DAMAGED = (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error, zstandard.ZstdError, zipfile.BadZipFile)
 _MARKS = {  # UTF-32 first, because its mark begins with that of UTF-16
     "UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
     "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
@@ -49,7 +49,7 @@ class _Decompressed(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self.text:
-            data = self.waiting or self.source.read(2**15)
+            data = self.waiting or self.source.read(2**12)  # which may be some 10 MB of text
             self.waiting = b""
             if self.stream.eof and data:
                 data = data.lstrip(b"\0")

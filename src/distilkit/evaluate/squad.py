@@ -167,7 +167,9 @@ def read_questions(file: Path) -> list[Question]:
     try:
         with open_text(file) as stream:
             content = json.load(stream)
-    except json.JSONDecodeError as error:
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:  # the latter, and numbers of thousands of digits: Python's limits
         raise UserError(f"{file} is not JSON: {error}; give the official train-v1.1.json or dev-v1.1.json") from error
     questions = []
     for article, at_article in _parts(content, "data", place=str(file), joint=": "):
