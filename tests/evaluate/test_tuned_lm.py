@@ -119,6 +119,24 @@ def test_training_lowers_the_perplexity_that_the_saved_model_has(
     assert tuned.cost["tokens"] == 3 * tuned.settings["train_tokens"] + plain.cost["tokens"]
 
 
+@pytest.mark.parametrize(
+    ("change", "task"),
+    [
+        ("task.device=cpu", "wikitext103"),
+        ("task.scored.dataset.name=wikitext-2-raw-v1", "tuned_perplexity"),
+        ("task.train.dataset.split=validation", "tuned_perplexity"),
+        ("task.scored.max_tokens=500", "tuned_perplexity"),
+    ],
+)
+def test_only_all_of_wikitext_is_named_like_the_published_figure(
+    change: str, task: str, score: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distilkit.data.hub.HubDataset.documents", lambda self: iter(make_documents(9)))
+    done = score("task.train.paths=null", "task.scored.paths=null", "name=m", "finetune.epochs=0", change)
+    assert done.code == 0, done.err
+    assert named(tmp_path, "m").task == task
+
+
 def test_a_teacher_and_what_it_takes_are_recorded(score: Callable[..., Outcome], tmp_path: Path) -> None:
     assert score("name=teacher", "save_model=true", "finetune.epochs=1").code == 0
     folder = only(tmp_path, "outputs/evaluate/teacher/wikitext103/*/model")

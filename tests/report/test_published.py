@@ -93,10 +93,16 @@ def test_published_rows_stand_beside_ours_for_the_same_tasks_alone() -> None:
 def test_only_the_perplexity_on_all_of_wikitexts_test_split_stands_beside_the_published_one(changes: Any) -> None:
     table = published.published_table(gathered([perplexity("m", 30.0)]))
     assert table is not None
-    assert "the published models were fine-tuned on it, ours were not" in table.notes[1]
+    assert "fine-tuned on it, as ours by task=wikitext103" in table.notes[1]
     old = {"details": {"task": {}}, "settings": {"text": {"hub": WIKITEXT}}}
     assert published.published_table(gathered([perplexity("m", 30.0, **old)])) is not None
     assert published.published_table(gathered([perplexity("m", 30.0, **changes)])) is None
+
+
+def test_a_finetuned_perplexity_stands_beside_the_published_ones_before_a_zero_shot_one() -> None:
+    tuned = perplexity("m", 21.5, task="wikitext103", details={"task": {"scored": {}}})
+    for results in ([tuned, perplexity("m", 40.0)], [perplexity("m", 40.0), tuned]):
+        assert by_row(published.published_table(gathered(results)))["m"]["WikiText-103 perplexity"] == "21.5"
 
 
 def test_tasks_that_nobody_published_have_no_published_table() -> None:

@@ -20,6 +20,8 @@ from distilkit.language_model import lm_of
 from distilkit.losses import IGNORE_INDEX, soft_target_kl
 from distilkit.records import Result, cost
 
+_SET = "wikitext-103-raw-v1"  # only scores on all of it may stand next to the published ones
+
 
 @dataclass(kw_only=True)
 class TunedLanguageScore:
@@ -75,13 +77,11 @@ class TunedLanguageScore:
             "max_length": self.max_length,
         }
         own |= {**cfg.finetune, "precision": str(cfg.trainer.precision)}
-        whole = (self.train.paths, self.scored.paths, self.scored.max_tokens) == (None, None, None)
-        # Only scores on the whole data set may stand next to the published ones.
-        changes: Any = {
-            "task": self.name if whole else "tuned_perplexity",
-            "seed": job.seed,
-            "settings": scored.settings | own,
-        }
+        hubs: Any = [part.corpus.fingerprint().get("hub", {}) for part in (self.train, self.scored)]
+        whole = [(hub.get("name"), hub.get("split")) for hub in hubs] == [(_SET, "train"), (_SET, "test")]
+        whole = whole and self.train.max_tokens is None and self.scored.max_tokens is None
+        changes: Any = {"task": self.name if whole else "tuned_perplexity", "seed": job.seed}
+        changes |= {"settings": scored.settings | own}
         changes |= {"teacher": {"name": cfg.teacher, **cfg.distil} if teacher is not None else None}
         return [replace(scored, **changes, cost=cost(seconds=seconds, tokens=tokens, device=device))]
 

@@ -18,7 +18,9 @@ from distilkit.report.samples import Samples, read_samples
 GLUE_TASKS = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
 LABELS = dict(zip(GLUE_TASKS, ("CoLA", "MNLI", "MRPC", "QNLI", "QQP", "RTE", "SST-2", "STS-B", "WNLI"), strict=True))
 LABELS |= {"imdb": "IMDb", "squad": "SQuAD", "xnli": "XNLI", "perplexity": "perplexity"}
-LABELS["pseudo_perplexity"] = "pseudo-perplexity"
+LABELS |= {"pseudo_perplexity": "pseudo-perplexity", "wikitext103": "WikiText-103", "ner": "entities"}
+LABELS |= {"boolq": "BoolQ", "cb": "CB", "wic": "WiC", "superglue_rte": "RTE (SuperGLUE)", "axb": "AX-b", "axg": "AX-g"}
+LABELS |= {"similarity": "STS-B by cosine", "sick": "SICK by cosine"}
 SECOND = " + 2nd distillation"
 TOKENIZER = {"vocabulary", "text_tokens"}  # what differs between tokenizers
 _DATA = ("scored_data", "train_data", "metrics", "labels")  # settings that tell one task from another

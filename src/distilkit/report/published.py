@@ -64,7 +64,7 @@ def published_table(scores: Scores) -> Table | None:
 
 
 def published_speed(scores: Scores) -> Table | None:
-    """Build the paper's table 3, if something was timed here."""
+    """Build the paper's table 3 below our passes over the same rows, if something was timed here."""
     if "speed" not in set(scores.results["kind"]):
         return None
     columns = {"model": "{}", "source": "{}", "parameters": "{:,}", "seconds": "{:,.0f}"}
