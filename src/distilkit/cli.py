@@ -188,8 +188,11 @@ def check_added(cfg: DictConfig, *, config: str, overrides: Iterable[str] | None
     if overrides is None:
         overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
     own: Any = OmegaConf.create(resources.files("distilkit.conf").joinpath(config).read_text("utf-8"))
-    groups = [name for entry in own.defaults if isinstance(entry, DictConfig) for name in entry if " " not in name]
-    known = [*groups, *(name for name in own if name not in ("defaults", "hydra"))]
+    groups = [name for entry in own.defaults if isinstance(entry, DictConfig) for name in map(str, entry)]
+    known = [
+        *(name for name in groups if " " not in name),
+        *(name for name in own if name not in ("defaults", "hydra")),
+    ]
     for override in overrides:
         key = re.match(r"\+{1,2}(\w+)(?=[.=])", override)
         if key and key[1] in cfg and key[1] not in known and f"${{{key[1]}" not in OmegaConf.to_yaml(cfg):

@@ -53,7 +53,7 @@ class DistillationModule(LightningModule):
     ) -> None:
         """Check the settings; the teacher moves with the module, but no checkpoint contains it."""
         super().__init__()
-        if not 0 <= warmup_share <= 1:
+        if not isinstance(warmup_share, int | float) or not 0 <= warmup_share <= 1:
             raise UserError(f"scheduler.{warmup_share=}, but it must be between 0 and 1; the paper's is 0.05")
         objective.check_models(student=student, teacher=teacher.model if teacher else None, lm=lm)
         self.student = student
@@ -66,7 +66,13 @@ class DistillationModule(LightningModule):
         self.lm, self.objective, self.optimizer, self.seed = lm, objective, optimizer, seed
         kwargs: Any = dict(scheduler_kwargs) if isinstance(scheduler_kwargs, Mapping) else scheduler_kwargs or {}
         self.schedule = functools.partial(build_schedule, name=scheduler, warmup_share=warmup_share, kwargs=kwargs)
-        self.schedule(optimizer([{"params": [nn.Parameter(torch.zeros(1))]}]), num_steps=100)  # refuse a wrong one now
+        try:  # refuse a wrong one now
+            trial = optimizer([{"params": [nn.Parameter(torch.zeros(1))]}])
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"optimizer cannot be built: {error}; change optimizer.* to what its class takes"
+            ) from error
+        self.schedule(trial, num_steps=100)
         self.record = dict(record)
         self.tokens, self.step_tokens = torch.tensor(0), torch.tensor(0)  # without padding, over all ranks
         self.configured: list[dict[str, Any]] = []  # of each parameter group of the optimizer

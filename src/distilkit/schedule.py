@@ -25,7 +25,7 @@ def build_schedule(
     """Build a schedule over ``num_steps`` optimizer steps; ``kwargs`` are the arguments of this schedule alone."""
     if not isinstance(kwargs, Mapping):
         raise UserError(f"scheduler.kwargs={kwargs}, but it takes keys and values, as {{power: 2}}")
-    if name not in _SCHEDULES:
+    if str(name) not in _SCHEDULES:
         raise UserError(f"scheduler.name={name} is unknown; it takes {', '.join(sorted(_SCHEDULES))}")
     takes = {key: each for key, each in inspect.signature(_SCHEDULES[name]).parameters.items() if key not in _GIVEN}
     own = ", ".join(takes) or "no arguments"

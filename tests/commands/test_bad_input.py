@@ -139,6 +139,7 @@ def test_an_added_key_that_another_reads_is_taken(settings: tuple[str, ...], tmp
             ["scheduler.name=sawtooth"],
             ["scheduler.name=sawtooth is unknown", "it takes constant", "cosine, ", "linear"],
         ),
+        (["scheduler.name=[cosine]"], ["scheduler.name=['cosine'] is unknown", "it takes constant"]),
         (["scheduler=cosine"], ["scheduler=cosine, but it is no group", "set scheduler.name=cosine"]),
         (["scheduler=constant"], ["scheduler=constant, but", "set scheduler.name=constant_with_warmup"]),
         (
@@ -148,6 +149,9 @@ def test_an_added_key_that_another_reads_is_taken(settings: tuple[str, ...], tmp
         (["scheduler.kwargs=[1]"], ["scheduler.kwargs=[1]", "it takes keys and values"]),
         (["card.license=3"], ["card.license=3", "must be a text or a list of texts"]),
         (["scheduler.warmup_share=2"], ["scheduler.warmup_share=2", "between 0 and 1", "the paper's is 0.05"]),
+        (["scheduler.warmup_share=few"], ["scheduler.warmup_share='few'", "between 0 and 1"]),
+        (["optimizer.lr=-1"], ["optimizer cannot be built: Invalid learning rate: -1", "change optimizer.*"]),
+        (["optimizer.lr=nan"], ["optimizer cannot be built: Invalid learning rate: nan"]),
         (["teacher.dtype=float16"], ["teacher.dtype is 'float16'", "auto or float32"]),
         (["trainer.max_epochs=-1", "trainer.max_steps=-1"], ["are both -1", "set one of them above 0"]),
         (["optimizer._target_=torch.optim.AdamV"], ["optimizer._target_", "torch.optim.AdamV"]),
