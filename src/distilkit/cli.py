@@ -35,6 +35,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 failures: list[str] = []  # a line for each failed job of the sweep that this process runs
+_shown: set[str] = set()  # where the errors were raised whose traceback was logged
 
 
 def user_cause(error: Exception) -> Exception | None:
@@ -127,36 +128,39 @@ def _plain(override: str) -> str:
     return re.sub(r"[\s'\"]", "", override).casefold()
 
 
+def note_failure(what: str, error: Exception) -> None:
+    """Add to ``failures`` and log why ``what`` failed; a fault of ours with its traceback, the first of its kind."""
+    cause = user_cause(error)
+    reason = " ".join(str(cause or f"{type(error).__name__}: {error}").split())
+    failures.append(f"{what} failed: {reason}")
+    raised_at = "".join(traceback.format_tb(error.__traceback__))
+    bug = os.environ.get("HYDRA_FULL_ERROR") == "1" or (cause is None and raised_at not in _shown)
+    _shown.add(raised_at)
+    log.error("%s", failures[-1], exc_info=error if bug else None)
+
+
 class SweepFailures(Callback):
     """Hydra callback: let a sweep go on after a failed job, and end it with exit status 1 and the list of failures.
 
     It stands before other callbacks in the config, so that it ends the command after they have printed their tables.
     """
 
-    def __init__(self) -> None:
-        """Begin without tracebacks."""
-        self.common: set[str] = set()  # the overrides of the command line, which all jobs share
-        self.shown: set[str] = set()  # where the errors came from whose traceback was logged
+    common: frozenset[str] = frozenset()  # the overrides of the command line, which all jobs share
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Forget an earlier sweep of this process."""
         replace_unprintable()
         failures.clear()
-        self.common = {_plain(each) for each in config.hydra.overrides.task}
+        _shown.clear()
+        self.common = frozenset(map(_plain, config.hydra.overrides.task))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Log the error of a job, and give Hydra's own sweeper NaN instead; others have rules for failed jobs."""
         if config.hydra.mode != RunMode.MULTIRUN or job_return.status != JobStatus.FAILED:
             return
         error: Any = job_return._return_value  # the property would raise it
-        cause = user_cause(error)
         own = ", ".join(each for each in job_return.overrides or () if _plain(each) not in self.common)
-        what = " ".join(str(cause or f"{type(error).__name__}: {error}").split())
-        failures.append(f"job {config.hydra.job.num} ({own}) failed: {what}")
-        raised_at = "".join(traceback.format_tb(error.__traceback__))
-        bug = os.environ.get("HYDRA_FULL_ERROR") == "1" or (cause is None and raised_at not in self.shown)
-        self.shown.add(raised_at)
-        log.error("%s", failures[-1], exc_info=error if bug else None)
+        note_failure(f"job {config.hydra.job.num} ({own})", error)
         parts = config.hydra.launcher._target_, config.hydra.sweeper._target_
         if all(part.startswith("hydra._internal.core_plugins.basic_") for part in parts):
             job_return.status, job_return.return_value = JobStatus.COMPLETED, math.nan

@@ -4,16 +4,20 @@ import contextlib
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_module
 
+import distilkit.evaluate.ablation
+from distilkit import cli
+from distilkit.errors import UserError
 from distilkit.evaluate.ablation import Ablation, evaluation
 from distilkit.model_card import add_scores
 from distilkit.records import read_results
 from distilkit.report.quality import results_markdown
 from jobs import QUIET, SMALL, only, spawn, write_rows
-from scores import scored
+from scores import scored, write_training
 
 ROWS = ("full", "no_ce", "no_mlm", "no_cos", "random_init")
 
@@ -89,6 +93,35 @@ def test_settings_that_cannot_be_are_named_before_anything_is_trained(
         Ablation().on_multirun_start(cfg)
     assert stopped.value.code == 1
     assert message in err.getvalue()
+
+
+def test_a_student_that_cannot_be_scored_leaves_the_others_and_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for index, label in enumerate(("full", "no_ce")):
+        write_training(tmp_path, label, [9.0, 6.0 + index, 5.0])
+    scored_models: list[str] = []
+
+    def evaluate(cfg: Any) -> None:
+        scored_models.append(cfg.name)
+        if cfg.name == "teacher":
+            raise UserError("the teacher has no head")
+
+    monkeypatch.setattr(distilkit.evaluate.ablation, "evaluate", evaluate)
+    monkeypatch.setattr(cli, "failures", [])
+    with initialize_config_module("distilkit.conf.train", version_base="1.3"):
+        given = [
+            "sweep=ablation",
+            "ablation.tasks=[sst2]",
+            "teacher=hf",
+            "teacher.name=t",
+            f"hydra.sweep.dir={tmp_path}",
+        ]
+        cfg = compose("train", given, return_hydra_config=True)
+    Ablation().on_multirun_end(cfg)
+    assert len(scored_models) == 3
+    assert cli.failures == ["teacher on sst2, seed 1, failed: the teacher has no head"]
+    assert (tmp_path / "report" / "report.md").is_file()
 
 
 def test_composing_an_evaluation_leaves_the_configs_in_use_as_they_were() -> None:

@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from distilkit.cli import check_names, report_errors
+from distilkit.cli import check_names, note_failure, report_errors
 from distilkit.errors import UserError
 from distilkit.evaluate.job import Task, check_settings, evaluate
 from distilkit.records import find_runs, read_results, read_runs
@@ -98,12 +98,16 @@ class Ablation(Callback):
                         cfg.revision, cfg.trust_remote_code = config.teacher.revision, config.teacher.trust_remote_code
                         own = config.tokenizer.get("name")
                         cfg.tokenizer = None if own == teacher else own
-                    evaluate(cfg)
+                    try:
+                        evaluate(cfg)
+                    except Exception as error:
+                        note_failure(f"{name} on {task}, seed {seed},", error)
+        results = read_results([sweep / "scores"]) if (sweep / "scores").is_dir() else []
         file = write_report(
-            read_results([sweep / "scores"]),
+            results,
             find_runs([sweep]),
             out=sweep / "report",
-            teacher=None if teacher is None else "teacher",
+            teacher="teacher" if any(result.name == "teacher" for result in results) else None,
             baseline=None,
             title=f"Ablation: {config.name}",
             wandb=None,

@@ -1,7 +1,6 @@
 """What a sweep of evaluations does as a whole: read all data before its first job, and refit the best setting."""
 
 import json
-import logging
 import math
 import statistics
 import sys
@@ -21,8 +20,6 @@ from distilkit import cli
 from distilkit.errors import UserError
 from distilkit.evaluate.job import Refit, Task, check_refit, evaluate, prepare
 from distilkit.records import FILE, read_file
-
-log = logging.getLogger(__name__)
 
 
 def jobs_of(config: DictConfig, *, only_tasks: bool = False) -> list[DictConfig]:
@@ -67,11 +64,7 @@ class Suite(Callback):
             try:
                 evaluate(cfg, refit=tried)
             except Exception as error:
-                cause = cli.user_cause(error)
-                cli.failures.append(
-                    f"the refit of {cfg.model} on {cfg.task.name}, seed {seed}, failed: {cause or error}"
-                )
-                log.error("%s", cli.failures[-1], exc_info=None if cause else error)
+                cli.note_failure(f"the refit of {cfg.model} on {cfg.task.name}, seed {seed},", error)
 
 
 def _tasks(config: DictConfig) -> list[DictConfig]:
