@@ -198,6 +198,15 @@ def test_the_folder_of_all_tasks_and_that_of_one_are_both_found(tmp_path: Path) 
         assert list(task(files=files, data_dir=str(data_dir)).scored_examples()) == ["dev"]
 
 
+@pytest.mark.parametrize("name", ["../x", "a/b", "held_out"])
+def test_a_split_whose_name_is_no_name_of_a_file_of_its_own_is_refused(name: str, tmp_path: Path) -> None:
+    for file in ("train", "dev"):
+        (tmp_path / f"{file}.tsv").write_text("sentence1\tsentence2\tlabel\na\tb\tyes\n", "utf-8")
+    files = {"train": {"file": "train.*"}, "scored": {name: {"file": "dev.*"}}}
+    with pytest.raises(UserError, match=f"has a split '{name}'; name it without / and not held_out"):
+        task(files=files, data_dir=str(tmp_path)).check_data()
+
+
 def test_a_teacher_must_predict_the_same_classes() -> None:
     def teacher(**fields: Any) -> Any:
         config = AutoConfig.for_model("distilbert", dim=8, n_heads=1, hidden_dim=8, n_layers=1, vocab_size=20, **fields)

@@ -183,6 +183,10 @@ def rows_hashes(task: ReadsRows, content: Callable[[Any], Any], *, train: bool) 
     splits = task.scored_examples()
     if not splits:
         raise UserError("task.files.scored or task.hub.scored names no split to score; name one, such as dev")
+    if wrong := [name for name in splits if name == "held_out" or "/" in name]:  # a split has files of its name
+        raise UserError(
+            f"task.files.scored or task.hub.scored has a split {wrong[0]!r}; name it without / and not held_out"
+        )
     return trained | {"scored_data": rows_hash((name, content(row)) for name, rows in splits.items() for row in rows)}
 
 
