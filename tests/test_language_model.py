@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -12,6 +14,7 @@ from distilkit.language_model import (
     max_positions,
     num_parameters,
 )
+from families import build_family
 from tiny import ARCHITECTURES, build_model
 
 
@@ -82,10 +85,45 @@ def test_a_head_that_does_more_is_refused() -> None:
         check_split(model)
 
 
+@pytest.mark.parametrize(
+    "name, fields, reason",
+    [
+        ("gemma2", {}, "; choose a model"),  # it squeezes its logits
+        ("mobilebert", {}, r" \(RuntimeError: mat1 and mat2 shapes cannot be multiplied .*\); choose a model"),
+        ("xmod", {"default_language": None}, r" \(ValueError: .*\); choose a model"),
+    ],
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_any_error_of_a_foreign_head_is_a_refusal(
+    name: str, fields: dict[str, Any], reason: str, training: bool
+) -> None:
+    model = build_family(name, **fields).train(training)
+    with pytest.raises(UserError, match=f"^model type '{name}' cannot be split into backbone and head{reason}"):
+        check_split(model)
+    assert model.training == training
+
+
+AFTER_PADDING = dict.fromkeys(("camembert", "data2vec-text", "esm", "ibert", "luke", "xlm-roberta-xl"), 79)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name, expected", [*AFTER_PADDING.items(), ("mpnet", 78), ("granite", 80), ("opt", 80)])
+def test_other_families_have_the_positions_that_are_promised(name: str, expected: int) -> None:
+    """Positions begin after the padding's, which is 0 here, and always 1 in MPNet."""
+    model = build_family(name)
+    check_split(model)
+    assert max_positions(model) == expected
+    assert last_hidden_state(model, ids_of(1, expected)).shape[1] == expected
+
+
 def test_the_task_is_read_from_the_config() -> None:
     assert [lm_of(name) for name in ("bert", "roberta", "gpt2", "modernbert")] == ["mlm", "mlm", "clm", "mlm"]
     assert lm_of("bert", ["BertLMHeadModel"]) == "clm"
     assert lm_of("bert", ["BertForMaskedLM"]) == "mlm"
+    assert lm_of("mine", None, {"AutoModelForMaskedLM": "modeling_mine.A"}) == "mlm"
+    assert lm_of("mine", None, {"AutoModelForCausalLM": "someone/mine--modeling_mine.B"}) == "clm"
+    both = {"AutoModelForMaskedLM": "modeling_mine.A", "AutoModelForCausalLM": "modeling_mine.B"}
+    assert [lm_of("mine", names, both) for names in (["A"], ["B"], None)] == ["mlm", "clm", "mlm"]
     with pytest.raises(UserError, match="model type 'vit' has neither a masked nor a causal language-model class"):
         lm_of("vit")
 

@@ -149,7 +149,7 @@ def _cut_config(config: PretrainedConfig, layers: Sequence[int], *, name: str) -
         for key, value in cut.items():  # Gemma 4 makes the last layer one of full attention
             if value != fields[key] and json.dumps(said.get(key)) != json.dumps(value):
                 raise ValueError(f"{key} would be {value}, but its class makes it {said.get(key)}")
-    except (ValueError, TypeError, IndexError, StrictDataclassError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"the config of {name} cannot be cut to layers {list(layers)}: {reason}") from error
     made.name_or_path, made._commit_hash = config.name_or_path, getattr(config, "_commit_hash", None)
