@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -12,6 +13,7 @@ from transformers import (
     DistilBertForMaskedLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from distilkit.errors import UserError
@@ -405,6 +407,9 @@ def test_a_new_model_has_no_special_id_outside_its_vocabulary(tokenizer: PreTrai
     [
         ("bart-large", {}, r"student.model_type='bart-large' is unknown to transformers; try bert, roberta or gpt2"),
         ("bert", {"hiden_size": 16}, r"student.config has hiden_size, but a bert config does not; remove it"),
+        ("gpt_neo", {"num_layers": 4}, r"makes no gpt_neo: .*attention_layers.*; change student.config"),
+        ("bert", {"hidden_size": "wide"}, r"student.config={'hidden_size': 'wide'} makes no bert: .*; change"),
+        ("bert", {"hidden_size": 30, "num_attention_heads": 4}, r"makes no bert: .*30.*4.*; change student.config"),
     ],
 )
 def test_a_wrong_new_model_is_an_error(
@@ -412,6 +417,17 @@ def test_a_wrong_new_model_is_an_error(
 ) -> None:
     with pytest.raises(UserError, match=message):
         new_student(teacher=None, tokenizer=tokenizer, model_type=model_type, config=config)
+
+
+def test_a_new_model_has_a_row_for_the_highest_id_of_a_tokenizer_that_skips_ids() -> None:
+    backend = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "b": 40}, unk_token="[UNK]"))
+    skipping = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+    assert len(skipping) == 3
+    fields = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    student = new_student(teacher=None, tokenizer=skipping, model_type="bert", config=fields)
+    assert student.config.vocab_size == 41
+    with pytest.raises(UserError, match="the tokenizer has 41 ids, but tiny-bert embeds 40"):
+        cut_student(teacher=build_teacher("bert", vocab_size=40), tokenizer=skipping, layers="half")
 
 
 def test_an_existing_student_needs_the_vocabulary_of_its_teacher_but_for_padding(

@@ -328,7 +328,11 @@ def new_student(
     # An id that the tokenizer does not define keeps the type's default, which may lie outside the vocabulary.
     absent = {name: None for name in _SPECIAL_IDS if name not in special and (getattr(built, name, None) or 0) >= size}
     fields = {"vocab_size": size, **absent, **special, **(config or {})}
-    student = build_from_config(AutoConfig.for_model(model_type, **fields))
+    try:
+        student = build_from_config(AutoConfig.for_model(model_type, **fields))
+    except (ValueError, TypeError, StrictDataclassError) as error:  # of transformers' own checks
+        found = f"student.config={dict(config or {})} makes no {model_type}: {' '.join(str(error).split())}"
+        raise UserError(f"{found}; change student.config") from error
     student.config.architectures = [type(student).__name__]
     return _checked(student, tokenizer, name="the student")
 
