@@ -135,6 +135,12 @@ def test_a_student_with_code_of_its_own_is_trained_and_exported_with_it(
     again, _ = logits_in_a_new_process(tmp_path / "exported", tmp_path)
     assert torch.equal(again, logits)
     assert not list(tmp_path.glob("exported/**/__pycache__"))
+    card = (tmp_path / "exported" / "README.md").read_text("utf-8")
+    assert 'pipeline("fill-mask", "path/to/this/folder", trust_remote_code=True)("The capital' in card
+    texts = [
+        path.read_text("utf-8") for path in tmp_path.glob("exported/**/*") if path.suffix in (".json", ".md", ".py")
+    ]
+    assert not [text for text in texts if str(tmp_path) in text]  # no folder of this machine
 
 
 def test_code_that_was_not_used_is_not_kept(own_code: Path, tmp_path: Path) -> None:

@@ -139,7 +139,8 @@ def export_checkpoint(
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.tmp", dir=folder.parent))
     try:
         _write_files(saved["files"], temporary, source=file)
-        if "auto_map" in json.loads(saved["files"]["config.json"]) and not trust_remote_code:
+        own_code = "auto_map" in json.loads(saved["files"]["config.json"])
+        if own_code and not trust_remote_code:
             code = ", ".join(sorted(name for name in saved["files"] if name.endswith(".py")))
             raise UserError(f"{file} holds code of its own ({code}); read it, and set trust_remote_code=true to run it")
         config = AutoConfig.from_pretrained(temporary, trust_remote_code=trust_remote_code)
@@ -159,6 +160,7 @@ def export_checkpoint(
             num_params=num_parameters(model),
             lm=lm_of_model(model),
             mask_token=mask_token["content"] if isinstance(mask_token, dict) else mask_token or "[MASK]",
+            own_code=own_code,
         )
         card.save(temporary / "README.md")
         temporary.chmod(0o755)  # mkdtemp makes it private

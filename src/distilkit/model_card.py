@@ -58,8 +58,12 @@ def student_card(
     num_params: int,
     lm: str,
     mask_token: str = "[MASK]",
+    own_code: bool = False,
 ) -> ModelCard:
-    """Build the card of a student from the record of its run, and its ``results`` on held-out documents."""
+    """Build the card of a student from the record of its run, and its ``results`` on held-out documents.
+
+    The example of a student with code of its own trusts that code, without which another model would be loaded.
+    """
     teacher, pipeline = dict(record["teacher"] or {}), _PIPELINES[lm]
     # A card is published, where the folders of this machine are of no use.
     data = _PATH.sub(lambda path: _last(path[0]), " ".join(str(record["data"]).split()))
@@ -83,6 +87,7 @@ def student_card(
         "results": results,
         "tokens_seen": tokens_seen,
         "num_params": num_params,
+        "own_code": own_code,
     }
     blank = f" {mask_token}." if lm == "mlm" else ""
     card: ModelCard = ModelCard.from_template(
