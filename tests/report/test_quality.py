@@ -1,12 +1,14 @@
 """The quality tables and the plot of score against size."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
 
+from distilkit.records import Result
 from distilkit.report import quality, retention
-from scores import GLUE, by_row, gathered, glue, perplexity, result, speed
+from scores import GLUE, by_row, gathered, glue, perplexity, result, said, speed, with_rows
 
 
 def test_the_quality_table_has_medians_and_the_macro_average() -> None:
@@ -126,3 +128,39 @@ def test_the_medians_for_a_model_card_are_those_of_its_own_fine_tunings() -> Non
         "rte": {"accuracy": pytest.approx(0.59)},
         "perplexity": {"perplexity": 21.0, "word_perplexity": 42.0},
     }
+
+
+def tuned(name: str, task: str, *, seeds: int = 2, lr: float = 2e-5, rows: int = 100) -> list[Result]:
+    settings = {"epochs": 3, "lr": lr, "batch_size": 32, "max_length": 128, "precision": "32-true", "train_rows": rows}
+    about = {"settings": settings, "details": {"rows": {"dev": 50}}}
+    return [result(name, task, 0.6, seed=seed, **about) for seed in range(1, seeds + 1)]
+
+
+def test_one_line_tells_how_all_models_were_fine_tuned_where_they_were_alike() -> None:
+    results = [each for name in ("bert", "student") for task in ("rte", "cola") for each in tuned(name, task)]
+    table = quality.finetuning_table(gathered(results))
+    assert table is not None
+    alike = ["all", "all", "3", "2e-05", "32", "128", "32-true", "1, 2", "1", "the same for all models"]
+    assert table.rows == [alike]
+    assert table.folded
+
+
+def test_models_that_were_fine_tuned_differently_have_lines_of_their_own() -> None:
+    results = [*tuned("bert", "rte"), *tuned("student", "rte", lr=5e-5, rows=20, seeds=1)]
+    table = quality.finetuning_table(gathered(results))
+    assert table is not None
+    assert [[row[0], row[3], row[7], row[9]] for row in table.rows] == [
+        ["bert", "2e-05", "1, 2", "trained on 100, scored on 50 of dev"],
+        ["student", "5e-05", "1", "trained on 20, scored on 50 of dev"],
+    ]
+    assert quality.finetuning_table(gathered([perplexity("m", 20.0)])) is None
+
+
+def test_the_best_value_of_each_column_is_marked_and_chance_is_a_row_of_its_own(tmp_path: Path) -> None:
+    results = [with_rows(tmp_path, name, "sst2", said(share, seed=1)) for name, share in (("a", 0.9), ("b", 0.7))]
+    results += [perplexity("a", 20.0), perplexity("b", 16.0)]
+    table = quality.quality_table(gathered(results, teacher=None, baseline=None))
+    assert table is not None
+    assert set(table.best) == {(0, 2), (1, 3)}  # the higher share, the lower perplexity
+    assert table.rows[-1] == ["majority class or no correlation", "-", "58.1", "-"]
+    assert "a on SST-2 and 1 more with 1 seed, so that ± is over rows alone." in table.notes

@@ -6,7 +6,6 @@ from pathlib import PurePath
 from typing import Any
 
 from distilkit.report.frame import Scores, task_label
-from distilkit.report.intervals import Interval
 from distilkit.report.page import Table, figure, tabulate
 from distilkit.report.published import ABLATION
 
@@ -41,20 +40,16 @@ def _records(scores: Scores, rows: Mapping[str, str], runs: Mapping[str, Run]) -
         record |= {"average": percents.get(name), "change": change, "cross_entropy": entropy.get(name)}
         record |= {"cross_entropy_change": more, "published_change": ABLATION.get(name), "verdict": "-"}
         if change is not None:
-            range_ = scores.difference(rows[name], rows["full"], tasks)
-            record |= {"verdict": _verdict(scores, [rows[name], rows["full"]], tasks, range_, ABLATION[name])}
+            own = rows[name], rows["full"]
+            range_ = scores.difference(*own, tasks)
             record |= {"low": 100 * range_.low, "high": 100 * range_.high} if range_ else {}
+            holds = "holds" if range_ and range_.holds(ABLATION[name] / 100) else "excludes"
+            shown = "no difference shown" if range_ and range_.holds(0) else "a difference"
+            shown = "1 seed" if scores.seeds(own, tasks) == 1 and shown == "a difference" else shown
+            record["verdict"] = f"{shown}; {holds} the published" if range_ else "no interval"
+            if scores.unlike(own[0], *tasks, other=own[1]):
+                record["verdict"] = "fine-tuned differently"
         yield record
-
-
-def _verdict(
-    scores: Scores, rows: Sequence[str], tasks: Sequence[str], range_: Interval | None, published: float
-) -> str:
-    """Return whether the interval of a change excludes zero, and whether it holds the paper's change."""
-    if range_ is None or scores.unlike(rows[0], *tasks, other=rows[1]):
-        return "no interval" if range_ is None else "fine-tuned differently"
-    shown = "no difference shown" if range_.holds(0) else "a difference" if scores.seeds(rows, tasks) != 1 else "1 seed"
-    return f"{shown}; {'holds' if range_.holds(published / 100) else 'excludes'} the published"
 
 
 def ablation_table(scores: Scores, runs: Sequence[Run]) -> Table | None:

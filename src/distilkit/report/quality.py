@@ -167,14 +167,19 @@ def finetuning_table(scores: Scores) -> Table | None:
         }
         records.append({"model": line.row, "task": line.task, **chosen, "rows": _rows(line)})
     frame, keys = pd.DataFrame(records).astype(str), [*chosen]
-    same = frame.groupby("task")["rows"].transform("nunique") == 1
+    same, numbers = (
+        frame.groupby("task")["rows"].transform("nunique") == 1,
+        dict(zip(frame["task"], frame["rows"], strict=True)),
+    )
     frame["rows"] = np.where(same, "", frame["rows"])  # numbers count where they differ between models
     alike = frame.groupby([*keys, "rows", "model"], sort=False)["task"].agg(tuple).reset_index()
     alike = alike.groupby([*keys, "rows", "task"], sort=False)["model"].agg(tuple).reset_index()
+    rest = [numbers[own[0]] if len(own) == 1 else "the same for all models" for own in alike["task"]]
+    alike["rows"] = alike["rows"].where(alike["rows"] != "", rest)
     for name in ("task", "model"):
         every = frame[name].nunique()
         alike[name] = ["all" if len(own) == every > 1 else ", ".join(map(task_label, own)) for own in alike[name]]
-    cells = alike.replace({"rows": {"": "the same for all models"}}).to_dict("records")
+    cells = alike.to_dict("records")
     columns = {"model": "{}", "task": "{}", **dict.fromkeys([*keys, "rows"], "{}")}
     note = "Of several settings tried, the line shows the one chosen on held-out rows."
     return tabulate("finetuning", "How it was fine-tuned", records, columns, note, cells=cells, folded=True)

@@ -73,27 +73,29 @@ def training_table(runs: Sequence[Run]) -> Table | None:
 
 def cost_table(scores: Scores) -> Table | None:
     """Build the table of what fine-tuning and scoring took: tokens and hours over all seeds and settings."""
-    costs = scores.results.loc[scores.results["cost"].astype(bool), ["row", "task", "cost"]]
-    if costs.empty:
-        return None
-    costs["machine"] = [str(cost.get("machine", "-")) for cost in costs["cost"]]
-    costs["tokens"] = [cost.get("tokens") or 0 for cost in costs["cost"]]
-    costs["hours"] = [(cost.get("seconds") or 0) / 3600 for cost in costs["cost"]]
-    costs["day"] = [str(cost.get("date", "-"))[:10] for cost in costs["cost"]]
-    costs["version"] = [", ".join(map(" ".join, cost.get("versions", {}).items())) for cost in costs["cost"]]
-    groups = costs.rename(columns={"row": "model"}).groupby(["model", "task", "machine"], sort=False)
-    table = groups[["tokens", "hours"]].agg(lambda values: sum(values))  # pandas rounds its own sum differently
-    table["results"] = groups.size()
-    table["dates"] = groups["day"].agg(lambda days: " to ".join(dict.fromkeys((min(days), max(days)))))
-    table["versions"] = groups["version"].agg(lambda versions: "; ".join(versions.unique()))
+    groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+    for each in scores.results.itertuples(index=False):
+        if each.cost:
+            groups.setdefault((each.row, each.task, str(each.cost.get("machine", "-"))), []).append(each.cost)
+    records = []
+    for (model, task, machine), costs in groups.items():
+        days = sorted(str(cost.get("date", "-"))[:10] for cost in costs)
+        versions = dict.fromkeys(", ".join(map(" ".join, cost.get("versions", {}).items())) for cost in costs)
+        record = {
+            "model": model,
+            "task": task,
+            "results": len(costs),
+            "tokens": sum(x.get("tokens") or 0 for x in costs),
+        }
+        record |= {"hours": sum((cost.get("seconds") or 0) / 3600 for cost in costs), "machine": machine}
+        dates = " to ".join(dict.fromkeys((days[0], days[-1])))
+        records.append(record | {"dates": dates, "versions": "; ".join(versions)})
+    tokens, hours = (sum(each[name] for each in records) for name in ("tokens", "hours"))
     columns = {"model": "{}", "task": "{}", "results": "{}", "tokens": "{:,}", "hours": "{:.2f}"}
     columns |= {"machine": "{}", "dates": "date {}"}
-    records = table.reset_index()[[*columns, "versions"]].to_dict("records")
-    every = list(dict.fromkeys(version for each in records for version in each["versions"].split("; ")))
-    cells = [{**each, "task": task_label(each["task"])} for each in records]
-    tokens, hours = sum(costs["tokens"]), sum(costs["hours"])
     notes = [f"All seeds and settings together: {tokens:,} tokens in {hours:.2f} hours."]
-    notes += [f"Versions: {version}." for version in every]
+    notes += [f"Versions: {each}." for each in dict.fromkeys(each["versions"] for each in records)]
+    cells = [{**each, "task": task_label(each["task"])} for each in records]
     return tabulate("cost", "Cost of fine-tuning and scoring", records, columns, *notes, cells=cells, folded=True)
 
 
