@@ -1,7 +1,9 @@
 """Distil from Python in one call, on the same configs as ``python -m distilkit.train``."""
 
 import contextlib
+import io
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from hydra.version import VersionBase
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from distilkit.cli import check_added, expand_home, keep_large_buffers, quiet, user_cause
+from distilkit.cli import check_added, expand_home, keep_large_buffers, quiet, replace_unprintable, user_cause
 from distilkit.data.corpus import write_documents
 from distilkit.errors import UserError
 from distilkit.train import build, run
@@ -121,6 +123,8 @@ def _isolated() -> Iterator[None]:
     before = hydra.hydra, job.cfg, version.version_base
     precision, environment = torch.get_float32_matmul_precision(), dict(os.environ)
     keep_large_buffers()
+    encoding_errors = sys.stdout.errors
+    replace_unprintable()
     hydra.hydra = job.cfg = None
     try:
         yield
@@ -130,6 +134,8 @@ def _isolated() -> Iterator[None]:
         GlobalHydra.set_instance(hydra)
         hydra.hydra, job.cfg, version.version_base = before
         torch.set_float32_matmul_precision(precision)
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors=encoding_errors)
         for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # Lightning's, which would seed the caller's next run
             os.environ.pop(name, None)
             os.environ.update({name: environment[name]} if name in environment else {})

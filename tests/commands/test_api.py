@@ -1,5 +1,6 @@
 """The Python API: what ``import distilkit`` gives, and a distillation in one call."""
 
+import io
 import json
 import os
 import sys
@@ -159,6 +160,17 @@ def test_a_finished_run_is_not_replaced(distill: Callable[..., Distilled], text_
     distill(paths=text_file)
     with pytest.raises(distilkit.UserError, match=r"run holds a finished run; choose another hydra.run.dir .*out"):
         distill(paths=text_file)
+
+
+def test_progress_is_shown_where_the_output_is_not_utf_8(
+    distill: Callable[..., Distilled], text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = io.BytesIO()
+    stream = io.TextIOWrapper(written, encoding="latin-1", write_through=True)
+    monkeypatch.setattr(sys, "stdout", stream)
+    distill(paths=text_file, progress=True)
+    assert b"train/loss" in written.getvalue()
+    assert stream.errors == "strict"  # as the caller has it
 
 
 def test_hydra_and_torch_are_left_as_the_caller_has_them(distill: Callable[..., Distilled], text_file: Path) -> None:
