@@ -39,9 +39,9 @@ def test_rows_are_the_same_plain_and_compressed_and_without_a_byte_order_mark(su
         file.write_bytes(PACK[suffix](text.encode("utf-8-sig")))
         return file
 
-    faults = [(3, "is not a JSON"), (4, "is the beginn")]
+    faults = [(3, "is not a JSON object; fix"), (4, "is not a JSON object but ")]
     rows = list(json_rows(written("a.jsonl", '{"a": "é"}\n\n[1]\n{"a"\n')))
-    assert [(number, row[:13] if isinstance(row, str) else row) for number, row in rows] == [(1, {"a": "é"}), *faults]
+    assert [(number, row[:25] if isinstance(row, str) else row) for number, row in rows] == [(1, {"a": "é"}), *faults]
     assert list(delimited_rows(written("a.csv", 'a,b\n\n"x,\n""y""",z\n'))) == [(1, ["a", "b"]), (3, ['x,\n"y"', "z"])]
     assert list(delimited_rows(written("a.tsv", 'a\tb\n"x\ty"\n'))) == [(1, ["a", "b"]), (2, ['"x', 'y"'])]
 
@@ -166,11 +166,11 @@ def test_what_stands_before_a_byte_that_is_not_utf8_is_named(tmp_path: Path) -> 
         ('{"number": ' + "1" * 5000 + "}", "holds a number of too many digits, or lists too deep"),
         ('{"lists": ' + "[" * 100_000 + "]" * 100_000 + "}", "holds a number of too many digits, or lists too deep"),
         ('{"a":' * 100_000, "holds a number of too many digits, or lists too deep"),
-        ('[{"text": "One."}, {"text": "Two."}]', "is a JSON array, not an object; .* with jq -c '.\\[\\]'"),
-        ('[\n {"text": "One."},\n {"text": "Two."}\n]', "is a JSON array, not an object"),
-        ('[{"text": "One."},\n{"text": "Two."}]', "is a JSON array, not an object"),
-        ('{\n "text": "One."\n}', "is the beginning of a JSON object; .* with jq -c \\."),
-        ('{"text": "One.",\n "id": 1}', "is the beginning of a JSON object"),
+        ('[{"text": "One."}, {"text": "Two."}]', "is not a JSON object but of a JSON array; .* with jq -c '.\\[\\]'"),
+        ('[\n {"text": "One."},\n {"text": "Two."}\n]', "is not a JSON object but of a JSON array"),
+        ('[{"text": "One."},\n{"text": "Two."}]', "is not a JSON object but of a JSON array"),
+        ('{\n "text": "One."\n}', "is not a JSON object but the beginning of one; .* with jq -c \\."),
+        ('{"text": "One.",\n "id": 1}', "is not a JSON object but the beginning of one"),
         ('{"text": "One."} {"text": "Two."}', "is not a JSON object; fix or drop that line"),
         ('"text"', "is not a JSON object; fix or drop that line"),
     ],

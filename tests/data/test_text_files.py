@@ -405,7 +405,7 @@ def test_json_beyond_the_limits_of_python_is_an_error_that_names_its_line(tmp_pa
 
 @pytest.mark.parametrize("text", ['[{"text": "One."}]', '[\n {"text": "One."},\n {"text": "Two."}\n]'])
 def test_a_jsonl_file_that_is_one_array_is_an_error_with_the_cure(tmp_path: Path, text: str) -> None:
-    with pytest.raises(UserError, match=r"a.jsonl, line 1 is a JSON array, not an object; .* jq -c '\.\[\]'"):
+    with pytest.raises(UserError, match=r"a.jsonl, line 1 is not a JSON object but of a JSON array; .* jq -c '\.\[\]'"):
         read(write(tmp_path / "a.jsonl", text))
 
 

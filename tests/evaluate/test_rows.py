@@ -199,7 +199,7 @@ def test_a_data_set_of_the_hub_is_read_and_its_absence_is_explained(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("dev.jsonl", '[{"sentence": "one", "label": 1}]', "line 1 is a JSON array, not an object"),
+        ("dev.jsonl", '[{"sentence": "one", "label": 1}]', "line 1 is not a JSON object but of a JSON array"),
         ("dev.jsonl", '{"sentence": "one", "label": ' + "1" * 5000 + "}", "line 1 holds a number of too many digits"),
         ("dev.jsonl", '{"sentence": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 1 holds .* lists too deep"),
         ("dev.jsonl", '{"sentence": null, "label": 1}', "line 1 has no text in sentence"),

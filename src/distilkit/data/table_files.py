@@ -130,12 +130,14 @@ def _json_object(line: str) -> dict[str, Any] | str:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         if begins == "{" and error.pos >= len(line.rstrip()):
-            return "is the beginning of a JSON object; write each object on one line, for example with jq -c ."
+            return (
+                "is not a JSON object but the beginning of one; write each object on one line, for example with jq -c ."
+            )
         row = [{}] if begins == "[" and error.pos >= len(line.rstrip()) else None  # it goes on in the next line
     except (ValueError, RecursionError):
         return "holds a number of too many digits, or lists too deep in each other, for Python; drop that line"
     if isinstance(row, list) and row and isinstance(row[0], dict):
-        return "is a JSON array, not an object; write each object on its own line, for example with jq -c '.[]'"
+        return "is not a JSON object but of a JSON array; write each object on one line, for example with jq -c '.[]'"
     return row if isinstance(row, dict) else "is not a JSON object; fix or drop that line"
 
 
