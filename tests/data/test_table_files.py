@@ -169,7 +169,7 @@ def test_what_stands_before_a_byte_that_is_not_utf8_is_named(tmp_path: Path) -> 
         ('[{"text": "One."}, {"text": "Two."}]', "is not a JSON object but of a JSON array; .* with jq -c '.\\[\\]'"),
         ('[\n {"text": "One."},\n {"text": "Two."}\n]', "is not a JSON object but of a JSON array"),
         ('[{"text": "One."},\n{"text": "Two."}]', "is not a JSON object but of a JSON array"),
-        ('{\n "text": "One."\n}', "is not a JSON object but the beginning of one; .* with jq -c \\."),
+        ('{\n "text": "One."\n}', "is not a JSON object but the beginning of one; fix or .* with jq -c \\."),
         ('{"text": "One.",\n "id": 1}', "is not a JSON object but the beginning of one"),
         ('{"text": "One."} {"text": "Two."}', "is not a JSON object; fix or drop that line"),
         ('"text"', "is not a JSON object; fix or drop that line"),
