@@ -1,5 +1,6 @@
 """What is kept of the teacher: tables, verdicts and points."""
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,21 @@ def test_nothing_is_kept_of_a_teacher_that_is_not_above_chance(tmp_path: Path) -
         "majority class or no correlation: bert on CoLA; student on CoLA; baseline on CoLA. Nothing is kept of bert"
         in kept
     )
+
+
+def test_a_result_without_rows_or_metrics_has_no_interval() -> None:
+    bare = gathered([result(name, "rte", 0.6, scores={}) for name in ("bert", "student")])
+    assert bare.interval("bert", ["rte"]) is None
+    assert bare.chance(["rte"]) is None
+    assert bare.kept("student", "rte") == 100
+
+
+def test_rows_that_do_not_give_the_recorded_score_give_no_interval(tmp_path: Path) -> None:
+    made = with_rows(tmp_path, "bert", "sst2", said(0.9, seed=1))
+    scores = gathered([dataclasses.replace(made, scores={"accuracy": 0.5}, score=0.5)])
+    assert scores.interval("bert", ["sst2"]) is None
+    (note,) = quality.interval_notes(scores)
+    assert re.match(r"bert on SST-2 without interval, because accuracy of its rows is 0\.9\S* and not 0\.5\.", note)
 
 
 def test_models_that_were_scored_on_different_rows_have_no_common_interval(tmp_path: Path) -> None:

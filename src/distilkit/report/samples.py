@@ -78,12 +78,12 @@ def _sample(cell: Any, metric: str, rows: Mapping[Any, Rows], draws: Mapping[Any
     results = {place: each for place, each in enumerate(cell.results) if not metric or metric in each.scores}
     parts = _parts(next(iter(results.values())), metric)
     names = [[(cell.row, place, part) for part in parts] for place in results]
-    if not all(name in draws for each in names for name in each):
+    if not parts or not all(name in draws for each in names for name in each):
         return "without interval, because there are no rows files"
     for _, place, part in itertools.chain(*names):
         given, value = _score(part, rows[cell.row, place, part]), results[place].scores[part]
         if given is None or not abs(given - value) <= _TOLERANCE * max(1, abs(value)):
-            return f"without interval, because its rows have a {part} of {given} and not {value}"
+            return f"without interval, because {part} of its rows is {given} and not {value}"
     if len(own := {tuple(keys[name] for name in each) for each in names}) > 1:
         return "without interval, because seeds were scored on different rows"
     scores = [each.scores[metric] if metric else each.score for each in results.values()]
@@ -96,7 +96,7 @@ def _sample(cell: Any, metric: str, rows: Mapping[Any, Rows], draws: Mapping[Any
 
 def _chance(cells: Sequence[Any], rows: Mapping[tuple[str, int, str], Rows]) -> float | None:
     """Score what says the commonest class of each split, or the mean, of the first cell with gold."""
-    for cell in cells:
+    for cell in [cell for cell in cells if cell.results[0].scores]:
         found = []
         for own in (rows.get((cell.row, 0, part)) for part in _parts(cell.results[0], "")):
             if own is None or own.gold is None or own.said is None or own.gold.dtype.kind not in "iuf":
