@@ -53,7 +53,6 @@ class Blocks(Dataset[Batch]):
         self.stride = block_size - len(self.opening) - len(self.closing)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.separator
         self.apart = packing == "blocks" and not attend_across_documents
-        self.framed = packing == "documents" or (self.apart and bool(self.opening or self.closing))
         # What stands for a separator between two documents that have their own opening and closing tokens.
         self.between = [*(self.closing or [self.separator]), *self.opening]
         self._source = _file_of(tokens) or tokens
@@ -64,16 +63,14 @@ class Blocks(Dataset[Batch]):
         """Map the stream, and find where its blocks begin."""
         tokens = self._source if isinstance(self._source, np.ndarray) else np.memmap(self._source, self._dtype, "r")
         self.stream = np.asarray(tokens)  # slicing a memory map is slow
-        if self.framed:  # block i is stream[begins[i] : begins[i] + sizes[i]] with special tokens
+        num_full = len(self.stream) // self.stride
+        self.full = self.stream[: num_full * self.stride].reshape(num_full, self.stride)  # (full blocks, stride)
+        if self.packing == "documents" or self.apart:  # block i is stream[begins[i] : begins[i] + sizes[i]], (blocks,)
             self.begins, self.sizes = self._documents() if self.packing == "documents" else self._cut_apart()
-        else:
-            num_full = len(self.stream) // self.stride
-            self.full = self.stream[: num_full * self.stride].reshape(num_full, self.stride)  # (full blocks, stride)
-            self.rest = self.stream[num_full * self.stride :]  # (fewer than stride,)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what can be read from the stream again."""
-        return {k: v for k, v in vars(self).items() if k not in ("stream", "full", "rest", "begins", "sizes")}
+        return {k: v for k, v in vars(self).items() if k not in ("stream", "full", "begins", "sizes")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Open the stream in this process."""
@@ -82,7 +79,8 @@ class Blocks(Dataset[Batch]):
 
     def __len__(self) -> int:
         """Return the number of blocks, including the padded last one."""
-        return len(self.begins) if self.framed else len(self.full) + bool(len(self.rest))
+        cut = self.packing == "documents" or self.apart
+        return len(self.begins) if cut else -(-len(self.stream) // self.stride)
 
     def __getitem__(self, draw: Draw) -> Batch:
         """Make the batch of these blocks in this epoch: tensors of (batch, block_size), or (batch, longest document)."""
@@ -95,7 +93,7 @@ class Blocks(Dataset[Batch]):
             model_ids = input_ids
             labels = np.full_like(input_ids, IGNORE_INDEX)  # position t predicts token t + 1
             goes_on = real[:, 1:]
-            if self.framed and documents is not None:  # the opening tokens of the next document are no targets
+            if documents is not None and self.opening:  # the opening tokens of the next document are no targets
                 goes_on = goes_on & (documents[:, 1:] == documents[:, :-1])
             labels[:, :-1] = np.where(goes_on, input_ids[:, 1:], IGNORE_INDEX)
         batch: Batch = {"input_ids": torch.from_numpy(model_ids), "labels": torch.from_numpy(labels)}
@@ -110,53 +108,39 @@ class Blocks(Dataset[Batch]):
 
         If documents are kept apart, the third array (batch, length) numbers them from 0; padding is -1.
         """
-        if self.framed:
-            return self._framed_sequences(blocks)
-        begin, end = len(self.opening), len(self.opening) + self.stride
-        ids = np.empty((len(blocks), self.block_size), dtype=np.int64)
-        ids[:, :begin], ids[:, end:] = self.opening, self.closing
-        lengths = np.full(len(blocks), self.block_size, dtype=np.int64)
-        is_full = blocks < len(self.full)
-        if is_full.all():
-            ids[:, begin:end] = self.full.take(blocks, axis=0)
+        num_opening, fixed = len(self.opening), self.packing == "blocks"
+        if fixed and not self.apart and (blocks < len(self.full)).all():  # the fast path
+            ids = np.empty((len(blocks), self.block_size), dtype=np.int64)
+            ids[:, :num_opening], ids[:, num_opening + self.stride :] = self.opening, self.closing
+            ids[:, num_opening : num_opening + self.stride] = self.full.take(blocks, axis=0)
+            return ids, np.full(len(blocks), self.block_size), None
+        if fixed and not self.apart:
+            begins, sizes = blocks * self.stride, np.minimum(self.stride, len(self.stream) - blocks * self.stride)
         else:
-            ids[is_full, begin:end] = self.full[blocks[is_full]]
-            last = np.concatenate([self.rest, self.closing]).astype(np.int64)
-            lengths[~is_full] = begin + len(last)
-            ids[~is_full, begin:] = self.pad_id
-            ids[~is_full, begin : begin + len(last)] = last  # its closing tokens come before the padding
-        if not self.apart:
-            return ids, lengths, None
-        starts = np.zeros_like(ids)  # a document starts after a separator; here are no opening and closing tokens
-        starts[:, 1:] = ids[:, :-1] == self.separator
-        return ids, lengths, _numbered(starts, lengths)
-
-    def _framed_sequences(self, blocks: Ids) -> tuple[Ids, Ids, Ids | None]:
-        """Gather blocks in which each document has its opening and closing tokens: see ``sequences``."""
-        sizes, within = self.sizes[blocks].astype(np.int64), np.arange(self.sizes[blocks].max())
+            begins, sizes = self.begins[blocks], self.sizes[blocks].astype(np.int64)
+        within = np.arange(sizes.max())
         taken = within < sizes[:, None]  # (batch, longest)
-        pieces = self.stream[np.minimum(self.begins[blocks][:, None] + within, len(self.stream) - 1)].astype(np.int64)
-        separates = taken & (pieces == self.separator)
+        pieces = self.stream[np.minimum(begins[:, None] + within, len(self.stream) - 1)]
+        separates = taken & (pieces == self.separator) & self.apart
         before = np.cumsum(separates, axis=1) - separates  # (batch, longest), the separators before each token
-        places = len(self.opening) + within + before * (len(self.between) - 1)
+        places = num_opening + within + before * (len(self.between) - 1)
         ends = places[np.arange(len(blocks)), sizes - 1] + 1  # (batch,), where closing tokens begin
         lengths = ends + len(self.closing)
 
-        width = self.block_size if self.packing == "blocks" else int(lengths.max())
-        ids = np.full((len(blocks), width), self.pad_id, dtype=np.int64)
-        ids[:, : len(self.opening)] = self.opening
+        ids = np.full((len(blocks), self.block_size if fixed else lengths.max()), self.pad_id, dtype=np.int64)
+        ids[:, :num_opening] = self.opening
         rows, columns = np.nonzero(taken)
         ids[rows, places[rows, columns]] = pieces[rows, columns]
-        for offset, token in enumerate(self.closing):
-            ids[np.arange(len(blocks)), ends + offset] = token
+        ids[np.arange(len(blocks))[:, None], ends[:, None] + np.arange(len(self.closing))] = self.closing
         if not self.apart:
             return ids, lengths, None
         rows, columns = np.nonzero(separates & (within + 1 < sizes[:, None]))  # the last one separates nothing
         for offset, token in enumerate(self.between):
             ids[rows, places[rows, columns] + offset] = token
         starts = np.zeros_like(ids)
-        starts[rows, places[rows, columns] + len(self.between) - len(self.opening)] = 1
-        return ids, lengths, _numbered(starts, lengths)
+        starts[rows, places[rows, columns] + len(self.between) - num_opening] = 1
+        real = np.arange(ids.shape[1]) < lengths[:, None]
+        return ids, lengths, np.where(real, np.cumsum(starts, axis=1), -1)
 
     def _documents(self) -> tuple[Ids, NDArray[np.int32]]:
         """Cut each document into parts of at most ``stride`` tokens: their begins and sizes in the stream, (parts,)."""
@@ -215,12 +199,6 @@ def _bounds(stream: NDArray[Any], separator: int) -> Iterator[tuple[Ids, Ids]]:
         if len(ends):
             yield np.concatenate([[start], ends[:-1] + 1]), ends
             start = int(ends[-1]) + 1
-
-
-def _numbered(starts: Ids, lengths: Ids) -> Ids:
-    """Number documents from where they start, (batch, length), except the first; padding is -1."""
-    real = np.arange(starts.shape[1]) < lengths[:, None]
-    return np.where(real, np.cumsum(starts, axis=1), -1)
 
 
 def special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
