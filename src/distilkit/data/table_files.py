@@ -130,9 +130,8 @@ def _json_object(line: str) -> dict[str, Any] | str:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         if begins == "{" and error.pos >= len(line.rstrip()):
-            return (
-                "is not a JSON object but the beginning of one; write each object on one line, for example with jq -c ."
-            )
+            found = "is not a JSON object but the beginning of one"
+            return f"{found}; fix or drop that line, or write each object on one line with jq -c ."
         row = [{}] if begins == "[" and error.pos >= len(line.rstrip()) else None  # it goes on in the next line
     except (ValueError, RecursionError):
         return "holds a number of too many digits, or lists too deep in each other, for Python; drop that line"
