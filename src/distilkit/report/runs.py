@@ -77,7 +77,7 @@ def cost_table(scores: Scores) -> Table | None:
     for each in scores.results.itertuples(index=False):
         if each.cost:
             groups.setdefault((each.row, each.task, str(each.cost.get("machine", "-"))), []).append(each.cost)
-    records = []
+    records: list[dict[str, Any]] = []
     for (model, task, machine), costs in groups.items():
         days = sorted(str(cost.get("date", "-"))[:10] for cost in costs)
         versions = dict.fromkeys(", ".join(map(" ".join, cost.get("versions", {}).items())) for cost in costs)
