@@ -88,6 +88,7 @@ def test_one_call_gives_the_run_that_the_command_gives(
     config.output_dir = config.callbacks.checkpoint.dirpath = config.callbacks.last.dirpath = None
     their_config.output_dir = their_config.callbacks.checkpoint.dirpath = their_config.callbacks.last.dirpath = None
     config.trainer.default_root_dir = their_config.trainer.default_root_dir = None
+    config.callbacks.signals.file = their_config.callbacks.signals.file = None
     assert config == their_config
 
 
