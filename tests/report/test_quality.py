@@ -74,6 +74,10 @@ def test_what_was_scored_on_a_part_of_the_rows_is_said_to_be() -> None:
     table = quality.quality_table(scores)
     assert table is not None
     assert table.notes[-1] == said
+    alike = gathered([result(name, "rte", 0.6, **part) for name in ("m", "n")])
+    table = quality.quality_table(alike)
+    assert table is not None
+    assert table.notes[-1] == "On a part of the rows: RTE (trained on 100, scored on 277 of dev)."
 
 
 def test_metrics_have_a_table_of_their_own() -> None:

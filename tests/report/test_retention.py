@@ -188,6 +188,18 @@ def test_nothing_is_kept_of_a_teacher_that_is_not_above_chance(tmp_path: Path) -
     )
 
 
+def test_an_average_leaves_out_tasks_on_which_the_teacher_is_at_chance(tmp_path: Path) -> None:
+    results = []
+    for name, share in (("bert", 0.9), ("student", 0.8), ("baseline", 0.7)):
+        results += [with_rows(tmp_path, name, task, said(share, seed=1)) for task in ("sst2", "qnli")]
+        right = said(0.5, seed=2)
+        collapsed = Rows(ids=right.ids, gold=right.gold, said=np.ones(1000, int))
+        results.append(with_rows(tmp_path, name, "cola", collapsed, names=["matthews"]))
+    scores = gathered(results)
+    assert scores.columns == {"average of 2 tasks": ("sst2", "qnli")}
+    assert "CoLA" in by_row(quality.quality_table(scores))["bert"]
+
+
 def test_a_result_without_rows_or_metrics_has_no_interval() -> None:
     bare = gathered([result(name, "rte", 0.6, scores={}) for name in ("bert", "student")])
     assert bare.interval("bert", ["rte"]) is None

@@ -98,12 +98,14 @@ class Scores:
 
         GLUE's macro average is the plain mean of nine tasks, as in the paper, if a row has them all. Each row adds the
         mean of the tasks that it shares with the teacher, ``more`` and the baseline, or else with the first row. Second
-        distillations and rows of settings narrow nothing. GLUE's mean is first, then the widest, then those of one row.
+        distillations and rows of settings narrow nothing. Tasks on which the teacher is at chance are left out, except in
+        GLUE's mean, which is first. Then follow the widest, and then those of one row.
         """
         counting = self.frame[(self.frame["metric"] == "") & self.frame["plain"] & self.frame["averaged"]]
         tasks: dict[str, list[str]] = counting.groupby("row", sort=False)["task"].agg(list).to_dict()
         anchors = [row for row in (self.teacher, *more, self.baseline) if row in tasks] or list(tasks)[:1]
         common = [task for task in tasks[anchors[0]] if all(task in tasks[row] for row in anchors)] if anchors else []
+        common = [task for task in common if not self.at_chance(self.teacher, [task])] or common
         shared = {tuple(task for task in common if task in mine) for mine in tasks.values()}
         shared = {names for names in shared if names and set(names) != set(GLUE_TASKS)} | {GLUE_TASKS}
         having = {names: sum(set(names) <= set(mine) for mine in tasks.values()) for names in shared}

@@ -64,8 +64,11 @@ def limit_notes(scores: Scores) -> list[str]:
     """Describe which scores are of models that were trained or scored on a part of the rows."""
     lines = [line for row in scores.rows for line in scores.of(row).values()]
     part = [line for line in lines if line.settings.keys() & {"max_train_rows", "max_scored_rows"}]
-    said = [f"{line.row} on {task_label(line.task)} ({_rows(line)})" for line in part]
-    return [f"On a part of the rows: {'; '.join(said)}."] if said else []
+    said: dict[str, list[str]] = {}
+    for line in part:
+        said.setdefault(f"{task_label(line.task)} ({_rows(line)})", []).append(line.row)
+    whose = {what: "" if len(rows) == len(scores.rows) else f"{', '.join(rows)} on " for what, rows in said.items()}
+    return [f"On a part of the rows: {'; '.join(whose[what] + what for what in said)}."] if said else []
 
 
 def _rows(line: Any) -> str:
