@@ -89,7 +89,7 @@ def test_rows_that_cannot_be_written_leave_the_old_ones(tmp_path: Path) -> None:
     assert_equal_rows(read_rows(tmp_path, "dev"), some_rows())
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "text", "other"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "text", "other"])
 def test_damaged_rows_are_named(damage: str, tmp_path: Path) -> None:
     write_rows(tmp_path, "dev", some_rows())
     file = tmp_path / "rows-dev.npz"
@@ -98,7 +98,9 @@ def test_damaged_rows_are_named(damage: str, tmp_path: Path) -> None:
         with file.open("wb") as stream:
             np.savez(stream, something=np.arange(3))
     else:
-        file.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "text": b"no archive"}[damage])
+        flipped = content[:60] + bytes(255 - byte for byte in content[60:70]) + content[70:]  # of compressed bytes
+        cut = content[: len(content) // 2]
+        file.write_bytes({"cut": cut, "flipped": flipped, "empty": b"", "text": b"no archive"}[damage])
     with pytest.raises(UserError, match=r"rows-dev\.npz is damaged \(.*\); delete it and score the model again"):
         read_rows(tmp_path, "dev")
 

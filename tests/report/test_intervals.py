@@ -145,3 +145,18 @@ def test_in_200_samples_95_of_100_intervals_hold_the_truth(
         held["share"] += interval(lambda a, b: 100 * b / a, *both).holds(100 * student / teacher)
     print(held)
     assert all(0.92 <= number / 200 <= 0.98 for number in held.values()), held
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 2.0])  # of seeds, in that of rows
+def test_two_halves_of_the_seeds_of_one_model_rarely_differ(seeds: int, spread: float) -> None:
+    rng, differ = np.random.default_rng(5), 0
+    for _ in range(300):
+        scores = 0.8 + 0.01 * (spread * rng.normal(size=(2, seeds)) + rng.normal(size=(2, seeds)))
+        draws = scores[:, :, None] + 0.01 * rng.normal(size=(2, seeds, 500))
+        both = [
+            sample(float(np.median(own)), list(own), drawn, rows=(0,), seeded=True)
+            for own, drawn in zip(scores, draws, strict=True)
+        ]
+        differ += not interval(lambda a, b: b - a, *both).holds(0)
+    assert differ <= 18  # 6 %

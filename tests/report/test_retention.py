@@ -294,3 +294,9 @@ def test_a_teacher_of_two_settings_is_not_passed_over_without_a_word() -> None:
     assert said.startswith("What is kept of bert is left out. bert (lr=1) is one of several settings of bert on RTE")
     assert "set teacher='bert (lr=2)' or remove" in said
     assert retention.nothing_kept(gathered([result("bert", "rte", 0.7)])) is None
+
+
+def test_a_score_of_zero_counts_in_the_summary() -> None:
+    table = retention.summary_table(gathered([result("bert", "cola", 0.5), result("student", "cola", 0.0)]))
+    assert table is not None
+    assert [row[1:] for row in table.rows] == [["50.0", "-", "-"], ["0.0", "0.0", "-"]]

@@ -3,7 +3,7 @@
 A draw takes as many rows of a split as there are, with replacement, and the same ones for all models that were scored on
 them, so that comparisons are paired (Efron and Tibshirani 1993; Koehn 2004, "Statistical significance tests for machine
 translation evaluation"). Two to five seeds are too few to be drawn. They are a random effect: their variance, less the
-part of it that rows explain, is added with a t distribution (Satterthwaite 1946).
+part of it that rows explain, is added with a t distribution (Satterthwaite 1946), also where nothing is left to add.
 """
 
 import math
@@ -50,7 +50,8 @@ def ends(range_: Interval | None) -> dict[str, float]:
 class Sample:
     """A score with its draws over rows (``DRAWS``,), and the standard error that the choice of seeds adds.
 
-    ``seeds`` is 0 where nothing depends on a seed. ``rows`` names the rows: samples of the same rows are paired.
+    ``spread`` is the whole standard error over seeds, of which draws hold a part. ``seeds`` is 0 where nothing depends on
+    a seed. ``rows`` names the rows: samples of the same rows are paired.
     """
 
     score: float
@@ -58,6 +59,7 @@ class Sample:
     rows: tuple[int, ...]
     seeds: int = 0
     error: float = 0.0
+    spread: float = 0.0
 
 
 def rows_id(rows: Rows) -> int:
@@ -73,26 +75,28 @@ def sample(shown: float, scores: Sequence[float], draws: Array, *, rows: tuple[i
     if not seeded or seeds < 2:
         return Sample(score=shown, draws=centred, rows=rows, seeds=int(seeded))
     between, drawn = float(np.var(scores, ddof=1)), float(draws.var(axis=0, ddof=1).mean())
-    # Drawing rows adds their part to the variance between seeds once more. A median varies more than a mean.
-    of_median = math.pi / (2 * seeds + math.pi - 2)
-    error = math.sqrt(max(0.0, between - (drawn - between)) * of_median)
-    return Sample(score=shown, draws=centred, rows=rows, seeds=seeds, error=error)
+    # Drawing rows adds their part to the variance between seeds once more, and the mean of draws holds it already. A
+    # median varies more than a mean.
+    whole = between * math.pi / (2 * seeds + math.pi - 2)
+    error = math.sqrt(max(0.0, whole - max(0.0, drawn - between) / seeds))
+    return Sample(score=shown, draws=centred, rows=rows, seeds=seeds, error=error, spread=math.sqrt(whole))
 
 
 def interval(statistic: Callable[..., Any], *samples: Sample) -> Interval:
     """Return the interval of a function of scores, such as a difference; it takes numbers or arrays."""
     shown = [each.score for each in samples]
     point, draws = statistic(*shown), statistic(*(each.draws for each in samples))
-    moved = [
-        (float(statistic(*shown[:place], each.score + each.error, *shown[place + 1 :]) - point), each.seeds - 1)
-        for place, each in enumerate(samples)
-        if each.error
-    ]
+    seeded = [(place, each) for place, each in enumerate(samples) if each.spread]
+
+    def moved(place: int, by: float) -> float:
+        return float(statistic(*shown[:place], shown[place] + by, *shown[place + 1 :]) - point)
+
     low, high = np.quantile(draws, _SIDES)
-    if variance := sum(move**2 for move, _ in moved):
+    if degrees := sum(moved(place, each.spread) ** 4 / (each.seeds - 1) for place, each in seeded):
+        variance = sum(moved(place, each.error) ** 2 for place, each in seeded)
         noise = special.ndtri((np.arange(draws.size) + 0.5) / draws.size)
         low, high = np.quantile(draws + math.sqrt(variance) * np.random.default_rng(0).permutation(noise), _SIDES)
-        freedom = (variance + float(np.var(draws))) ** 2 / sum(move**4 / degrees for move, degrees in moved)
+        freedom = (variance + float(np.var(draws))) ** 2 / degrees
         wider = special.stdtrit(freedom, _SIDES[1]) / special.ndtri(_SIDES[1])
         low, high = point + wider * (low - point), point + wider * (high - point)
     return Interval(float(low), float(high))

@@ -191,7 +191,8 @@ def finetuning_table(scores: Scores) -> Table | None:
 def first_average(scores: Scores) -> tuple[str, tuple[str, ...]]:
     """Return the first average, as label and tasks, that at least two rows have; empty if there is none."""
     for label, tasks in scores.averages().items():
-        if sum(math.isfinite(scores.mean(row, tasks) or math.nan) for row in scores.rows) > 1:
+        means = [scores.mean(row, tasks) for row in scores.rows]
+        if sum(mean is not None and math.isfinite(mean) for mean in means) > 1:
             return label, tasks
     return "", ()
 
