@@ -200,6 +200,26 @@ def test_an_average_leaves_out_tasks_on_which_the_teacher_is_at_chance(tmp_path:
     assert scores.tasks == ["cola", "qnli", "sst2"]
 
 
+def test_metrics_of_probabilities_have_a_score_of_chance(tmp_path: Path) -> None:
+    right, rng = said(0.8, seed=1), np.random.default_rng(3)
+    rows = dataclasses.replace(right, logits=rng.normal(size=(1000, 2)).astype(np.float16))
+    results = [with_rows(tmp_path, name, "rte", rows, names=["roc_auc"]) for name in ("bert", "student")]
+    results += [with_rows(tmp_path, name, "qnli", rows, names=["neg_log_loss"]) for name in ("bert", "student")]
+    scores, share = gathered(results), float(np.mean(right.gold == 1))
+    assert scores.chance(["rte"]) == 0.5
+    assert scores.chance(["qnli"]) == pytest.approx(share * np.log(share) + (1 - share) * np.log(1 - share))
+    assert scores.kept("student", "rte") is None
+
+
+def test_a_metric_that_is_not_defined_on_some_draws_has_no_interval(tmp_path: Path) -> None:
+    right = said(0.8, seed=1)
+    rows = dataclasses.replace(right, gold=(right.ids == 7).astype(int))  # most draws lack one row or another
+    scores = gathered([with_rows(tmp_path, "bert", "rte", rows, names=["roc_auc"])])
+    assert scores.interval("bert", ["rte"]) is None
+    why = "bert on RTE without interval, because it is not defined on each draw of its rows."
+    assert why in quality.interval_notes(scores)
+
+
 def test_a_result_without_rows_or_metrics_has_no_interval() -> None:
     bare = gathered([result(name, "rte", 0.6, scores={}) for name in ("bert", "student")])
     assert bare.interval("bert", ["rte"]) is None

@@ -88,8 +88,10 @@ def _sample(cell: Any, metric: str, rows: Mapping[Any, Rows], draws: Mapping[Any
         return "without interval, because seeds were scored on different rows"
     scores = [each.scores[metric] if metric else each.score for each in results.values()]
     drawn = np.array([np.mean([draws[name] for name in each], axis=0) for each in names])
-    if not np.isfinite(drawn).all() or not np.isfinite(scores).all():
+    if not np.isfinite(scores).all():
         return "without interval, because a seed has no number"
+    if not np.isfinite(drawn).all():
+        return "without interval, because it is not defined on each draw of its rows"
     seeded = cell.results[0].seed is not None
     return sample(float(np.median(scores)), scores, drawn, rows=own.pop(), seeded=seeded)
 
@@ -103,7 +105,11 @@ def _chance(cells: Sequence[Any], rows: Mapping[tuple[str, int, str], Rows]) -> 
                 break
             values, counts = np.unique(own.gold, return_counts=True)
             said = own.gold.mean() if own.gold.dtype.kind == "f" else values[counts.argmax()]
-            found.append(Rows(ids=own.ids, gold=own.gold, said=np.full_like(own.gold, said)))
+            logits = None
+            if own.logits is not None:  # of probabilities that are the shares of classes
+                shares = np.bincount(own.gold, minlength=own.logits.shape[1]) / len(own)
+                logits = np.tile(np.log(shares.clip(min=1e-9)), (len(own), 1))
+            found.append(Rows(ids=own.ids, gold=own.gold, said=np.full_like(own.gold, said), logits=logits))
         else:
             scores = [_score(part, own) for part, own in zip(_parts(cell.results[0], ""), found, strict=True)]
             return None if None in scores else statistics.fmean(score for score in scores if score is not None)
