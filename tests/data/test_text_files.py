@@ -203,6 +203,16 @@ def test_one_wrong_path_among_good_ones_is_an_error(tmp_path: Path) -> None:
         TextFiles(paths=[str(good), str(tmp_path / "missing")])
 
 
+@pytest.mark.parametrize(("paths", "shown"), [("", "''"), ([], "''"), (2024, "2024"), ([2024], "2024"), (None, "None")])
+def test_a_path_that_is_empty_or_no_text_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, paths: Any, shown: str
+) -> None:
+    write(tmp_path / "a.txt", "not asked for")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"data.corpus.paths holds {shown}, which names no file; write a number in q"):
+        TextFiles(paths=paths)
+
+
 def test_an_unknown_end_of_documents_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="document is 'page'; it takes blank_line, line or file"):
         TextFiles(paths=str(write(tmp_path / "a.txt", "a")), document="page")
@@ -211,8 +221,15 @@ def test_an_unknown_end_of_documents_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [".jsonl", ".csv", ".parquet"])
 def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path, kind: str) -> None:
     file = write(tmp_path / f"a{kind}", FORMATS[kind](DOCUMENTS))
-    with pytest.raises(UserError, match=rf"{file} has no column 'body'; it has id, text: set data.corpus.column"):
+    place = f"{file}, line 1" if kind == ".jsonl" else file
+    with pytest.raises(UserError, match=rf"{place} has no column 'body'; it has id, text: set data.corpus.column"):
         read(file, column="body")
+
+
+def test_a_line_of_jsonl_without_the_column_is_named(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", '{"text": "a"}\n\n{"body": "b"}\n')
+    with pytest.raises(UserError, match=r"a\.jsonl, line 3 has no column 'text'; it has body: set data.corpus.column"):
+        read(file)
 
 
 def test_a_line_that_is_no_object_is_an_error(tmp_path: Path) -> None:
@@ -221,14 +238,14 @@ def test_a_line_that_is_no_object_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_column_without_text_is_an_error_that_names_the_row(tmp_path: Path) -> None:
-    message = r"a\.{}, row {}: column '{}' holds {}, not text; name the text column with data\.corpus\.column"
+    message = r"a\.{}, {} {}: column '{}' holds {}, not text; name the text column with data\.corpus\.column"
     jsonl = write(tmp_path / "a.jsonl", '{"text": "a"}\n{"text": ["b"]}\n')
-    with pytest.raises(UserError, match=message.format("jsonl", 2, "text", "list")):
+    with pytest.raises(UserError, match=message.format("jsonl", "line", 2, "text", "list")):
         read(jsonl)
     rows: list[int | None] = [None] * 2000
     rows[1499] = 7  # in the second batch of rows
     pq.write_table(pa.table({"id": rows}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=message.format("parquet", 1500, "id", "int")):
+    with pytest.raises(UserError, match=message.format("parquet", "row", 1500, "id", "int")):
         read(tmp_path / "a.parquet", column="id")
 
 
@@ -237,7 +254,7 @@ def test_an_unpaired_surrogate_is_an_error_before_it_reaches_the_tokenizer(tmp_p
     documents = TextFiles(paths=str(file)).documents()
     assert next(documents) == "🙂"
     with pytest.raises(
-        UserError, match=rf"{file}, row 2: column 'text' holds an unpaired surrogate; fix or drop that row"
+        UserError, match=rf"{file}, line 2: column 'text' holds an unpaired surrogate; fix or drop that row"
     ):
         next(documents)
 
@@ -463,7 +480,9 @@ def test_a_document_of_many_megabytes_is_read_with_little_memory(tmp_path: Path)
     assert peak < 0.3 * file.stat().st_size
 
 
-def test_few_documents_of_very_many_lines_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_few_documents_of_very_many_lines_are_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lines = write(tmp_path / "lines.txt", "".join(f"Sentence {number}.\n" for number in range(1000)))
     prose = write(tmp_path / "prose.txt", "\n\n".join(["A line.\nAnother line."] * 50))
     assert len(read(lines)) == 1
@@ -475,6 +494,8 @@ def test_few_documents_of_very_many_lines_are_a_warning(tmp_path: Path, caplog: 
     read(lines, document="line")
     read(lines, document="file")
     read(write(tmp_path / "empty.txt", ""))
+    monkeypatch.setattr(text_files, "LONGEST", 10)
+    read(write(tmp_path / "one.txt", "a line that is read in parts " * 100))
     assert not caplog.text
 
 

@@ -42,7 +42,10 @@ class TextFiles:
         self.column = column
         self.document = document
         found: dict[Any, Path] = {}
-        for path in [paths] if isinstance(paths, str) else paths:
+        given: list[Any] = list(paths) if isinstance(paths, Sequence) and not isinstance(paths, str) else [paths]
+        for path in given or [""]:
+            if not isinstance(path, str) or not path:  # an empty one would be the current folder
+                raise UserError(f"data.corpus.paths holds {path!r}, which names no file; write a number in quotes")
             with name_errors(Path(path)):
                 for file in _find(path):
                     found.setdefault((file.resolve(), _format(file)), file)
@@ -82,7 +85,7 @@ class TextFiles:
                 if not is_blank:
                     lines.append(line)
                     size += len(line)
-                    read["lines"] += 1
+                    read["lines"] += line.endswith("\n")  # a long line is read in parts
                 if is_blank or (self.document == "line" and line.endswith("\n")):
                     read["documents"] += bool(lines)
                     yield "".join(lines)
@@ -99,8 +102,8 @@ class TextFiles:
         for number, row in json_rows(file):
             if isinstance(row, str):
                 raise UserError(f"{file}, line {number} {row}")
-            self._check_column(file, row)
-            yield text_of(row[self.column], place=f"{file}, row {number}: column {self.column!r}")
+            self._check_column(f"{file}, line {number}", row)
+            yield text_of(row[self.column], place=f"{file}, line {number}: column {self.column!r}")
 
     def _csv(self, file: Path) -> Iterator[str]:
         rows = delimited_rows(file)
@@ -127,10 +130,10 @@ class TextFiles:
                     row += 1
                     yield text_of(text, place=f"{file}, row {row}: column {self.column!r}")
 
-    def _check_column(self, file: Path, columns: Iterable[str]) -> None:
+    def _check_column(self, place: Path | str, columns: Iterable[str]) -> None:
         if self.column not in columns:
             named = ", ".join(name for name in columns if name.strip())
-            raise UserError(f"{file} has no column {self.column!r}; it has {named or 'none'}: set data.corpus.column")
+            raise UserError(f"{place} has no column {self.column!r}; it has {named or 'none'}: set data.corpus.column")
 
 
 def _format(file: Path) -> str:
