@@ -311,6 +311,14 @@ def test_opening_tokens_are_found_whatever_the_alphabet_is(alphabet: str) -> Non
     assert special_tokens_around(tokenizer) == ([CLS], [SEP])
 
 
+def test_an_opening_token_that_has_no_name_is_no_word_to_look_for() -> None:
+    backend = Tokenizer(models.WordLevel({token: index for index, token in enumerate([*SPECIAL, "a"])}, "[UNK]"))
+    backend.post_processor = processors.BertProcessing(("[SEP]", SEP), ("[CLS]", CLS))
+    nameless = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", sep_token="[SEP]")
+    assert nameless("a")["input_ids"] == [CLS, len(SPECIAL), SEP]
+    assert special_tokens_around(nameless) == ([CLS], [SEP])
+
+
 def test_a_tokenizer_that_drops_all_of_its_words_is_an_error() -> None:
     with pytest.raises(UserError, match="turns none of its 9 words into tokens, .*; check its normalizer and vocab"):
         special_tokens_around(without_unknown("ACGT", keeps="z"))

@@ -213,7 +213,7 @@ def special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int]
         if inner and not special.intersection(inner):
             whole = tokenizer(text)["input_ids"]
             starts = [at for at in range(len(whole)) if whole[at : at + len(inner)] == inner]
-            if starts:
+            if len(starts) == 1:  # else the word may itself be an opening or closing token that has no name
                 return whole[: starts[0]], whole[starts[0] + len(inner) :]
     raise UserError(
         f"the tokenizer turns none of its {len(tokenizer)} words into tokens, so that its opening and closing tokens "
