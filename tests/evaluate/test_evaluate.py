@@ -25,6 +25,7 @@ from distilkit.evaluate.job import job_id, prepare
 from distilkit.evaluate.models import tokenizer_id, weights_id
 from distilkit.metrics import measure
 from distilkit.records import read_results, read_rows
+from distilkit.report.frame import gather
 from jobs import Outcome, call, only, write_rows
 from tiny import build_model
 
@@ -350,7 +351,9 @@ def test_mixed_precision_clips_and_trains(score: Callable[..., Outcome], tmp_pat
 def test_what_the_trainer_changes_is_another_job(score: Callable[..., Outcome], tmp_path: Path) -> None:
     for overrides in ([], ["trainer.gradient_clip_val=0.01"], ["trainer.log_every_n_steps=3"]):
         assert score("finetune.epochs=1", *overrides).code == 0
-    assert len(read_results([tmp_path])) == 2  # how often it logs changes nothing
+    found = read_results([tmp_path])  # how often it logs changes nothing
+    assert sorted(each.settings["gradient_clip_val"] for each in found) == [0.01, 1.0]
+    assert gather(found).frame["row"].nunique() == 2
 
 
 def test_a_model_that_was_not_kept_is_trained_again_when_it_is_wanted(

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from distilkit.errors import UserError
 from distilkit.evaluate.backends import in_backend
 from distilkit.evaluate.finetune import Batches, FinetuningModule, FinetuningTask, Logits, Trainable, hold_out
-from distilkit.evaluate.job import PLACES, Job
+from distilkit.evaluate.job import PLACES, Job, training_settings
 from distilkit.evaluate.leaderboard import write_submission
 from distilkit.evaluate.models import described, inputs_of, load_task_model, load_task_tokenizer
 from distilkit.language_model import check_positions
@@ -217,8 +217,8 @@ def recorded_settings(cfg: DictConfig, *, vocabulary: int, train_rows: int) -> d
     node: Any = OmegaConf.to_container(cfg.task, resolve=True)
     task = {key: value for key, value in node.items() if key not in ("_target_", "name", *PLACES)}
     task = {key: value for key, value in task.items() if value not in (None, [], {})}
-    other = {"precision": str(cfg.trainer.precision), "vocabulary": vocabulary, "train_rows": train_rows}
-    return {**cfg.finetune, **task, **other, **({"tokenizer": cfg.tokenizer} if cfg.tokenizer else {})}
+    other = {"vocabulary": vocabulary, "train_rows": train_rows}
+    return {**training_settings(cfg), **task, **other, **({"tokenizer": cfg.tokenizer} if cfg.tokenizer else {})}
 
 
 def _log_scores(trainer: Trainer, scores: dict[str, float]) -> None:

@@ -175,6 +175,15 @@ def product_precision(cfg: DictConfig) -> dict[str, str]:
     return {} if cfg.matmul_precision == "highest" else {"matmul_precision": cfg.matmul_precision}
 
 
+def training_settings(cfg: DictConfig) -> dict[str, Any]:
+    """Return the settings of fine-tuning and of the trainer that decide a score; those that are not set are left out."""
+    trainer: Any = OmegaConf.to_container(cfg.trainer, resolve=True)
+    trainer |= {"max_epochs": None} if trainer.get("max_epochs") == cfg.finetune.epochs else {}
+    left_out = _WHERE | {"_target_", "reload_dataloaders_every_n_epochs"}
+    own = {key: value for key, value in trainer.items() if key not in left_out and value is not None}
+    return {**own, "precision": str(cfg.trainer.precision), **cfg.finetune}
+
+
 def prepare(cfg: DictConfig, *, refit: bool = False) -> tuple[Task, Job]:
     """Check a job's settings, read its data, and return its task and what it is known by."""
     check_settings(cfg)

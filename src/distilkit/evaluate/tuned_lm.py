@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from distilkit.errors import UserError
 from distilkit.evaluate.finetune import Batches
 from distilkit.evaluate.fit import load_models, train
-from distilkit.evaluate.job import Job
+from distilkit.evaluate.job import Job, training_settings
 from distilkit.evaluate.perplexity import LanguageScore, read_text
 from distilkit.language_model import lm_of
 from distilkit.losses import IGNORE_INDEX, soft_target_kl
@@ -76,7 +76,7 @@ class TunedLanguageScore:
             "train_tokens": sum(len(block["input_ids"]) for block in blocks),
             "max_length": self.max_length,
         }
-        own |= {**cfg.finetune, "precision": str(cfg.trainer.precision)}
+        own |= training_settings(cfg)
         hubs: Any = [part.corpus.fingerprint().get("hub", {}) for part in (self.train, self.scored)]
         whole = [(hub.get("name"), hub.get("split")) for hub in hubs] == [(_SET, "train"), (_SET, "test")]
         whole = whole and self.train.max_tokens is None and self.scored.max_tokens is None
