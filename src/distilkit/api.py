@@ -123,7 +123,7 @@ def _isolated() -> Iterator[None]:
     before = hydra.hydra, job.cfg, version.version_base
     precision, environment = torch.get_float32_matmul_precision(), dict(os.environ)
     keep_large_buffers()
-    encoding_errors = sys.stdout.errors
+    encoding_errors = getattr(sys.stdout, "errors", None)  # it may be None, or of a class of the caller
     replace_unprintable()
     hydra.hydra = job.cfg = None
     try:

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -172,6 +173,14 @@ def test_progress_is_shown_where_the_output_is_not_utf_8(
     distill(paths=text_file, progress=True)
     assert b"train/loss" in written.getvalue()
     assert stream.errors == "strict"  # as the caller has it
+
+
+@pytest.mark.parametrize("stream", [None, SimpleNamespace(write=len, flush=lambda: None)])
+def test_a_standard_output_may_be_missing_or_of_a_class_of_the_caller(
+    stream: Any, distill: Callable[..., Distilled], text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert distill(paths=text_file).metrics
 
 
 def test_hydra_and_torch_are_left_as_the_caller_has_them(distill: Callable[..., Distilled], text_file: Path) -> None:
