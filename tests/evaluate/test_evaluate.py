@@ -464,6 +464,8 @@ def test_the_id_of_a_job_survives_a_move_of_its_classes() -> None:
     before = id_of()
     for same in ("task._target_=elsewhere.TextTask", "trainer._target_=Trainer", "trainer.accelerator=cpu", "seed=7"):
         assert id_of(same) == before
+    tuned = [id_of("task=wikitext103", f"task.train.paths={path}", "task.device=cpu") for path in ("a.txt", "./a.txt")]
+    assert len(set(tuned)) == 1 and id_of("task=wikitext103", "task.train.max_tokens=9") not in tuned
     for other in ("task._target_=elsewhere.MyTask", "finetune.lr=1e-3", "task.max_length=9", "matmul_precision=high"):
         assert id_of(other) != before
 

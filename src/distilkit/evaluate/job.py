@@ -149,8 +149,9 @@ def job_id(cfg: DictConfig, *, ids: Mapping[str, Any]) -> str:
     settings = json.loads(
         json.dumps(OmegaConf.to_container(cfg, resolve=True), default=str), object_hook=_without_module
     )
-    task = {key: value for key, value in settings["task"].items() if key not in PLACES}
-    decisive = {"task": task, "finetune": settings["finetune"], **ids} | product_precision(cfg)
+    decisive = {"task": _without_places(settings["task"]), "finetune": settings["finetune"], **ids} | product_precision(
+        cfg
+    )
     decisive |= {"trainer": {key: value for key, value in settings["trainer"].items() if key not in _WHERE}}
     decisive |= {"distil": settings["distil"]} if ids.get("teacher") else {}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:8]
@@ -159,6 +160,12 @@ def job_id(cfg: DictConfig, *, ids: Mapping[str, Any]) -> str:
 def _without_module(node: dict[str, Any]) -> dict[str, Any]:
     """Reduce a ``_target_`` to the name of its class, so that a file can move without a change of ids."""
     return node | {"_target_": node["_target_"].rpartition(".")[2]} if "_target_" in node else node
+
+
+def _without_places(node: dict[str, Any]) -> dict[str, Any]:
+    """Leave out where the rows of a task lie, and those of the tasks that it is made of."""
+    kept = {key: value for key, value in node.items() if key not in PLACES}
+    return {key: _without_places(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def _check_name(key: str, name: str, *, nested: bool = True) -> None:
