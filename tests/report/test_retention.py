@@ -260,7 +260,19 @@ def test_the_summary_has_each_score_what_it_keeps_and_its_difference_to_the_teac
     assert re.fullmatch(r"90\.\d ± \d\.\d", table.rows[1][2])
     assert re.fullmatch(r"\[-1\d\.\d, -\d\.\d\]", table.rows[1][3])
     assert table.rows[0][2:] == ["-", "-"]
-    assert "student keeps more" in table.notes[1]
+    assert "student keeps more" in table.notes[1] and "1 seed" not in table.notes[0]
+
+
+def test_the_summary_of_one_seed_says_so(tmp_path: Path) -> None:
+    table = retention.summary_table(on_sst2(tmp_path, {"bert": (0.9,) * 3, "student": (0.81,), "baseline": (0.6,)}))
+    assert table is not None
+    assert table.notes[0].endswith("in points. With 1 seed they are over rows alone.")
+
+
+def test_a_score_that_is_no_number_has_no_interval_and_says_why(tmp_path: Path) -> None:
+    rows = Rows(ids=np.arange(9), gold=np.ones(9, int), said=np.ones(9, int), logits=np.ones((9, 2), np.float16))
+    scores = gathered([with_rows(tmp_path, "bert", "rte", rows, names=["roc_auc"])])
+    assert "bert on RTE without interval, because a seed has no number." in "\n".join(quality.interval_notes(scores))
 
 
 def test_the_table_of_fidelity_says_how_often_a_row_says_the_same_as_the_teacher(tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ def summary_table(scores: Scores) -> Table | None:
         "less": "minus the teacher {}",
     }
     note = f"{task_label(label)}, in percent; kept of {scores.teacher}; ± and brackets: 95 % intervals, in points."
+    note += " With 1 seed they are over rows alone." if scores.seeds(rows, tasks) == 1 else ""
     return tabulate("summary", "Summary", records, columns, note, *verdicts(scores), cells=cells)
 
 

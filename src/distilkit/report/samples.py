@@ -80,16 +80,16 @@ def _sample(cell: Any, metric: str, rows: Mapping[Any, Rows], draws: Mapping[Any
     names = [[(cell.row, place, part) for part in parts] for place in results]
     if not parts or not all(name in draws for each in names for name in each):
         return "without interval, because there are no rows files"
+    scores = [each.scores[metric] if metric else each.score for each in results.values()]
+    if not np.isfinite(scores).all():
+        return "without interval, because a seed has no number"
     for _, place, part in itertools.chain(*names):
         given, value = _score(part, rows[cell.row, place, part]), results[place].scores[part]
         if given is None or not abs(given - value) <= _TOLERANCE * max(1, abs(value)):
             return f"without interval, because {part} of its rows is {given} and not {value}"
     if len(own := {tuple(keys[name] for name in each) for each in names}) > 1:
         return "without interval, because seeds were scored on different rows"
-    scores = [each.scores[metric] if metric else each.score for each in results.values()]
     drawn = np.array([np.mean([draws[name] for name in each], axis=0) for each in names])
-    if not np.isfinite(scores).all():
-        return "without interval, because a seed has no number"
     if not np.isfinite(drawn).all():
         return "without interval, because it is not defined on each draw of its rows"
     seeded = cell.results[0].seed is not None
