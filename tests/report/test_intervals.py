@@ -160,3 +160,11 @@ def test_two_halves_of_the_seeds_of_one_model_rarely_differ(seeds: int, spread: 
         ]
         differ += not interval(lambda a, b: b - a, *both).holds(0)
     assert differ <= 18  # 6 %
+
+
+def test_equal_models_whose_seeds_differ_by_chance_have_a_narrow_difference() -> None:
+    scores = [0.6, 0.7]
+    draws = np.array(scores)[:, None] + 0.1 * np.random.default_rng(0).normal(size=(2, 500))  # rows explain the seeds
+    both = [sample(0.65, scores, draws + tiny, rows=(0,), seeded=True) for tiny in (0, 1e-16)]
+    low, high = interval(lambda a, b: b - a, *both)
+    assert -0.7 < low <= 0 <= high < 0.7

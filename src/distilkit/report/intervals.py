@@ -96,7 +96,7 @@ def interval(statistic: Callable[..., Any], *samples: Sample) -> Interval:
         variance = sum(moved(place, each.error) ** 2 for place, each in seeded)
         noise = special.ndtri((np.arange(draws.size) + 0.5) / draws.size)
         low, high = np.quantile(draws + math.sqrt(variance) * np.random.default_rng(0).permutation(noise), _SIDES)
-        freedom = (variance + float(np.var(draws))) ** 2 / degrees
+        freedom = max((variance + float(np.var(draws))) ** 2 / degrees, min(each.seeds for _, each in seeded) - 1)
         wider = special.stdtrit(freedom, _SIDES[1]) / special.ndtri(_SIDES[1])
         low, high = point + wider * (low - point), point + wider * (high - point)
     return Interval(float(low), float(high))
