@@ -56,6 +56,7 @@ def test_a_failed_job_of_a_sweep_ends_its_ranks_before_lightning_ends_this_proce
 
 def test_a_class_without_a_signature_is_not_checked() -> None:
     check_keys(OmegaConf.create({"interval": {"_target_": "datetime.timedelta", "minutes": 15}}))
+    check_keys(OmegaConf.create({"layers": {0: {1: 2}}}))  # a number is a key of YAML, too
 
 
 def test_a_home_folder_may_stand_in_any_key_of_any_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    ZambaConfig,
+    ZambaForCausalLM,
 )
 
 from distilkit.errors import UserError
@@ -246,6 +248,27 @@ def test_layers_that_make_no_student_of_the_class_are_an_error(tokenizer: PreTra
     teacher.model.bert.encoder.layer[2].gate = nn.Linear(2, 2)  # as remote code may add
     with pytest.raises(UserError, match=r"layers \[0, 2\] of tiny-bert make no DistilBertForMaskedLM: .*gate"):
         cut_student(teacher=teacher, tokenizer=tokenizer, layers=[0, 2])
+
+
+def test_a_class_that_cannot_be_built_with_these_layers_is_an_error(tokenizer: PreTrainedTokenizerBase) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4}
+    mamba = {"attn_layer_period": 3, "attn_layer_offset": 2, "use_mamba_kernels": False, "mamba_dt_rank": 4}
+    model = ZambaForCausalLM(ZambaConfig(vocab_size=len(VOCABULARY), pad_token_id=0, **sizes, **mamba))
+    teacher = Teacher(model=model, name="tiny", revision="main", lm="clm", sha256="0" * 64)
+    with pytest.raises(UserError, match=r"layers \[0, 2, 4\] of tiny make no ZambaForCausalLM: .*choose other layers"):
+        cut_student(teacher=teacher, tokenizer=tokenizer, layers=[0, 2, 4])
+
+
+@pytest.mark.parametrize("layers", [5, None, {"0": 1}])
+def test_layers_that_are_no_list_are_an_error(layers: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(UserError, match="student.layers is .*; it takes half, third or a list"):
+        cut_student(teacher=build_teacher("bert"), tokenizer=tokenizer, layers=layers)
+
+
+def test_another_class_for_a_bert_is_an_error(tokenizer: PreTrainedTokenizerBase) -> None:
+    wrong: Any = "Same"
+    with pytest.raises(UserError, match="student.bert_class is 'Same'; it takes distilbert or same"):
+        cut_student(teacher=build_teacher("bert"), tokenizer=tokenizer, layers="half", bert_class=wrong)
 
 
 @torch.no_grad()

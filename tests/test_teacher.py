@@ -158,6 +158,23 @@ def test_a_folder_without_weights_is_an_error(tmp_path: Path) -> None:
         load_teacher(name=str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "fields, kept, reason",
+    [
+        ({}, 0.5, "incomplete metadata"),  # a download that broke off
+        ({"intermediate_size": 128}, 1, "ignore_mismatched_sizes"),
+        ({"dtype": "torch.float16"}, 1, "has no attribute 'torch.float16'"),
+    ],
+)
+def test_a_damaged_folder_is_an_error(fields: dict[str, Any], kept: float, reason: str, tmp_path: Path) -> None:
+    build_model("bert", num_layers=1).save_pretrained(tmp_path)
+    config, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
+    config.write_text(json.dumps(json.loads(config.read_text("utf-8")) | fields), "utf-8")
+    weights.write_bytes(weights.read_bytes()[: int(kept * weights.stat().st_size)])
+    with pytest.raises(UserError, match=f"cannot load folder .*{reason}"):
+        load_teacher(name=str(tmp_path))
+
+
 def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
     model = build_model("bert", num_layers=1)
     model.config.save_pretrained(tmp_path)

@@ -67,8 +67,6 @@ def load_language_model(
     The last value tells whether the files hold its head; without ``needs_head`` it may be random.
     """
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    # A model's own code fails in its own ways.
-    expected: Any = Exception if trust_remote_code else (OSError, ValueError, ImportError)
     try:
         config = AutoConfig.from_pretrained(name, **source)
         lm = lm or lm_of(config.model_type, config.architectures, getattr(config, "auto_map", None))
@@ -77,7 +75,7 @@ def load_language_model(
         )
     except UserError:
         raise
-    except expected as error:
+    except Exception as error:  # of damaged weights, of a config's odd values, of a model's own code
         where, reason = "folder" if Path(name).is_dir() else "hub id", str(error).strip().partition("\n")[0]
         raise UserError(
             f"cannot load {where} {name!r} at revision {revision!r}: {reason or type(error).__name__} "

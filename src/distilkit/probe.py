@@ -157,8 +157,8 @@ def _check_masks(model: PreTrainedModel, ids: Tensor, *, name: str, apart: bool)
         with _refusing(f"later tokens change earlier states of {kind}", cure=cure):
             _compare(changed, whole[:, :last])
     elif torch.equal(changed, whole[:, :last]):
-        found = f"tokens of {kind} do not see each other, as MRA's without its CUDA kernel"
-        raise UserError(f"{found}; choose another model")
+        found = f"no token of {kind} sees a later one (is_decoder=true in its config, or MRA without its CUDA kernel)"
+        raise UserError(f"{found}; choose another model, or set teacher.lm=clm")
     if apart:
         with _refusing(
             f"data.attend_across_documents=false, but {kind} cannot keep packed documents apart",

@@ -77,6 +77,8 @@ def _resolve_layers(layers: Layers, *, num_teacher_layers: int, name: str) -> li
         if layers not in ("half", "third"):
             raise UserError(f"student.layers is {layers!r}; it takes half, third or a list such as [0,2,4]")
         return choose_layers(num_teacher_layers, max(1, num_teacher_layers // {"half": 2, "third": 3}[layers]))
+    if not isinstance(layers, Sequence):
+        raise UserError(f"student.layers is {layers!r}; it takes half, third or a list such as [0,2,4]")
     chosen, last = list(layers), num_teacher_layers - 1
     if not chosen:
         raise UserError(f"student.layers is empty, but a student keeps at least one of layers 0 to {last} of {name}")
@@ -272,6 +274,8 @@ def cut_student(
     """
     if teacher is None:
         raise UserError("a student cannot be cut from teacher=none; set student=new, or choose a teacher")
+    if bert_class not in ("distilbert", "same"):
+        raise UserError(f"student.bert_class is {bert_class!r}; it takes distilbert or same")
     source = teacher.model
     check_vocabulary(source, tokenizer, name=teacher.name)
     depth = getattr(source.config, "num_hidden_layers", None)
@@ -281,7 +285,14 @@ def cut_student(
     chosen = _resolve_layers(layers, num_teacher_layers=depth, name=teacher.name)
     config = _cut_config(source.config, chosen, name=teacher.name)
     to_distilbert = config.model_type == "bert" and teacher.lm == "mlm" and bert_class == "distilbert"
-    student = DistilBertForMaskedLM(_distilbert_config(config, source)) if to_distilbert else type(source)(config)
+    try:
+        student = DistilBertForMaskedLM(_distilbert_config(config, source)) if to_distilbert else type(source)(config)
+    except UserError:
+        raise
+    except Exception as error:  # Zamba's weights are tied by the numbers of layers
+        reason = " ".join(str(error).split())[:300]
+        found = f"layers {chosen} of {teacher.name} make no {type(source).__name__}: {reason}"
+        raise UserError(f"{found}; choose other layers, or another teacher") from error
     if init == "teacher":
         state, folded = keep_layers(source.state_dict(), chosen), getattr(config, _SCALE_BY_INDEX, False)
         if not to_distilbert:

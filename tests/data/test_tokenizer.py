@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from distilkit.data.tokenizer import train_tokenizer
+from distilkit.data.tokenizer import load_tokenizer, train_tokenizer
 from distilkit.errors import UserError
 from tiny import make_documents
 
@@ -67,6 +67,13 @@ def test_a_training_that_fails_leaves_no_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the corpus is empty: no tokenizer can be trained on it"):
         train_tokenizer(corpus=Texts([]), model="bpe", **settings(tmp_path))
     assert [path for path in (tmp_path / "tokenizers").iterdir() if path.is_dir()] == []
+
+
+@pytest.mark.parametrize("config", ["[1, 2]", '{"model_type": "bert", "dtype": "torch.float16"}'])
+def test_a_config_that_is_none_is_an_error_of_the_tokenizer(config: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(config, "utf-8")
+    with pytest.raises(UserError, match=f"cannot load a tokenizer from '{tmp_path}': "):
+        load_tokenizer(name=str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["vocab_size", "max_documents"])

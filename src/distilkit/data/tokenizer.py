@@ -38,9 +38,10 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=revision, trust_remote_code=trust_remote_code, **type_argument
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of damaged files, of a missing package, of a tokenizer's own code
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(
-            f"cannot load a tokenizer from {name!r}: {str(error).strip().splitlines()[0]} "
+            f"cannot load a tokenizer from {name!r}: {reason} "
             "A hub id needs the network (and HF_HUB_OFFLINE unset) or a filled Hugging Face cache; a folder needs the "
             "files of its tokenizer, or tokenizer.tokenizer_type for a bare vocabulary"
         ) from error
