@@ -157,7 +157,7 @@ class StopAfter(Callback):
 
 
 class Send(Callback):
-    """Send this process a signal in the middle of an optimizer step; for ``+callbacks.send``."""
+    """Send this process a signal in the middle of a step, or in the last validation; for ``+callbacks.send``."""
 
     def __init__(self, *, name: str, step: int) -> None:
         self.number, self.step = signal.Signals[name], step
@@ -166,6 +166,10 @@ class Send(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.global_step == self.step and batch["is_first"]:
+            os.kill(os.getpid(), self.number)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step == self.step == trainer.max_steps:
             os.kill(os.getpid(), self.number)
 
 

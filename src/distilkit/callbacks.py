@@ -79,9 +79,16 @@ class StopOnSignal(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save and exit after an optimizer step if any rank has received a signal."""
-        if not batch["is_last"] or (trainer.world_size > 1 and trainer.global_step % 10):
-            return
+        """End after an optimizer step if any rank has received a signal."""
+        if batch["is_last"] and (trainer.world_size == 1 or trainer.global_step % 10 == 0):
+            self._end(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End also after the last step, at which a sweep would go on with its next job."""
+        self._end(trainer)
+
+    def _end(self, trainer: Trainer) -> None:
+        """Save and exit if any rank has received a signal."""
         if trainer.world_size > 1:
             highest = torch.tensor(self.received, device=trainer.strategy.root_device)
             torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
