@@ -312,11 +312,11 @@ def test_opening_tokens_are_found_whatever_the_alphabet_is(alphabet: str) -> Non
 
 
 def test_an_opening_token_that_has_no_name_is_no_word_to_look_for() -> None:
-    backend = Tokenizer(models.WordLevel({token: index for index, token in enumerate([*SPECIAL, "a"])}, "[UNK]"))
-    backend.post_processor = processors.BertProcessing(("[SEP]", SEP), ("[CLS]", CLS))
-    nameless = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", sep_token="[SEP]")
-    assert nameless("a")["input_ids"] == [CLS, len(SPECIAL), SEP]
-    assert special_tokens_around(nameless) == ([CLS], [SEP])
+    backend = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2, "a": 3}, "<unk>"))
+    backend.post_processor = processors.BertProcessing(("</s>", 1), ("<s>", 0))
+    nameless = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+    assert nameless("a")["input_ids"] == [0, 3, 1]
+    assert special_tokens_around(nameless) == ([0], [1])
 
 
 def test_a_tokenizer_that_drops_all_of_its_words_is_an_error() -> None:
