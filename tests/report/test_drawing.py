@@ -8,7 +8,7 @@ from matplotlib.transforms import Bbox
 
 from distilkit.report import drawing
 from distilkit.report.drawing import Point
-from scores import gathered
+from scores import gathered, result
 
 
 def test_pictures_do_not_read_names_as_formulas() -> None:
@@ -52,3 +52,13 @@ def test_names_of_points_cover_neither_each_other_nor_the_plot_and_have_symbols_
         assert all(axis.get_window_extent().contains(*place) for place in places)
     for axis in figure.axes:  # the same symbol in each panel
         assert {(line.get_marker(), line.get_color()) for line in axis.get_lines()} == symbols
+
+
+def test_a_model_has_the_colour_of_its_row_in_every_plot() -> None:
+    scores = gathered([result(name, "rte", 0.6) for name in ("one", "two")])
+    for heights in ((70.0, 80.0), (80.0, 70.0)):
+        points = [Point(name, 66.0, y) for name, y in zip(("one", "two"), heights, strict=True)]
+        lines = drawing.scatter({"size": points}, scores, x="x", y="y").axes[0].get_lines()
+        assert {line.get_label(): line.get_color() for line in lines} == dict(
+            zip(("one", "two"), drawing.COLOURS, strict=False)
+        )

@@ -53,7 +53,8 @@ def scatter(panels: Mapping[str, Sequence[Point]], scores: Scores, *, x: str, y:
     names = sorted(heights, key=lambda name: -heights[name])
     looks = {scores.teacher: ("*", COLOURS[5], 15), scores.baseline: ("s", COLOURS[7], 8)}  # marker, hue and size
     others = itertools.cycle((marker, hue, 8) for marker in "oDv^P" for hue in (*COLOURS[:5], COLOURS[6]))
-    looks |= {name: next(others) for name in names if name not in looks}
+    ordered = dict.fromkeys([*(row for row in scores.rows if row in heights), *names])  # colours as in other plots
+    looks |= {name: next(others) for name in ordered if name not in looks}
     figure = Figure(figsize=(WIDTH, 4.2 * len(panels) + 0.11 * len(names)))
     figure.set_layout_engine("constrained", h_pad=0.12)
     for axis, (title, points) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
