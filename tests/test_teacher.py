@@ -90,6 +90,12 @@ def test_code_that_fails_is_an_error(code: str, tmp_path: Path) -> None:
         load_teacher(name=folder, trust_remote_code=True)
 
 
+def test_another_kind_of_language_model_is_an_error() -> None:
+    wrong: Any = "foo"
+    with pytest.raises(UserError, match="teacher.lm is 'foo'; it takes mlm or clm"):
+        load_teacher(name="anything", lm=wrong)
+
+
 def test_no_name_is_no_teacher() -> None:
     assert load_teacher(name=None) is None
 

@@ -66,6 +66,8 @@ def load_language_model(
 
     The last value tells whether the files hold its head; without ``needs_head`` it may be random.
     """
+    if lm not in (None, *_AUTO_CLASS):
+        raise UserError(f"teacher.lm is {lm!r}; it takes mlm or clm")
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(name, **source)
