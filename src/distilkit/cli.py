@@ -216,7 +216,8 @@ def check_keys(node: DictConfig, *, path: str = "") -> None:
             parameters = None
         if parameters is not None and all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters.values()):
             check_names(set(node) - _OF_HYDRA, parameters, path=path)
-    for name in node:
+    keys: Iterable[Any] = node  # a key may be a number
+    for name in keys:
         full_name = f"{path}.{name}".lstrip(".")
         if OmegaConf.is_missing(node, name):
             raise UserError(f"{full_name} is not set; add {full_name}=...")

@@ -79,7 +79,8 @@ def _resolve_layers(layers: Layers, *, num_teacher_layers: int, name: str) -> li
         return choose_layers(num_teacher_layers, max(1, num_teacher_layers // {"half": 2, "third": 3}[layers]))
     if not isinstance(layers, Sequence):
         raise UserError(f"student.layers is {layers!r}; it takes half, third or a list such as [0,2,4]")
-    chosen, last = list(layers), num_teacher_layers - 1
+    chosen: list[Any] = list(layers)
+    last = num_teacher_layers - 1
     if not chosen:
         raise UserError(f"student.layers is empty, but a student keeps at least one of layers 0 to {last} of {name}")
     for layer in chosen:
