@@ -150,7 +150,8 @@ def split_of(document: str, *, val_share: float) -> Literal["train", "val"]:
 def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase, *, dtype: np.dtype[Any]) -> NDArray[Any]:
     """Tokenize documents on all cores and join them, each followed by the separator: (tokens,).
 
-    Text that spells a special token, such as "[MASK]" in a tutorial, is split like any other text.
+    Text that spells a special token, such as "[MASK]" in a tutorial, is split like any other text, unless the tokenizer's
+    model holds it as a word.
     """
     encoded = tokenizer(
         documents,
