@@ -49,5 +49,5 @@ verify-published: $(INSTALLED)  ## fine-tune the published DistilBERT and compar
 	$(BIN)/python -m benchmarks.published
 
 clean:  ## remove everything that make created, including the demo's runs
-	rm -rf $(VENV) build dist outputs benchmarks/results src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist outputs benchmarks/results *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find src conf tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

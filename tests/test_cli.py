@@ -7,8 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.utilities.exceptions import SIGTERMException
+from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from distilkit import cli
 from distilkit.cli import ExpandHome, check_added, check_keys, keep_large_buffers, ranks_on_config, report_errors
@@ -120,3 +122,13 @@ def test_the_folder_of_a_sweep_may_begin_with_the_home_folder(
     ExpandHome().on_multirun_start(config)
     assert config.hydra.sweep.dir == expanded
     assert config.hydra.overrides.hydra == ([] if folder == expanded else [f"hydra.sweep.dir='{expanded}'"])
+
+
+def test_what_lightning_refuses_is_one_message_with_a_cure() -> None:
+    with pytest.raises(InstantiationException) as refused:
+        instantiate({"trainer": {"_target_": "pytorch_lightning.Trainer", "gradient_clip_algorithm": "abacus"}})
+    assert str(cli.user_cause(refused.value)).startswith(
+        "Lightning refuses the settings of trainer: `gradient_clip_alg"
+    )
+    refused.value.__cause__ = MisconfigurationException("No supported gpu backend found!")
+    assert str(cli.user_cause(refused.value)).endswith("found! Without a GPU, set trainer=cpu")

@@ -223,3 +223,9 @@ def test_a_model_goes_by_the_name_of_its_run_where_the_folder_is_called_by_a_dat
 def test_a_run_alone_in_a_folder_with_a_date_goes_by_its_name(overrides: list[str], tmp_path: Path) -> None:
     write_run(tmp_path, "2026-11-25_21-49-13-801972", overrides, name="student")
     assert [run["label"] for run in find_runs([tmp_path])] == ["student"]
+
+
+def test_a_run_whose_neighbours_failed_goes_by_what_it_does_not_share_with_them(tmp_path: Path) -> None:
+    write_run(tmp_path, "0", ["name=a", "objective.temperature=1"])
+    (write_run(tmp_path, "1", ["name=a", "objective.temperature=-2"]) / "summary.json").unlink()
+    assert [run["label"] for run in read_runs(tmp_path)] == ["objective.temperature=1"]

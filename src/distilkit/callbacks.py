@@ -11,6 +11,7 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import RichProgressBar
 
+from distilkit.cli import in_sweep
 from distilkit.data.batches import DistillationDataModule
 from distilkit.data.forms import Comparison, compare_forms
 from distilkit.errors import UserError
@@ -95,9 +96,10 @@ class StopOnSignal(Callback):
             self.received = int(highest)
         if self.received:
             trainer.save_checkpoint(self.file, weights_only=False)
-            log.warning(
-                "stopped after step %d; the same command with ckpt_path=%s goes on", trainer.global_step, self.file
-            )
+            found = "stopped after step %d; the same command with ckpt_path=%s goes on"
+            if in_sweep():  # one file cannot resume its jobs
+                found = "stopped after step %d, saved as %s; later jobs of the sweep have not run"
+            log.warning(found, trainer.global_step, self.file)
             raise SystemExit(128 + self.received)
 
 
@@ -155,13 +157,17 @@ class ProgressBar(RichProgressBar):
     @property
     def total_train_batches(self) -> int | float:
         """Return the number of micro-batches of this epoch that will be trained."""
-        total = super().total_train_batches
+        total: int | float = self.trainer.num_training_batches  # Lightning's own takes optimizer steps for batches
         max_steps = self.trainer.max_steps
         if max_steps < 0:
             return total
         progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
         left = (max_steps - self.trainer.global_step) * self.trainer.accumulate_grad_batches
         return min(total, progress.completed + left)
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        endless = self.trainer.max_epochs in (None, -1)  # max_steps alone ends the run
+        return f"Epoch {current_epoch}" if endless else super()._get_train_description(current_epoch)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Show losses and tokens/s, without a version number, because the run's folder identifies it."""

@@ -45,6 +45,10 @@ def user_cause(error: Exception) -> Exception | None:
     cause = error.__cause__
     if isinstance(cause, TypeError) and "argument" in str(cause):  # a key that the target does not take
         return error
+    if type(cause).__name__ == "MisconfigurationException":  # Lightning's, whose import takes seconds
+        key = str(error).rpartition("full_key: ")[2]
+        cure = " Without a GPU, set trainer=cpu" if "gpu" in str(cause) else ""
+        return UserError(f"Lightning refuses the settings of {key}: {cause}{cure}")
     return cause if isinstance(cause, UserError) else None
 
 

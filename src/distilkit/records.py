@@ -255,7 +255,7 @@ def read_runs(sweep: Path, *, only: Collection[str] | None = None) -> list[dict[
     ``only`` limits which summaries are read. The labels still depend on the overrides of all runs.
     """
     files = sorted(sweep.glob("*/summary.json"), key=lambda file: file.stat().st_mtime)
-    sets = [set(_overrides(file.parent)) for file in files]
+    sets = [set(_overrides(file.parents[1])) for file in sweep.glob("*/.hydra/overrides.yaml")]  # of failed jobs too
     common = set.intersection(*sets) if len(sets) > 1 else set()
     return [
         {**json.loads(file.read_text("utf-8")), "label": run_label(file.parent, common), "folder": str(file.parent)}

@@ -267,7 +267,7 @@ def test_a_teacher_without_its_head_is_refused_only_where_its_logits_are_read(
     ("name", "content", "facts"),
     [
         ("empty.txt", b" \n\n \n", ["the corpus is empty", "check data.corpus"]),
-        ("other.jsonl", b'{"body": "ba be"}\n', ["other.jsonl has no column 'text'", "it has body", "column"]),
+        ("other.jsonl", b'{"body": "ba be"}\n', ["other.jsonl, line 1 has no column 'text'", "it has body", "column"]),
         ("latin.txt", "ba bé bi".encode("latin1"), ["latin.txt is not UTF-8", "iconv -f latin1 -t utf-8"]),
         ("broken.jsonl", b'{"text": "ba"\n', ["broken.jsonl, line 1 is not a JSON object", "fix or drop that line"]),
         ("picture.png", b"\x89PNG", ["picture.png has an unknown format", ".txt, .jsonl, .csv, .parquet"]),

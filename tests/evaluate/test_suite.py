@@ -48,6 +48,11 @@ def test_data_that_cannot_be_read_are_told_before_the_first_job_and_the_other_ta
     assert "2 failed:" in done.out
 
 
+def test_where_no_task_has_data_nothing_runs_and_each_reason_is_said_once(sweep: Callable[..., Outcome]) -> None:
+    done = sweep("task=rte,wnli", "seed=1,2")
+    assert (done.code, "Launching" in done.out, done.err.count("error: ")) == (1, False, 1)
+
+
 GRID = ("finetune.lr=2e-3,1e-9", "finetune.held_out=0.25", "seed=1,2")
 
 
@@ -64,6 +69,7 @@ def test_the_best_setting_by_held_out_rows_is_trained_on_all_rows_and_counts(
 ) -> None:
     done = sweep(*GRID, "refit=true")
     assert done.code == 0, done.err
+    assert done.out.rindex("Quality") > done.out.rindex("results: ")  # the table has the refits
     grid, refits = by_kind(tmp_path)
     assert (len(grid), [each.seed for each in refits]) == (4, [1, 2])
     chosen = [each for each in grid if each.settings["lr"] == 2e-3]

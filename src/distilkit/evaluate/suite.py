@@ -47,13 +47,19 @@ class Suite(Callback):
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(1) from error
-        for cfg in nodes.values():
+        missing: dict[str, Exception] = {}
+        for node, cfg in nodes.items():
             try:
                 task: Task = instantiate(cfg.task)
                 task.check_data(train=cfg.finetune.epochs > 0)
             except Exception as error:
                 if (cause := cli.user_cause(error)) is not None:  # else the job shows it
-                    print(f"error: task {cfg.task.name} will fail, the others run: {cause}", file=sys.stderr)
+                    missing[node] = cause
+        if missing and len(missing) == len(nodes):
+            print(*dict.fromkeys(f"error: {cause}" for cause in missing.values()), sep="\n", file=sys.stderr)
+            raise SystemExit(1)
+        for node, cause in missing.items():
+            print(f"error: task {nodes[node].task.name} will fail, the others run: {cause}", file=sys.stderr)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Train the best setting of each model and task once more on all rows."""
@@ -62,7 +68,8 @@ class Suite(Callback):
         for cfg, tried in best_settings(jobs_of(config)):
             seed = cfg.seed
             try:
-                evaluate(cfg, refit=tried)
+                with cli.quiet():
+                    evaluate(cfg, refit=tried)
             except Exception as error:
                 cli.note_failure(f"the refit of {cfg.model} on {cfg.task.name}, seed {seed},", error)
 
