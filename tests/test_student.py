@@ -22,6 +22,7 @@ from distilkit.errors import UserError
 from distilkit.language_model import num_parameters
 from distilkit.student import choose_layers, cut_student, keep_layers, new_student, pretrained_student
 from distilkit.teacher import Teacher
+from families import build_family
 from tiny import ARCHITECTURES, VOCABULARY, build_model, build_teacher
 
 LAYERS = {  # where each architecture keeps its layers
@@ -475,3 +476,11 @@ def test_an_existing_student_needs_the_vocabulary_of_its_teacher_but_for_padding
         UserError, match="has 126 words and the teacher 128, and their tokenizers differ; give a student"
     ):
         load(128)
+
+
+def test_a_list_of_kinds_of_attention_is_not_by_layer_though_as_long(tokenizer: PreTrainedTokenizerBase) -> None:
+    kinds = ["p2c", "c2p"]
+    model = build_family("deberta-v2", num_hidden_layers=2)
+    teacher = Teacher(model=model.requires_grad_(False), name="m", revision="main", lm="mlm", sha256="0" * 64)
+    student = cut_student(teacher=teacher, tokenizer=tokenizer, layers="half")
+    assert (student.config.num_hidden_layers, student.config.pos_att_type) == (1, kinds)

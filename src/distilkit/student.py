@@ -35,7 +35,9 @@ _SCALE_BY_INDEX = "scale_attn_by_inverse_layer_idx"
 _LAYER_INDEX = re.compile(r"\.(\d+)\.")
 
 # What a config says layer by layer, by the names of its fields.
-_NOT_BY_LAYER = re.compile(r"token|label|architectures|_limit|rope_(scaling|parameters)|quantization")
+_NOT_BY_LAYER = re.compile(
+    r"token|label|architectures|_limit|rope_(scaling|parameters)|quantization|att_type|languages"
+)
 _FIRST_LAYERS = ("first_k_dense_replace", "num_dense_layers", "max_window_layers", "moe_layer_start_index")
 _EVERY_FEW_LAYERS = re.compile(r"every|interval|_period|_pattern|layer_freq|sparse_step")
 _NUMBERS_OF_LAYERS = re.compile(r"only_layers$|_(ids|idxs?|indices)$")

@@ -136,6 +136,8 @@ def test_there_is_no_verdict_between_models_that_were_fine_tuned_differently(tmp
         "student was fine-tuned or scored differently from bert: epochs (10, not 1), lr (2e-05, not 5e-05), max_length (256, not "
         "128), precision (bf16-mixed, not 32-true)."
     )
+    less = {name: row["minus the teacher"] for name, row in by_row(retention.summary_table(scores)).items()}
+    assert less["student"] == "-" != less["baseline"]
 
 
 def test_settings_that_were_chosen_from_the_same_grid_are_one_protocol(tmp_path: Path) -> None:

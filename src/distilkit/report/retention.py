@@ -40,7 +40,8 @@ def summary_table(scores: Scores) -> Table | None:
     for row in rows:
         mean, own = scores.mean(row, tasks), scores.interval(row, tasks)
         kept, share = every.get(row, {}).get(label, (None, None))
-        less = scores.difference(row, scores.teacher, tasks) if row != scores.teacher else None
+        comparable = row != scores.teacher and not scores.unlike(row, *tasks)
+        less = scores.difference(row, scores.teacher, tasks) if comparable else None
         record = {"model": row, "score": mean, **ends(own), "kept": kept}
         sides = {"kept": share, "less": less}
         records.append(record | {f"{name}_{end}": x for name, each in sides.items() for end, x in ends(each).items()})
