@@ -15,7 +15,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: $(INSTALLED)  ## train a small BERT on docstrings, distil it, and compare (6 to 8 minutes on 2 CPU cores)
+demo: $(INSTALLED)  ## train a small BERT on docstrings, distil it, and compare (4 to 8 minutes on 2 CPU cores)
 	$(BIN)/python -m distilkit.train experiment=demo
 
 test: $(INSTALLED)  ## run the tests but the slow ones

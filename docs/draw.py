@@ -1,6 +1,6 @@
 """Draw the pictures of README: ``python docs/draw.py [comparison.json]``.
 
-Writes ``pipeline.png`` and ``demo.png`` next to this file. The figures of the demo are those of README's table, or those of
+Writes ``pipeline.png`` and ``demo.png`` next to this file. The figures of the demo are those of results.md's table, or those of
 the ``comparison.json`` that ``make demo`` leaves in ``outputs/demo/<time>/``.
 """
 
@@ -93,9 +93,9 @@ def draw_pipeline(out: Path) -> None:
     figure.savefig(out, dpi=100)
 
 
-def read_readme(readme: Path) -> list[Run]:
-    """Read the demo's figures from the table of README that has a column for the cross-entropy."""
-    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in readme.read_text("utf-8").splitlines()]
+def read_table(page: Path) -> list[Run]:
+    """Read the figures of the demo from the table of a page that has a column for the cross-entropy."""
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.read_text("utf-8").splitlines()]
     start = next(number for number, cells in enumerate(table) if {"run", "cross-entropy"} <= set(cells))
     runs = []
     for cells in table[start + 2 : start + 6]:
@@ -139,6 +139,6 @@ def draw_demo(runs: list[Run], out: Path) -> None:
 if __name__ == "__main__":
     draw_pipeline(DOCS / "pipeline.png")
     draw_demo(
-        read_comparison(Path(sys.argv[1])) if sys.argv[1:] else read_readme(DOCS.parent / "README.md"),
+        read_comparison(Path(sys.argv[1])) if sys.argv[1:] else read_table(DOCS / "results.md"),
         DOCS / "demo.png",
     )
