@@ -109,9 +109,8 @@ def run(job: Job) -> float:
     with ranks_on_config(job.out / "config.yaml", launcher=trainer.strategy.launcher):
         trainer.fit(module, datamodule=job.data, ckpt_path=job.checkpoint)
         trainer.save_checkpoint(job.out / "checkpoints" / "last.ckpt", weights_only=False)
-        if (
-            not module.after and trainer.limit_val_batches
-        ):  # a finished run was resumed, or validation was taken out of the callbacks
+        # Not scored yet: a finished run was resumed, or validation was taken out of the callbacks.
+        if not module.after and trainer.limit_val_batches:
             _score(job)
         if trainer.is_global_zero:
             finish(trainer, module, out=job.out)

@@ -47,13 +47,8 @@ def interval_notes(scores: Scores) -> list[str]:
     for row, task in itertools.product(scores.rows, scores.tasks):
         if scores.line(row, task):
             found = scores.samples(task).found[row, ""]
-            why = (
-                found
-                if isinstance(found, str)
-                else ""
-                if found.seeds != 1
-                else "with 1 seed, so that ± is over rows alone"
-            )
+            of_seed = "with 1 seed, so that ± is over rows alone"
+            why = found if isinstance(found, str) else of_seed if found.seeds == 1 else ""
             whys.setdefault(why, []).append(f"{row} on {task_label(task)}")
     notes = ["±: half the width of the 95 % interval, over rows and seeds."] if whys.pop("", []) else []
     more = {why: f" and {len(names) - 1} more" if len(names) > 1 else "" for why, names in whys.items()}
