@@ -424,6 +424,29 @@ def test_the_schedule_warms_up_and_decays_to_zero_over_the_optimizer_steps(
     assert rates == pytest.approx([0.0, 0.4, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
 
 
+def test_progress_is_the_share_of_steps_that_are_done_and_0_before_it_is_known(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    shares: list[float] = []
+
+    class Shares(Callback):
+        def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+            shares.append(pl_module.progress)
+
+    module = build_module(tokenizer)
+    assert module.progress == 0.0
+    steps = [uneven_step(lm="mlm", seed=seed, size=8) for seed in range(4)]
+    trainer = fit(module, steps, micro_batch_size=4, callbacks=[Shares()])
+    assert shares == [0.0, 0.0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75]
+    assert module.progress == 1.0
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    again, found = build_module(tokenizer), shares.copy()
+    shares.clear()
+    longer = Trainer(accelerator="cpu", max_epochs=2, logger=False, enable_progress_bar=False, callbacks=[Shares()])
+    longer.fit(again, Steps(steps, 8), ckpt_path=tmp_path / "a.ckpt")
+    assert found and shares == [0.5, 0.625, 0.75, 0.875]
+
+
 def test_validation_metrics_are_the_plain_formulas_over_all_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     module = build_module(tokenizer)
     steps = [uneven_step(lm="mlm", seed=seed, size=size) for seed, size in ((0, 8), (1, 3))]

@@ -75,6 +75,7 @@ class DistillationModule(LightningModule):
         self.schedule(trial, num_steps=100)
         self.record = dict(record)
         self.tokens, self.step_tokens = torch.tensor(0), torch.tensor(0)  # without padding, over all ranks
+        self.num_steps = 0  # of the whole training; 0 before it is known
         self.configured: list[dict[str, Any]] = []  # of each parameter group of the optimizer
         self.step_terms: dict[str, Tensor] = {}
         self.denominators: dict[str, Tensor] = {}
@@ -92,6 +93,11 @@ class DistillationModule(LightningModule):
         settings = {"scheduler": scheduler, "warmup_share": warmup_share, "seed": seed, "scheduler_kwargs": kwargs}
         self.save_hyperparameters(vars(objective) | settings)
         self.train()  # models are loaded in eval mode, and ``Trainer.fit`` keeps it
+
+    @property
+    def progress(self) -> float:
+        """The share of the training that is done, from 0 to 1, in optimizer steps; 0 before it is known."""
+        return min(1.0, self.trainer.global_step / self.num_steps) if self.num_steps else 0.0
 
     @property
     def tokens_seen(self) -> int:
@@ -237,7 +243,8 @@ class DistillationModule(LightningModule):
             found = f"trainer.gradient_clip_val={clip} cannot clip them with trainer.precision=16-mixed"
             cure = "set optimizer.fused=null, or trainer.precision=bf16-mixed"
             raise UserError(f"optimizer.fused=true unscales gradients inside the optimizer, so that {found}; {cure}")
-        schedule = self.schedule(optimizer, num_steps=int(self.trainer.estimated_stepping_batches))
+        self.num_steps = int(self.trainer.estimated_stepping_batches)
+        schedule = self.schedule(optimizer, num_steps=self.num_steps)
         names = {"initial_lr", *getattr(self.optimizer, "keywords", ())}
         self.configured = [
             {name: value for name, value in group.items() if name in names and not isinstance(value, bool | None)}
