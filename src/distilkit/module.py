@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from distilkit import losses
 from distilkit.errors import UserError
 from distilkit.export import student_files
-from distilkit.language_model import LM, Batch, cast_parameters, lm_head, token_states
+from distilkit.language_model import LM, Batch, cast_parameters, lm_head
 from distilkit.objective import Objective, labelled_rows, real_rows
 from distilkit.schedule import build_schedule
 from distilkit.teacher import Teacher
@@ -87,9 +87,8 @@ class DistillationModule(LightningModule):
         self.strict_loading = False  # no teacher in checkpoints; ``on_load_checkpoint`` checks the student
         self.shapes = {name: list(tensor.shape) for name, tensor in student.state_dict().items()}  # before any sharding
         self.matrices = {name for name, parameter in student.named_parameters() if parameter.ndim >= 2}
-        if not objective.reads_student_logits:  # DDP would wait for the gradient of the head
-            for parameter in set(student.parameters()) - set(student.base_model.parameters()):
-                parameter.requires_grad_(False)
+        for parameter in objective.unread_parameters(student):  # DDP would wait for their gradients
+            parameter.requires_grad_(False)
         settings = {"scheduler": scheduler, "warmup_share": warmup_share, "seed": seed, "scheduler_kwargs": kwargs}
         self.save_hyperparameters(vars(objective) | settings)
         self.train()  # models are loaded in eval mode, and ``Trainer.fit`` keeps it
@@ -261,13 +260,13 @@ class DistillationModule(LightningModule):
         counts = self.objective.denominators(num_tokens=num_tokens, num_labels=num_labels, lm=self.lm)
         # Each model runs once; loss and scores share its states (batch * length, width).
         models = self.student, self.teacher
-        states = token_states(self.student, batch), token_states(self.teacher, batch) if self.teacher else None
+        states = self.objective.states(*models, batch, whole=True)
         _, terms = self.objective.loss(*models, batch, lm=self.lm, denominators=counts, states=states)
         for name, mean in terms.items():
             self._count(f"loss_{name}", mean, counts[name])
 
         targets, predictions = labels[rows], {}  # (rows,)
-        for prefix, model, hidden in zip(("", "teacher_"), models, states, strict=True):
+        for prefix, model, hidden in zip(("", "teacher_"), models, states, strict=False):
             if model is None or hidden is None or (prefix and not self.scores_teacher):
                 continue
             nll, predictions[prefix] = losses.score(lm_head(model, hidden[rows]), targets)  # (rows,) each
@@ -333,7 +332,7 @@ class DistillationModule(LightningModule):
             raise UserError("the checkpoint was not written by distilkit; give ckpt_path of a run of distilkit.train")
         cure = "resume with the same settings, or start again with student=hf student.name=<exported student>"
         for name, value in vars(self.objective).items():
-            if name != "implementation" and (was := saved["objective"][name]) != value:
+            if name != "implementation" and (was := saved["objective"].get(name, value)) != value:
                 raise UserError(f"the checkpoint was trained with objective.{name}={was}, this run has {value}; {cure}")
         if saved["teacher"]["sha256"] != self.teacher_sha256:
             found = f"the checkpoint was distilled from teacher {saved['teacher']['name']!r}"

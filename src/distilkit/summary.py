@@ -35,6 +35,7 @@ _TERMS = {
     "train/loss_clm": "causal LM",
     "train/loss_cos": "1 - cosine",
     "train/loss_mse": "logit MSE",
+    "train/loss_rel": "relations",
 }
 
 

@@ -301,6 +301,7 @@ BUILT: dict[str, Any] = {
     "objective/clm": {"clm": 1.0},
     "objective/distilbert": {"ce": 5.0, "mlm": 2.0, "cos": 1.0},
     "objective/distilgpt2": {"ce": 5.0, "clm": 2.0, "cos": 1.0},
+    "objective/minilm": {"rel": 1.0},
     "objective/mlm": {"mlm": 1.0},
     "optimizer/adamw": ("AdamW", 5e-4),
     "student/half_depth": ("DistilBertForMaskedLM", [0, 2, 4, 7, 9, 11]),
