@@ -117,4 +117,4 @@ class Runner:
                     process.send_signal(signal.SIGTERM)
                 raise
         if failures:
-            raise UserError(f"{len(failures)} failed: " + "; ".join(failures))
+            raise UserError(f"{len(failures)} of the commands failed; the same command goes on with them")

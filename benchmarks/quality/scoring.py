@@ -60,7 +60,7 @@ def evaluate(
 
     data = [] if own.data_dir is None else [f"task.data_dir={own.data_dir}"]
     tuned = [
-        *("--multirun", f"seed={','.join(map(str, seeds))}", f"task.max_train_rows={own.max_train_rows}"),
+        *(f"seed={','.join(map(str, seeds))}", f"task.max_train_rows={own.max_train_rows}"),
         *(f"trainer={own.trainer}", f"trainer.precision={own.precision}", "trainer.enable_progress_bar=false"),
         *own.finetune,
     ]
@@ -69,6 +69,7 @@ def evaluate(
             name=f"{out.name}-{name}-{'-'.join(tasks)}",
             module="distilkit.evaluate",
             arguments=[
+                *(["--multirun"] if None not in seeds else []),
                 *(f"model={model}", f"name={name}", f"task={','.join(tasks)}", f"output_dir={out}", *data),
                 *(tuned if None not in seeds else [f"task.device={'cpu' if own.trainer == 'cpu' else 'auto'}"]),
             ],
