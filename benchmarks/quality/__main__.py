@@ -4,15 +4,17 @@ import signal
 import sys
 from collections.abc import Callable
 
-from benchmarks.quality import scoring, training
+from benchmarks.quality import curve, report, scoring, training
 from benchmarks.quality.experiment import HERE, Experiment, prepare, read_settings
 from distilkit.errors import UserError
 
-STAGES: dict[str, Callable[[Experiment], None]] = {
+STAGES: dict[str, Callable[[Experiment], object]] = {
     "speed": training.measure_speed,
     "tune": training.tune,
     "train": training.train,
     "tasks": scoring.score_tasks,
+    "curve": curve.measure_curve,
+    "report": report.report,
 }
 
 

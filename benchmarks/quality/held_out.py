@@ -23,7 +23,7 @@ from distilkit.objective import labelled_rows
 from distilkit.records import Result, Rows, write_results, write_rows
 from distilkit.train import build
 
-METRICS = ("masked_cross_entropy", "masked_accuracy")  # of the labelled tokens: all, for a causal model
+METRICS = ("perplexity", "masked_cross_entropy", "masked_accuracy")  # of the labelled tokens: all, for a causal model
 TASK = "held_out"
 
 
@@ -49,6 +49,7 @@ class BlockSums(Callback):
     def rows(self) -> Rows:
         """Return all blocks."""
         sums = {name: np.concatenate(part) for name, part in self.parts.items()}
+        sums |= {name: sums[f"masked_{name}"] for name in ("nll", "tokens")}  # of the perplexity
         return Rows(ids=np.arange(len(sums["masked_tokens"])), sums=sums)
 
 

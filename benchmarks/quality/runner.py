@@ -44,7 +44,8 @@ class Command:
         """Warn of a finished training with other overrides, which stays."""
         file = self.run and self.run / ".hydra" / "overrides.yaml"
         if file and file.is_file():
-            theirs = {str(each) for each in OmegaConf.load(file) if not str(each).startswith("ckpt_path=")}
+            given: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+            theirs = {each for each in given if not each.startswith("ckpt_path=")}
             changed = theirs ^ {each for each in self.arguments if not each.startswith(("hydra.", "ckpt_path="))}
             if changed:
                 print(f"warning: {self.run} was trained with other overrides: {', '.join(sorted(changed))}; it stays")

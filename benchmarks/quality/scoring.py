@@ -66,7 +66,7 @@ def evaluate(
     ]
     experiment.runner.run(
         Command(
-            name=f"{out.name}-{name}-{'-'.join(tasks)}",
+            name=f"{out.relative_to(experiment.out)}-{name}-{'-'.join(tasks)}".replace("/", "-"),
             module="distilkit.evaluate",
             arguments=[
                 *(["--multirun"] if None not in seeds else []),
