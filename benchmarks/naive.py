@@ -4,6 +4,8 @@ Both models compute all logits, with an attention mask of ones. Tokens are selec
 term is a mean (arXiv 1910.01108, section 3). Nothing of distilkit's losses is used, so that it also serves as an oracle.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,6 +20,7 @@ def naive_loss(
 ) -> Tensor:
     """Return the weighted loss of a batch of full blocks."""
     ids, labels = batch["input_ids"], batch["labels"]
+    alphas: dict[str, Any] = vars(objective)  # numbers
     attention_mask = torch.ones_like(ids)
     with torch.no_grad():
         theirs = teacher(input_ids=ids, attention_mask=attention_mask, output_hidden_states=True)
@@ -25,15 +28,15 @@ def naive_loss(
 
     masked_only = objective.soft_targets == "masked" and lm == "mlm"
     chosen = labels > -1 if masked_only else attention_mask.bool()
-    loss = objective.alpha_ce * naive_kl(ours.logits, theirs.logits, chosen, temperature=objective.temperature)
+    loss = alphas["alpha_ce"] * naive_kl(ours.logits, theirs.logits, chosen, temperature=objective.temperature)
     if lm == "mlm":
-        loss = loss + objective.alpha_mlm * naive_cross_entropy(ours.logits, labels)
+        loss = loss + alphas["alpha_mlm"] * naive_cross_entropy(ours.logits, labels)
     else:  # position t predicts token t + 1
         shifted = ours.logits[:, :-1].contiguous()
-        loss = loss + objective.alpha_clm * naive_cross_entropy(shifted, ids[:, 1:].contiguous())
-    return loss + objective.alpha_cos * naive_cosine(
-        ours.hidden_states[-1], theirs.hidden_states[-1], attention_mask.bool()
-    )
+        loss = loss + alphas["alpha_clm"] * naive_cross_entropy(shifted, ids[:, 1:].contiguous())
+    hidden = ours.hidden_states[-1], theirs.hidden_states[-1]
+    total: Tensor = loss + alphas["alpha_cos"] * naive_cosine(*hidden, attention_mask.bool())
+    return total
 
 
 def naive_kl(student_logits: Tensor, teacher_logits: Tensor, chosen: Tensor, *, temperature: float) -> Tensor:

@@ -41,8 +41,9 @@ def build_module(
     tokenizer: PreTrainedTokenizerBase,
     *,
     teacher: Teacher | None = None,
-    alphas: dict[str, float] | None = None,
+    alphas: dict[str, Any] | None = None,
     soft_targets: Any = "all",
+    teacher_every: int = 1,
     optimizer: Any = PLAIN_SGD,
     **changes: Any,
 ) -> DistillationModule:
@@ -55,7 +56,9 @@ def build_module(
         teacher=teacher,
         tokenizer=tokenizer,
         lm=teacher.lm,
-        objective=Objective(**alphas, temperature=2.0, soft_targets=soft_targets, implementation="fused"),
+        objective=Objective(
+            **alphas, temperature=2.0, soft_targets=soft_targets, teacher_every=teacher_every, implementation="fused"
+        ),
         optimizer=optimizer,
         **{**settings, **changes},
     )
@@ -442,7 +445,8 @@ def test_progress_is_the_share_of_steps_that_are_done_and_0_before_it_is_known(
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     again, found = build_module(tokenizer), shares.copy()
     shares.clear()
-    longer = Trainer(accelerator="cpu", max_epochs=2, logger=False, enable_progress_bar=False, callbacks=[Shares()])
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    longer = Trainer(accelerator="cpu", max_epochs=2, callbacks=[Shares()], **quiet)
     longer.fit(again, Steps(steps, 8), ckpt_path=tmp_path / "a.ckpt")
     assert found and shares == [0.5, 0.625, 0.75, 0.875]
 

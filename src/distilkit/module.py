@@ -23,7 +23,7 @@ from distilkit.errors import UserError
 from distilkit.export import student_files
 from distilkit.language_model import LM, Batch, cast_parameters, lm_head
 from distilkit.objective import Objective, labelled_rows, real_rows
-from distilkit.schedule import build_schedule
+from distilkit.schedule import build_schedule, piecewise
 from distilkit.teacher import Teacher
 
 
@@ -77,7 +77,9 @@ class DistillationModule(LightningModule):
         self.tokens, self.step_tokens = torch.tensor(0), torch.tensor(0)  # without padding, over all ranks
         self.num_steps = 0  # of the whole training; 0 before it is known
         self.configured: list[dict[str, Any]] = []  # of each parameter group of the optimizer
+        self.step_objective = objective.at(progress=0.0, step=0)  # of the optimizer step that runs
         self.step_terms: dict[str, Tensor] = {}
+        self.skipped: dict[str, Any] = {}  # the weights of terms that this step leaves out, since it reads no teacher
         self.denominators: dict[str, Tensor] = {}
         self.all_finite = torch.tensor(True)
         self.val_metrics: dict[str, MeanMetric] = {}
@@ -138,7 +140,7 @@ class DistillationModule(LightningModule):
                 f"trainer.precision={precision} holds weights and optimizer state in half precision, which loses small "
                 "updates; set trainer.precision=bf16-mixed"
             )
-        if self.objective.alpha_mse and precision.startswith("16"):
+        if "mse" in self.objective.weights and precision.startswith("16"):
             raise UserError(
                 f"objective.alpha_mse={self.objective.alpha_mse} overflows in trainer.precision={precision}: "
                 "squared logits are too large for float16; set trainer.precision=bf16-mixed or 32-true"
@@ -174,8 +176,17 @@ class DistillationModule(LightningModule):
             counts = self._sum_over_ranks(counts)
             self.step_tokens = counts[0]
             self.denominators = self.objective.denominators(num_tokens=counts[0], num_labels=counts[1], lm=self.lm)
-            self.step_terms = {}
-        loss, terms = self.objective.loss(self.student, self.teacher, batch, lm=self.lm, denominators=self.denominators)
+            steps = self.trainer.global_step, 0  # this one, and one at its progress that reads the teacher
+            self.step_objective, taught = (self.objective.at(progress=self.progress, step=step) for step in steps)
+            # What the last step with the teacher found stays, so that each log has all terms.
+            self.skipped = {k: alpha for k, alpha in taught.weights.items() if k not in self.step_objective.weights}
+            self.step_terms = {name: term for name, term in self.step_terms.items() if name in self.skipped}
+        models = self.student, self.teacher
+        loss, terms = self.step_objective.loss(*models, batch, lm=self.lm, denominators=self.denominators)
+        if self.step_objective.weights.keys() != self.objective.weights.keys():
+            # DDP waits for a gradient of all that other steps read; an optimizer moves it by its momentum in any case.
+            unread = self.step_objective.unread_parameters(self.student)
+            loss = loss + sum(parameter.flatten()[:0].sum() for parameter in unread if parameter.requires_grad)
         # 2. Terms and the check stay on the device until a step is logged, so that the host does not wait.
         self.all_finite = self.all_finite.to(loss.device) & loss.detach().isfinite()
         for name, term in {**terms, "": loss.detach()}.items():
@@ -191,6 +202,7 @@ class DistillationModule(LightningModule):
 
     def _log_step(self) -> None:
         sums = {name: float(self._sum_over_ranks(term)) for name, term in self.step_terms.items()}
+        sums[""] += sum(alpha * sums.get(name, 0.0) for name, alpha in self.skipped.items())
         self.shown["train/loss"] = sums[""]
         self.log_dict({f"train/loss_{name}" if name else "train/loss": value for name, value in sums.items()})
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
@@ -257,11 +269,12 @@ class DistillationModule(LightningModule):
         sizes = len(labels) if real is None else len(real), len(rows)
         num_tokens, num_labels = torch.tensor(sizes, device=self.device)
         # Denominators of this batch make each term a mean, which ``_count`` weights by its tokens.
-        counts = self.objective.denominators(num_tokens=num_tokens, num_labels=num_labels, lm=self.lm)
+        objective = self.objective.of_validation()
+        counts = objective.denominators(num_tokens=num_tokens, num_labels=num_labels, lm=self.lm)
         # Each model runs once; loss and scores share its states (batch * length, width).
         models = self.student, self.teacher
-        states = self.objective.states(*models, batch, whole=True)
-        _, terms = self.objective.loss(*models, batch, lm=self.lm, denominators=counts, states=states)
+        states = objective.states(*models, batch, whole=True)
+        _, terms = objective.loss(*models, batch, lm=self.lm, denominators=counts, states=states)
         for name, mean in terms.items():
             self._count(f"loss_{name}", mean, counts[name])
 
@@ -284,10 +297,10 @@ class DistillationModule(LightningModule):
             self.val_metrics[name].update(mean.float(), weight=count)
 
     def on_validation_epoch_end(self) -> None:
-        """Log means over all ranks, the weighted loss and perplexities."""
+        """Log means over all ranks, perplexities, and the loss by the weights of the end, so that it can be compared."""
         self._check_finite()
         means = {name: metric.compute() for name, metric in self.val_metrics.items()}
-        weighted = [alpha * means[f"loss_{name}"] for name, alpha in self.objective.weights.items()]
+        weighted = [piecewise(alpha, 1.0) * means[f"loss_{name}"] for name, alpha in self.objective.weights.items()]
         values = {"loss": torch.stack(weighted).sum()}
         for name, mean in means.items():
             values[name] = mean

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,10 @@ from distilkit import losses, relations
 from distilkit.errors import UserError
 from distilkit.fused import fused_losses
 from distilkit.language_model import LM, Batch, lm_head, token_states
+from distilkit.schedule import Points, as_points, check_points, piecewise
 
 _SOFT = ("ce", "cos", "mse", "rel")  # the terms that read the teacher
-_NUMBERS = {"relation_heads": 1, "teacher_layer": 0, "student_layer": 0}  # whole or null, with their least
+_NUMBERS = {"relation_heads": 1, "teacher_layer": 0, "student_layer": 0, "teacher_every": 1}  # whole, with their least
 _CHOICES = {"soft_targets": ("all", "masked"), "implementation": ("fused", "reference")}
 
 
@@ -34,78 +35,115 @@ class Objective:
 
     ``alpha_ce`` weights the soft-target KL at ``temperature``, ``alpha_cos`` the cosine between last hidden states, and
     ``alpha_mse`` the squared difference of logits. ``alpha_mlm`` and ``alpha_clm`` weight the hard-target cross-entropy
-    of a masked and a causal model. KL and MSE take ``all`` real tokens, or the ``masked`` ones only; a causal model
-    always takes all. ``alpha_rel`` weights the KL between relations of tokens in the queries, keys and values of
+    of a masked and a causal model. Each weight is a number, or points over the training, of which ``at`` takes one step's.
+    KL and MSE take ``all`` real tokens, the ``masked`` ones only, or these and a drawn share of the others; a causal
+    model always takes all. ``alpha_rel`` weights the KL between relations of tokens in the queries, keys and values of
     ``student_layer`` and ``teacher_layer``, which count from 0, split into ``relation_heads``; see ``relation_layers``
-    and ``num_relation_heads`` for None. A term of weight zero is not computed. ``implementation`` is ``fused``, which
-    never stores all logits, or ``reference``, the plain formulas. A wrong value raises a ``UserError``.
+    and ``num_relation_heads`` for None. A term of weight zero is not computed. Only each ``teacher_every``-th optimizer
+    step reads the teacher. ``implementation`` is ``fused``, which never stores all logits, or ``reference``, the plain
+    formulas. A wrong value raises a ``UserError``.
     """
 
-    alpha_ce: float
-    alpha_mlm: float
-    alpha_clm: float
-    alpha_cos: float
-    alpha_mse: float
+    alpha_ce: Points
+    alpha_mlm: Points
+    alpha_clm: Points
+    alpha_cos: Points
+    alpha_mse: Points
     temperature: float
-    soft_targets: Literal["all", "masked"]
+    soft_targets: Literal["all", "masked"] | float
     implementation: Literal["fused", "reference"]
-    alpha_rel: float = 0.0
+    alpha_rel: Points = 0.0
     relation_heads: int | None = None
     teacher_layer: int | None = None
     student_layer: int | None = None
+    teacher_every: int = 1
 
     def __post_init__(self) -> None:
         """Check each value, and that the values fit together."""
         for field in fields(self):
-            value, choices = getattr(self, field.name), _CHOICES.get(field.name)
+            name, value, choices = field.name, getattr(self, field.name), _CHOICES.get(field.name)
             if choices:
-                if value not in choices:
-                    raise UserError(f"objective.{field.name} is {value!r}; it takes {' or '.join(choices)}")
-            elif field.name in _NUMBERS:
-                least = _NUMBERS[field.name]
-                if value is not None and (type(value) is not int or value < least):
-                    found = f"objective.{field.name}={value}"
-                    raise UserError(f"{found}, but it must be null or a whole number of at least {least}")
-            elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-                raise UserError(f"objective.{field.name}={value}, but it must be a finite number of at least 0")
-        if self.temperature <= 0:
+                if value not in choices and (
+                    isinstance(value, str | bool) or name != "soft_targets" or not 0 < value < 1
+                ):
+                    share = ", or a share between 0 and 1" if name == "soft_targets" else ""
+                    raise UserError(f"objective.{name} is {value!r}; it takes {' or '.join(choices)}{share}")
+            elif name in _NUMBERS:
+                least = _NUMBERS[name]
+                if value is None and name != "teacher_every":
+                    continue
+                if type(value) is not int or value < least:
+                    null = "" if name == "teacher_every" else "null or "
+                    raise UserError(
+                        f"objective.{name}={value}, but it must be {null}a whole number of at least {least}"
+                    )
+            else:
+                limit = "a finite number of at least 0"
+                value = check_points(value, key=f"objective.{name}", limit=limit, holds=lambda each: each >= 0)
+                object.__setattr__(self, name, value)  # plain lists, which checkpoints hold and compare
+        if isinstance(self.temperature, list) or self.temperature <= 0:
             raise UserError(f"objective.temperature={self.temperature}, but it must be above 0; the paper uses 2")
-        if not self.weights:
-            raise UserError("all alphas of the objective are 0, so the loss has no term; set at least one above 0")
-        if self.alpha_mlm and self.alpha_clm:
+        if {"mlm", "clm"} <= self.weights.keys():
             found = f"objective.alpha_mlm={self.alpha_mlm} and objective.alpha_clm={self.alpha_clm} are both set"
             raise UserError(f"{found}, but a model is masked or causal; set one of them to 0")
+        self._check_terms()
+
+    def _check_terms(self) -> None:
+        """Check that each step has a term: weights are linear between points, so that their sum is 0 at one, or nowhere."""
+        for share in sorted({0.0, *(at for points in self.weights.values() for at, _ in as_points(points))}):
+            found = f"0 at {share:.0%} of the training, so the loss has no term"
+            if not any(self._alphas(progress=share, step=0).values()):
+                raise UserError(f"all alphas of the objective are {found}; set at least one above 0")
+            if self.teacher_every > 1 and not any(self._alphas(progress=share, step=1).values()):
+                cure = "set objective.alpha_mlm, or alpha_clm of a causal model, above 0"
+                every = f"objective.teacher_every={self.teacher_every}"
+                raise UserError(f"{every} leaves steps without the teacher, where the LM loss weighs {found}; {cure}")
 
     @property
-    def weights(self) -> dict[str, float]:
-        """The terms with a positive weight, by name: ce, mlm, clm, cos, mse, rel."""
+    def weights(self) -> dict[str, Points]:
+        """The terms whose weight is ever positive, by name: ce, mlm, clm, cos, mse, rel."""
         alphas = {name: getattr(self, f"alpha_{name}") for name in ("ce", "mlm", "clm", "cos", "mse", "rel")}
-        return {name: alpha for name, alpha in alphas.items() if alpha > 0}
+        return {name: alpha for name, alpha in alphas.items() if any(value > 0 for _, value in as_points(alpha))}
+
+    def _alphas(self, *, progress: float, step: int) -> dict[str, float]:
+        skipped = _SOFT if step % self.teacher_every else ()
+        now = {name: 0.0 if name in skipped else piecewise(alpha, progress) for name, alpha in self.weights.items()}
+        return {f"alpha_{name}": alpha for name, alpha in now.items()}
+
+    def at(self, *, progress: float, step: int) -> "Objective":
+        """Return the objective of one optimizer step: plain weights, 0 for the teacher's terms if it is not read."""
+        return replace(self, **cast(Any, self._alphas(progress=progress, step=step)), teacher_every=1)
+
+    def of_validation(self) -> "Objective":
+        """Return the objective of held-out text: all terms, at their highest weight, and instead of drawn rows all."""
+        highest = {f"alpha_{name}": max(value for _, value in as_points(each)) for name, each in self.weights.items()}
+        rows: Any = self.soft_targets if isinstance(self.soft_targets, str) else "all"
+        return replace(self, **cast(Any, highest), soft_targets=rows, teacher_every=1)
 
     @property
     def reads_teacher_logits(self) -> bool:
         """Whether a term needs the teacher's language-model head."""
-        return self.alpha_ce > 0 or self.alpha_mse > 0
+        return "ce" in self.weights or "mse" in self.weights
 
     @property
     def reads_student_logits(self) -> bool:
         """Whether a term needs the student's language-model head."""
-        return self.reads_teacher_logits or self.alpha_mlm > 0 or self.alpha_clm > 0
+        return self.reads_teacher_logits or "mlm" in self.weights or "clm" in self.weights
 
     @property
     def reads_teacher(self) -> bool:
         """Whether a term needs the teacher at all."""
-        return self.reads_teacher_states or self.alpha_rel > 0
+        return self.reads_teacher_states or "rel" in self.weights
 
     @property
     def reads_teacher_states(self) -> bool:
         """Whether a term needs the teacher's last hidden states."""
-        return self.reads_teacher_logits or self.alpha_cos > 0
+        return self.reads_teacher_logits or "cos" in self.weights
 
     @property
     def reads_student_states(self) -> bool:
         """Whether a term needs the student's last hidden states."""
-        return self.reads_student_logits or self.alpha_cos > 0
+        return self.reads_student_logits or "cos" in self.weights
 
     def relation_layers(self, student: PreTrainedModel, teacher: PreTrainedModel) -> tuple[int, int]:
         """Return the layers of student and teacher whose relations are compared.
@@ -129,8 +167,14 @@ class Objective:
         return set() if self.reads_student_logits else set(student.parameters()) - set(student.base_model.parameters())
 
     def takes_all_rows(self, lm: LM) -> bool:
-        """Whether a term needs logits of all real tokens, and not only of the labelled ones."""
+        """Whether a term needs logits of all real tokens, and not only of labelled and drawn ones."""
         return lm == "clm" or (self.reads_teacher_logits and self.soft_targets == "all")
+
+    def num_drawn(self, batch: Batch) -> int:
+        """Return how many real tokens without a label the soft targets draw: their share of them, rounded up."""
+        if isinstance(self.soft_targets, str) or not self.reads_teacher_logits:
+            return 0
+        return math.ceil(self.soft_targets * _num_others(batch))
 
     def check_models(self, *, student: PreTrainedModel, teacher: PreTrainedModel | None, lm: LM) -> None:
         """Check that the models have what the terms need."""
@@ -142,13 +186,18 @@ class Objective:
         if self.reads_teacher and teacher is None:
             needs = ", ".join(f"objective.alpha_{name}={self.weights[name]}" for name in _SOFT if name in self.weights)
             raise UserError(f"{needs} need a teacher, but teacher=none; set objective=mlm or objective=clm")
+        if lm == "clm" and self.reads_teacher_logits and not isinstance(self.soft_targets, str):
+            found = f"objective.soft_targets={self.soft_targets} is a share of the tokens without a label"
+            raise UserError(
+                f"{found}, but a causal model has none; set it to all, and objective.teacher_every=2 to save time"
+            )
         ours, theirs = student.config.hidden_size, teacher.config.hidden_size if teacher is not None else None
-        if self.alpha_cos and ours != theirs:
+        if "cos" in self.weights and ours != theirs:
             found = (
                 f"the student is {ours} wide and the teacher {theirs}; set objective=minilm, or objective.alpha_cos=0"
             )
             raise UserError(f"objective.alpha_cos={self.alpha_cos} compares hidden states, but {found}")
-        if self.alpha_rel and teacher is not None:
+        if "rel" in self.weights and teacher is not None:
             self._check_relations(student, teacher)
 
     def _check_relations(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
@@ -170,6 +219,8 @@ class Objective:
         """Return the count that divides each term: real or labelled tokens of the optimizer step, over all ranks."""
         tokens, labels = num_tokens.clamp(min=1), num_labels.clamp(min=1)
         soft = labels if self.soft_targets == "masked" and lm == "mlm" else tokens
+        if not isinstance(self.soft_targets, str):
+            soft = labels + self.soft_targets * (tokens - labels)
         by_term = {"ce": soft, "mse": soft, "mlm": labels, "clm": labels, "cos": tokens, "rel": tokens}
         return {name: by_term[name] for name in self.weights}
 
@@ -177,7 +228,7 @@ class Objective:
         self, student: PreTrainedModel, teacher: PreTrainedModel | None, batch: Batch, *, whole: bool = False
     ) -> States:
         """Run each model once on a batch, only as far as a term reads it unless ``whole``."""
-        layers = self.relation_layers(student, teacher) if self.alpha_rel and teacher is not None else None
+        layers = self.relation_layers(student, teacher) if "rel" in self.weights and teacher is not None else None
 
         def run(model: PreTrainedModel, *, layer: int | None, to_the_end: bool) -> tuple[Tensor | None, Any]:
             if layer is not None:
@@ -204,16 +255,20 @@ class Objective:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted loss of a batch and each term's detached contribution to its mean (nats, squared logits).
 
+        The weights are plain numbers, as those of ``at``. A share of soft targets is drawn by torch's generator.
         Each model runs once on the batch, or not at all if its ``states`` are given. If no term needs more, logits are
         computed for labelled tokens only.
         """
         ours, theirs, our_qkv, their_qkv = self.states(student, teacher, batch) if states is None else states
         real = real_rows(batch)
         rows = real if self.takes_all_rows(lm) else labelled_rows(batch)  # (rows,), or None: all tokens
+        if drawn := self.num_drawn(batch):
+            rows = torch.cat([labelled_rows(batch), _draw_others(batch, drawn)])
         labels = _take(batch["labels"].flatten(), rows)  # (rows,)
 
         # Weights contain the denominators, so that the sums of all micro-batches and ranks add up to the mean.
-        weights = {name: alpha / denominators[name] for name, alpha in self.weights.items()}
+        alphas = cast(dict[str, float], self.weights)
+        weights = {name: alpha / denominators[name] for name, alpha in alphas.items()}
         weighted: dict[str, Tensor] = {}
         total = torch.zeros((), device=labels.device)
         if self.reads_student_logits and ours is not None:
@@ -222,18 +277,20 @@ class Objective:
             by_row: dict[str, Any] = {  # (rows,) each
                 key: weights[name].expand(len(labels)) for key, name in terms.items() if name in weights
             }
+            if drawn:  # they stand for exactly their share of the tokens without a label
+                each = torch.ones(len(labels), device=labels.device)
+                each[-drawn:] = float(self.soft_targets) * _num_others(batch) / drawn
+                by_row |= {key: by_row[key] * each for key in by_row.keys() - {"hard_weights"}}
             head, targets = lm_head(student, _take(ours, rows)), None
             if teacher is not None and theirs is not None and self.reads_teacher_logits:
                 with torch.no_grad():
                     targets = lm_head(teacher, _take(theirs, rows))
             total, soft, hard, mse = implementation(head, targets, labels, **by_row, temperature=self.temperature)
             weighted = {"ce": soft, lm: hard, "mse": mse}
-        if (
-            self.alpha_cos and ours is not None and theirs is not None
-        ):  # over all real tokens, whatever the rows of the logits
+        if "cos" in weights and ours is not None and theirs is not None:  # over all real tokens
             weighted["cos"] = losses.hidden_cosine(_take(ours, real), _take(theirs, real)).sum() * weights["cos"]
             total = total + weighted["cos"]
-        if self.alpha_rel and teacher is not None and our_qkv is not None and their_qkv is not None:
+        if "rel" in weights and teacher is not None and our_qkv is not None and their_qkv is not None:
             summed = relations.relation_loss(
                 our_qkv,
                 their_qkv,
@@ -244,7 +301,7 @@ class Objective:
             )
             weighted["rel"] = summed * weights["rel"]
             total = total + weighted["rel"]
-        return total, {name: weighted[name].detach() / alpha for name, alpha in self.weights.items()}
+        return total, {name: weighted[name].detach() / alpha for name, alpha in alphas.items()}
 
 
 def real_rows(batch: Batch) -> Tensor | None:
@@ -258,6 +315,21 @@ def labelled_rows(batch: Batch) -> Tensor:
     """Return the flat indices (rows,) of the labelled tokens; see ``real_rows``."""
     found = batch.get("labelled")
     return (batch["labels"].flatten() != losses.IGNORE_INDEX).nonzero().squeeze(1) if found is None else found
+
+
+def _num_others(batch: Batch) -> int:
+    """Return the number of real tokens without a label."""
+    real = real_rows(batch)
+    return (batch["labels"].numel() if real is None else len(real)) - len(labelled_rows(batch))
+
+
+def _draw_others(batch: Batch, count: int) -> Tensor:
+    """Draw flat indices (count,) of real tokens without a label, without waiting for the device."""
+    real, labels = real_rows(batch), batch["labels"]
+    keys = torch.rand(labels.numel(), device=labels.device)  # (batch * length,)
+    if real is not None:
+        keys = torch.full_like(keys, 2.0).index_copy(0, real, keys[real])
+    return keys.index_fill(0, labelled_rows(batch), 2.0).topk(count, largest=False, sorted=False).indices
 
 
 def _take(tokens: Tensor, rows: Tensor | None) -> Tensor:

@@ -1,8 +1,10 @@
-"""The learning-rate schedule: a name and arguments of ``transformers.get_scheduler``."""
+"""What changes over a training: values that are linear between points, and the schedule of the learning rate."""
 
+import bisect
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from torch.optim import Optimizer
@@ -12,11 +14,93 @@ from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from distilkit.errors import UserError
 
+Points = float | list[list[float]]  # a value that stays, or [[share of training, value], ...]
+
+
+def as_points(points: Points) -> list[list[float]]:
+    """Return points, also of a value that stays."""
+    return points if isinstance(points, list) else [[0.0, points], [1.0, points]]
+
+
+def piecewise(points: Points, progress: float) -> float:
+    """Return the value at ``progress`` (0 to 1), linear between points; where a share repeats, it jumps to the latter."""
+    if isinstance(points, int | float):
+        return points
+    after = bisect.bisect_right(points, progress, key=lambda point: point[0])
+    if after == len(points):
+        return points[-1][1]
+    (begin, low), (end, high) = points[after - 1], points[after]
+    return low + (high - low) * (progress - begin) / (end - begin)
+
+
+def check_points(value: Any, *, key: str, limit: str, holds: Callable[[float], bool]) -> Points:
+    """Return a number, or points as plain lists; ``UserError`` unless ``holds`` of each, which ``limit`` describes."""
+
+    def is_number(each: Any) -> bool:
+        return isinstance(each, int | float) and not isinstance(each, bool) and math.isfinite(each)
+
+    if is_number(value) and holds(value):
+        number: float = value
+        return number
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise UserError(f"{key}={value}, but it must be {limit}")
+    points = [list(point) if isinstance(point, Sequence) else [] for point in value]
+    wrong = [point for point in points if len(point) != 2 or not all(map(is_number, point))]
+    shares = [point[0] for point in points if point]
+    if wrong:
+        found = "an entry is no pair of numbers"
+    elif not shares or (shares[0], shares[-1]) != (0, 1) or any(share > later for share, later in pairwise(shares)):
+        found = "its shares of the training do not rise from 0 to 1"
+    elif any(shares.count(share) > 2 for share in shares):
+        found = "a share stands more than twice"
+    elif not all(holds(each) for _, each in points):
+        found = f"each value must be {limit}"
+    else:
+        return points
+    raise UserError(f"{key}={value}: {found}; give [[share, value], ...], as [[0, 0.5], [0.8, 0.5], [1, 0.2]]")
+
+
+def show_points(points: Points) -> float | str:
+    """Return a number as it is, and points for a reader, as ``5 at 0% → 0 at 100%``."""
+    if not isinstance(points, list):
+        return points
+    return " → ".join(f"{value:g} at {100 * share:.4g}%" for share, value in points)
+
+
+def _piecewise(*, points: Any, warmup_share: float) -> Callable[[float], float]:
+    """Return the factor by progress that is linear between points, which contain the warm-up."""
+    checked = check_points(
+        points, key="scheduler.kwargs.points", limit="a finite number of at least 0", holds=lambda each: each >= 0
+    )
+    return lambda progress: piecewise(checked, progress)
+
+
+def _wsd(*, warmup_share: float, decay_share: float, decay: str = "linear") -> Callable[[float], float]:
+    """Return the factor by progress of warm-up, a stable rate, and its decay to zero (MiniCPM, arXiv 2404.06395, 4).
+
+    The ``decay`` is linear, or ``1-sqrt`` (Hägele et al. 2024, arXiv 2405.18392, 3.1).
+    """
+    if not 0 < decay_share <= 1 - warmup_share or decay not in ("linear", "1-sqrt"):
+        raise ValueError(
+            f"decay_share must be above 0 and at most {1 - warmup_share:g}, what {warmup_share=} leaves, "
+            "and decay linear or 1-sqrt"
+        )
+    points: Points = [[0, 0], [warmup_share, 1], [1 - decay_share, 1], [1, 0]]
+
+    def factor(progress: float) -> float:
+        value = piecewise(points, progress)
+        decays = progress > 1 - decay_share and decay == "1-sqrt"
+        return 1 - math.sqrt(1 - value) if decays else value
+
+    return factor
+
+
+_OWN: dict[str, Any] = {"piecewise": _piecewise, "wsd": _wsd}  # by progress, so that they suit any number of steps
 _NEED_A_METRIC = {SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY}  # the others depend on the step alone
 _SCHEDULES: dict[str, Any] = {
     kind.value: TYPE_TO_SCHEDULER_FUNCTION[kind] for kind in SchedulerType if kind not in _NEED_A_METRIC
-}
-_GIVEN = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+} | _OWN
+_GIVEN = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch", "warmup_share"}
 
 
 def build_schedule(
@@ -36,17 +120,23 @@ def build_schedule(
         if parameter.default is parameter.empty and key not in kwargs:
             raise UserError(f"scheduler.name={name} needs {key}; add +scheduler.kwargs.{key}=...")
     try:
-        schedule: LambdaLR = get_scheduler(
-            name,
-            optimizer,
-            num_warmup_steps=round(warmup_share * num_steps),
-            num_training_steps=num_steps,
-            scheduler_specific_kwargs=dict(kwargs),
-        )
+        if name in _OWN:
+            factor = _OWN[name](**kwargs, warmup_share=warmup_share)
+            schedule = LambdaLR(optimizer, lambda step: factor(step / num_steps))
+        else:
+            schedule = get_scheduler(
+                name,
+                optimizer,
+                num_warmup_steps=round(warmup_share * num_steps),
+                num_training_steps=num_steps,
+                scheduler_specific_kwargs=dict(kwargs),
+            )
         steps = {round(num_steps * part / 64) for part in range(65)}  # the last is asked for after training
         rates = [rate(step) for rate in schedule.lr_lambdas for step in steps]
         if not all(0 <= each < math.inf for each in rates) or not max(rates):
             raise ValueError(f"over {num_steps} steps the learning rate is negative, not finite or always 0")
+    except UserError:
+        raise
     except (TypeError, ValueError, ArithmeticError) as error:
         raise UserError(
             f"scheduler.name={name} cannot be built with scheduler.kwargs={dict(kwargs)}: {error}; it takes {own}"

@@ -25,6 +25,7 @@ from distilkit.model_card import is_text, teacher_metadata
 from distilkit.module import DistillationModule
 from distilkit.objective import Objective
 from distilkit.records import peak_memory_mb, read_metrics, versions, write_json
+from distilkit.schedule import show_points
 from distilkit.teacher import Teacher
 from distilkit.throughput import Throughput
 
@@ -97,9 +98,11 @@ def describe(
     if teacher is not None:
         origin = {name: getattr(teacher, name) for name in ("name", "revision", "sha256")}
         origin |= {"parameters": num_parameters(teacher.model), "folder": Path(teacher.name).exists()}
-    terms: dict[str, Any] = {f"alpha_{name}": alpha for name, alpha in objective.weights.items()}
+    terms: dict[str, Any] = {f"alpha_{name}": show_points(alpha) for name, alpha in objective.weights.items()}
     if objective.reads_teacher_logits:
         terms |= {"temperature": objective.temperature, "soft_targets": objective.soft_targets}
+    if objective.teacher_every > 1:
+        terms["teacher_every"] = objective.teacher_every
     return {
         "name": cfg.name,
         "version": version("distilkit"),

@@ -48,7 +48,7 @@ def step_flops(
     Padding counts, heads for the rows that the objective reads, recomputation never (PaLM, arXiv 2204.02311, B).
     """
     tokens, length = batch["input_ids"].numel(), batch["input_ids"].shape[1]
-    rows = tokens if objective.takes_all_rows(lm) else len(labelled_rows(batch))
+    rows = tokens if objective.takes_all_rows(lm) else len(labelled_rows(batch)) + objective.num_drawn(batch)
     models = [(student, 3, objective.reads_student_logits)]
     if teacher is not None and objective.reads_teacher:
         models.append((teacher, 1, objective.reads_teacher_logits))
@@ -117,7 +117,8 @@ class Throughput(Callback):
         """Count operations, and log the rates since the last logged step."""
         assert isinstance(pl_module, DistillationModule)
         assert self.costs is not None
-        self.window_flops += step_flops(pl_module.objective, *self.costs, batch, lm=pl_module.lm) * trainer.world_size
+        flops = step_flops(pl_module.step_objective, *self.costs, batch, lm=pl_module.lm)
+        self.window_flops += flops * trainer.world_size
         log_every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by one of its connectors
         if batch["is_last"] and log_every and trainer.global_step % log_every == 0:
             self._stop()

@@ -79,6 +79,7 @@ def build(cfg: DictConfig) -> Job:
     _apply_options(cfg, teacher=teacher, student=student)
     lm = teacher.lm if teacher else lm_of_model(student)
     data = instantiate(cfg.data, tokenizer=tokenizer, lm=lm)
+    scheduler: Any = OmegaConf.to_container(cfg.scheduler, resolve=True)  # plain lists, for checkpoints
     module = DistillationModule(
         student=student,
         teacher=teacher,
@@ -86,9 +87,9 @@ def build(cfg: DictConfig) -> Job:
         lm=lm,
         objective=objective,
         optimizer=instantiate(cfg.optimizer),
-        scheduler=cfg.scheduler.name,
-        warmup_share=cfg.scheduler.warmup_share,
-        scheduler_kwargs=cfg.scheduler.kwargs or {},
+        scheduler=scheduler["name"],
+        warmup_share=scheduler["warmup_share"],
+        scheduler_kwargs=scheduler["kwargs"],
         seed=cfg.seed,
         record=describe(cfg, objective=objective, teacher=teacher, student=student, corpus=data.corpus),
     )
