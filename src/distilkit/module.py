@@ -100,6 +100,10 @@ class DistillationModule(LightningModule):
         """The share of the training that is done, from 0 to 1, in optimizer steps; 0 before it is known."""
         return min(1.0, self.trainer.global_step / self.num_steps) if self.num_steps else 0.0
 
+    def progress_at(self, step: int) -> float:
+        """Return the progress before an optimizer step that may lie ahead; with a budget it is that of now."""
+        return min(1.0, step / self.num_steps) if self.num_steps else self.progress
+
     @property
     def tokens_seen(self) -> int:
         """The tokens of all finished optimizer steps over all ranks, without padding; reading it waits for the device."""
@@ -297,7 +301,7 @@ class DistillationModule(LightningModule):
             self.val_metrics[name].update(mean.float(), weight=count)
 
     def on_validation_epoch_end(self) -> None:
-        """Log means over all ranks, perplexities, and the loss by the weights of the end, so that it can be compared."""
+        """Log means over all ranks, perplexities, and the loss by the weights of the end, which compares over time."""
         self._check_finite()
         means = {name: metric.compute() for name, metric in self.val_metrics.items()}
         weighted = [piecewise(alpha, 1.0) * means[f"loss_{name}"] for name, alpha in self.objective.weights.items()]

@@ -35,7 +35,7 @@ class Objective:
 
     ``alpha_ce`` weights the soft-target KL at ``temperature``, ``alpha_cos`` the cosine between last hidden states, and
     ``alpha_mse`` the squared difference of logits. ``alpha_mlm`` and ``alpha_clm`` weight the hard-target cross-entropy
-    of a masked and a causal model. Each weight is a number, or points over the training, of which ``at`` takes one step's.
+    of a masked and a causal model. A weight is a number, or points over the training, of which ``at`` takes one step's.
     KL and MSE take ``all`` real tokens, the ``masked`` ones only, or these and a drawn share of the others; a causal
     model always takes all. ``alpha_rel`` weights the KL between relations of tokens in the queries, keys and values of
     ``student_layer`` and ``teacher_layer``, which count from 0, split into ``relation_heads``; see ``relation_layers``
@@ -89,7 +89,7 @@ class Objective:
         self._check_terms()
 
     def _check_terms(self) -> None:
-        """Check that each step has a term: weights are linear between points, so that their sum is 0 at one, or nowhere."""
+        """Check that each step has a term; weights are linear, so that their sum is 0 at one of the points or nowhere."""
         for share in sorted({0.0, *(at for points in self.weights.values() for at, _ in as_points(points))}):
             found = f"0 at {share:.0%} of the training, so the loss has no term"
             if not any(self._alphas(progress=share, step=0).values()):

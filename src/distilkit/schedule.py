@@ -23,7 +23,7 @@ def as_points(points: Points) -> list[list[float]]:
 
 
 def piecewise(points: Points, progress: float) -> float:
-    """Return the value at ``progress`` (0 to 1), linear between points; where a share repeats, it jumps to the latter."""
+    """Return the value at ``progress`` (0 to 1), linear between points; at a share that repeats it is the latter."""
     if isinstance(points, int | float):
         return points
     after = bisect.bisect_right(points, progress, key=lambda point: point[0])

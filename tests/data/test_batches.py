@@ -87,6 +87,26 @@ def test_a_sampler_may_start_at_any_step(step: int) -> None:
     assert rest == drawn(sampler)[step:]
 
 
+def test_each_step_has_the_progress_of_its_place() -> None:
+    sampler = StepSampler(
+        num_blocks=13,
+        global_batch_size=4,
+        rank=1,
+        world_size=2,
+        seed=0,
+        progress=lambda epoch, step: epoch + step / 10,
+    )
+    sampler.set_epoch(2)
+    plain = sampler_of(13, 4, rank=1, ranks=2)
+    plain.set_epoch(2)
+    for start in (0, 1):
+        draws = list(sampler.starting_at(start))
+        assert [(epoch, progress) for epoch, _, progress in draws] == [(2, 2 + step / 10) for step in range(start, 3)]
+        assert [blocks.tolist() for _, blocks, _ in draws] == [
+            blocks.tolist() for _, blocks in plain.starting_at(start)
+        ]
+
+
 LENGTHS = np.random.default_rng(3).integers(3, 129, 5000).astype(np.int32)
 
 

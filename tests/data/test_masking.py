@@ -1,4 +1,6 @@
+import zlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,8 +24,14 @@ MakeMasker = Callable[..., Masker]
 def make(tokenizer: PreTrainedTokenizerBase) -> MakeMasker:
     """Make a masker from the paper's settings and changes to them."""
 
-    def masker(*, seed: int = 0, counts: Ids | None = None, **fields: float | bool) -> Masker:
-        paper = {"mlm_probability": 0.15, "mask_share": 0.8, "random_share": 0.1, "smoothing": 0.0, "whole_word": False}
+    def masker(*, seed: int = 0, counts: Ids | None = None, **fields: Any) -> Masker:
+        paper: dict[str, Any] = {
+            "mlm_probability": 0.15,
+            "mask_share": 0.8,
+            "random_share": 0.1,
+            "smoothing": 0.0,
+            "whole_word": False,
+        }
         token_counts = np.arange(len(VOCABULARY)) ** 2 if counts is None else counts
         return Masker(Masking(**paper | fields), tokenizer=tokenizer, token_counts=token_counts, seed=seed)
 
@@ -77,6 +85,42 @@ def test_a_new_masker_repeats_the_masks_of_an_old_one_and_leaves_its_input_alone
     make(**kind)(ids, epoch=1, samples=samples)
     np.testing.assert_array_equal(make(**kind)(ids, epoch=0, samples=samples), first)
     np.testing.assert_array_equal(ids, before)
+
+
+def test_the_masks_are_those_of_every_earlier_version(make: MakeMasker) -> None:
+    lengths, ids = np.random.default_rng(0).integers(10, 41, 24), blocks(24, 40)
+    found = []
+    for kind in KINDS:
+        masked = make(**kind)(ids, epoch=3, samples=np.arange(100, 124), lengths=lengths)
+        found.append(zlib.crc32(np.stack(masked).astype("<i8").tobytes()))
+    assert found == [605368812, 3299921236, 2857363723, 3044592578]
+
+
+RATES = [[0, 0.3], [0.5, 0.3], [1, 0.1]]
+
+
+@every_kind
+@pytest.mark.parametrize(("progress", "rate"), [(0.0, 0.3), (0.5, 0.3), (0.75, 0.2), (1.0, 0.1)])
+def test_a_rate_that_changes_gives_the_masks_of_its_value(
+    make: MakeMasker, kind: dict[str, float | bool], progress: float, rate: float
+) -> None:
+    ids, samples = blocks(24, 40), np.arange(24)
+    changing, fixed = make(**kind, mlm_probability=RATES), make(**kind, mlm_probability=rate)
+    found = changing(ids, epoch=3, samples=samples, progress=progress)
+    np.testing.assert_array_equal(found, fixed(ids, epoch=3, samples=samples))
+    np.testing.assert_array_equal(found, fixed(ids, epoch=3, samples=samples, progress=0.3))
+    if progress == 1:
+        np.testing.assert_array_equal(found, changing(ids, epoch=3, samples=samples))
+
+
+def test_the_targets_of_a_lower_rate_are_among_those_of_a_higher_one(make: MakeMasker) -> None:
+    masker, ids = make(mlm_probability=RATES), words(50, 40)
+    first, middle, last = (
+        masker(ids, epoch=0, samples=np.arange(50), progress=progress)[1] != IGNORE_INDEX for progress in (0, 0.75, 1)
+    )
+    assert (first.sum(), middle.sum(), last.sum()) == (50 * 12, 50 * 8, 50 * 4)
+    assert (last <= middle).all()
+    assert (middle <= first).all()
 
 
 @pytest.mark.parametrize(
@@ -339,6 +383,12 @@ def test_a_tokenizer_without_a_mask_token_is_an_error(causal_tokenizer: PreTrain
     [
         ({"mlm_probability": 0.0}, r"mlm_probability=0\.0, but it must be between 0 and 1"),
         ({"mlm_probability": 1.0}, r"mlm_probability=1\.0, but it must be between 0 and 1"),
+        ({"mlm_probability": "0.3"}, r"data\.masking\.mlm_probability=0\.3, but it must be between 0 and 1"),
+        (
+            {"mlm_probability": [[0, 0.3], [1, 0.0]]},
+            r"\[1, 0\.0\]\]: each value must be between 0 and 1; give \[\[share",
+        ),
+        ({"mlm_probability": [[0, 0.3], [0.9, 0.1]]}, r"its shares of the training do not rise from 0 to 1"),
         ({"mask_share": -0.1}, r"mask_share=-0\.1 and random_share=0\.1, but both must be at least 0 and their sum at"),
         ({"random_share": -0.1}, r"mask_share=0\.8 and random_share=-0\.1, but both must be at least 0"),
         ({"random_share": 0.3}, r"mask_share=0\.8 and random_share=0\.3, but both .* their sum at most 1"),

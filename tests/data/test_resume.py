@@ -1,5 +1,6 @@
 """Runs that stop or save anywhere, and go on as if they had not."""
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterator
@@ -49,12 +50,14 @@ class Training:
     def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         self.folder, self.tokenizer = folder, tokenizer
         self.steps_of_epoch = 0
+        self.masking, self.objective = MASKING, build_objective("mlm", "fused")
+        self.scheduler: dict[str, Any] = {"scheduler": "constant"}
 
     def data(self, **fields: Any) -> DistillationDataModule:
         sizes = {"block_size": 32, "global_batch_size": 8, "micro_batch_size": 2, "val_share": 0.2}
         options = {"max_val_blocks": 8, "attend_across_documents": True, "packing": "blocks", "num_workers": 0}
         settings: dict[str, Any] = sizes | options | {"seed": 0, "lm": "mlm", "cache_dir": str(self.folder)} | fields
-        return DistillationDataModule(corpus=Texts(), tokenizer=self.tokenizer, masking=MASKING, **settings)
+        return DistillationDataModule(corpus=Texts(), tokenizer=self.tokenizer, masking=self.masking, **settings)
 
     def __call__(
         self,
@@ -73,9 +76,9 @@ class Training:
             teacher=teacher,
             tokenizer=self.tokenizer,
             lm="mlm",
-            objective=build_objective("mlm", "fused"),
+            objective=self.objective,
             optimizer=functools.partial(torch.optim.AdamW, lr=1e-3),
-            scheduler="constant",
+            **self.scheduler,
             warmup_share=0.0,
             seed=0,
             record={"config": {}},
@@ -220,3 +223,46 @@ def test_checkpoints_of_earlier_versions_go_on(training: Training) -> None:
     }
     torch.save(saved, file)
     assert largest_difference(whole, training(resume=file)) == 0.0
+
+
+class Labels(Callback):
+    """Keep the numbers of labels and tokens of each optimizer step."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[int, int]] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch["is_first"]:
+            self.steps.append((int(batch["num_labels"]), int(batch["num_tokens"])))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_run_whose_rates_and_weights_change_goes_on_exactly(training: Training, num_workers: int) -> None:
+    training.masking = dataclasses.replace(MASKING, mlm_probability=[[0, 0.5], [0.75, 0.1], [1, 0.1]])
+    weights = {"alpha_ce": [[0, 5], [0.5, 0], [1, 0]], "alpha_cos": [[0, 0], [0.5, 0], [0.5, 1], [1, 1]]}
+    training.objective = dataclasses.replace(training.objective, **weights, teacher_every=2, soft_targets=0.3)
+    training.scheduler = {"scheduler": "wsd", "scheduler_kwargs": {"decay_share": 0.5}}
+    data, whole_labels = {"num_workers": num_workers}, Labels()
+    whole = training(whole_labels, data=data)
+    rates = [max(0.1, 0.5 - 0.4 * step / 9) for step in range(12)]
+    full = [step for step in range(12) if whole_labels.steps[step][1] == 8 * 32]  # without a padded block
+    assert {0, 11} < set(full)
+    assert [whole_labels.steps[step][0] for step in full] == [8 * round(rates[step] * 32) for step in full]
+    for micro_batch in (7, 20) if num_workers == 0 else (20,):
+        training(At(micro_batch, stop), data=data)
+        again_labels = Labels()
+        again = training(again_labels, resume=training.folder / "last.ckpt", data=data)
+        assert again_labels.steps == whole_labels.steps[-(-micro_batch // PER_STEP) :]
+        assert largest_difference(whole, again) == 0.0, micro_batch
+
+
+def test_held_out_text_has_the_last_rate(training: Training) -> None:
+    def batches(rate: Any) -> list[Any]:
+        training.masking = dataclasses.replace(MASKING, mlm_probability=rate)
+        data = training.data()
+        data.setup()
+        return list(data.val_dataloader())
+
+    for one, two in zip(batches([[0, 0.5], [1, 0.15]]), batches(0.15), strict=True):
+        assert torch.equal(one["input_ids"], two["input_ids"])
+        assert torch.equal(one["labels"], two["labels"])

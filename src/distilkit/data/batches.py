@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -37,6 +37,7 @@ class StepSampler(Sampler[Draw]):
        are dropped, so that all ranks take equally many.
     4. With the blocks' ``lengths`` (blocks,), each step is sorted by them, so that a micro-batch has little padding. A
        step of few blocks has them of like length: a window of steps is sorted, and its bunches are shuffled.
+    5. With ``progress``, each step has the share of the training that is done before this step of this epoch.
     """
 
     def __init__(
@@ -48,8 +49,10 @@ class StepSampler(Sampler[Draw]):
         world_size: int,
         seed: int,
         lengths: NDArray[np.int32] | None = None,
+        progress: Callable[[int, int], float] | None = None,
     ) -> None:
         """Store the sizes and the rank of this process."""
+        self.progress = progress
         self.num_all, self.num_blocks = num_blocks, num_blocks - num_blocks % world_size
         self.lengths = lengths
         self.global_batch_size = global_batch_size
@@ -83,7 +86,11 @@ class StepSampler(Sampler[Draw]):
                     bunched = self._bunched(order[first : first + window], seed=int(key[0]) ^ first)  # (window,)
                 step_blocks = bunched[begin - first : end - first]
                 step_blocks = step_blocks[np.argsort(self.lengths[step_blocks], kind="stable")]
-            yield self.epoch, step_blocks[self.rank :: self.world_size]
+            mine = step_blocks[self.rank :: self.world_size]
+            if self.progress is None:
+                yield self.epoch, mine
+            else:
+                yield self.epoch, mine, self.progress(self.epoch, begin // size)
 
     def _bunched(self, blocks: Ids, *, seed: int) -> Ids:
         """Sort blocks (window,) by length, and shuffle bunches of them; a shorter bunch stays last."""
@@ -435,6 +442,7 @@ class DistillationDataModule(LightningDataModule):
             world_size=world_size,
             seed=self.seed,
             lengths=self.train_blocks.sizes if self.packing == "documents" else None,
+            progress=self._progress if isinstance(self.masking.mlm_probability, list) and self.trainer else None,
         )
         loader = MicroBatches(
             self.train_blocks,
@@ -447,6 +455,13 @@ class DistillationDataModule(LightningDataModule):
             given = self.trainer.limit_train_batches
             loader.limit = given if isinstance(given, int) else int(given * len(loader))
         return loader
+
+    def _progress(self, epoch: int, step: int) -> float:
+        """Return the share of the training that is done before a step, which workers may prepare early."""
+        assert self.train_loader is not None and self.trainer is not None
+        batches = min(len(self.train_loader), self.train_loader.limit)
+        module: Any = self.trainer.lightning_module
+        return float(module.progress_at(epoch * math.ceil(batches / self.train_loader.per_step) + step))
 
     def num_batches(self) -> int:
         """Return the number of micro-batches that the trainer takes of an epoch on this rank."""

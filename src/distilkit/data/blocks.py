@@ -16,7 +16,8 @@ from distilkit.errors import UserError
 from distilkit.language_model import Batch
 from distilkit.losses import IGNORE_INDEX
 
-Draw = tuple[int, Ids]  # an epoch and block indices: what a sampler passes to the dataset
+# What a sampler passes to the dataset: an epoch, block indices, and for a rate that changes the progress (0 to 1).
+Draw = tuple[int, Ids] | tuple[int, Ids, float]
 Packing = Literal["blocks", "documents"]
 
 _SCANNED = 2**24  # tokens of the stream that are searched for separators at a time
@@ -84,11 +85,11 @@ class Blocks(Dataset[Batch]):
 
     def __getitem__(self, draw: Draw) -> Batch:
         """Make the batch of these blocks in this epoch: tensors of (batch, block_size), or (batch, longest document)."""
-        epoch, blocks = draw
+        epoch, blocks, progress = draw if len(draw) == 3 else (*draw, 1.0)
         input_ids, lengths, documents = self.sequences(blocks)
         real = np.arange(input_ids.shape[1]) < lengths[:, None]  # (batch, length)
         if self.masker is not None:
-            model_ids, labels = self.masker(input_ids, epoch=epoch, samples=blocks, lengths=lengths)
+            model_ids, labels = self.masker(input_ids, epoch=epoch, samples=blocks, lengths=lengths, progress=progress)
         else:
             model_ids = input_ids
             labels = np.full_like(input_ids, IGNORE_INDEX)  # position t predicts token t + 1

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from distilkit.data.tokenizer import num_ids
 from distilkit.errors import UserError
 from distilkit.losses import IGNORE_INDEX
+from distilkit.schedule import Points, check_points, piecewise
 
 Ids = NDArray[np.int64]
 _Random = NDArray[np.uint64]
@@ -68,12 +69,13 @@ def continues_word(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.bool_]:
 class Masking:
     """Settings for choosing and replacing tokens (BERT, arXiv 1810.04805, section 3.1 and appendix A.1).
 
-    ``mlm_probability`` is the share of real tokens chosen as targets; their number is exact in each sample. Of the
-    targets, ``mask_share`` become the mask token, ``random_share`` a random word, and the rest stay unchanged.
-    ``smoothing`` weights tokens by count ** -smoothing (0: uniform; DistilBERT: 0.7). ``whole_word`` keeps words whole.
+    ``mlm_probability`` is the share of real tokens chosen as targets; their number is exact in each sample. It may be
+    points over the training, as [[0, 0.3], [1, 0.15]] (``schedule.piecewise``). Of the targets, ``mask_share`` become
+    the mask token, ``random_share`` a random word, and the rest stay unchanged. ``smoothing`` weights tokens by
+    count ** -smoothing (0: uniform; DistilBERT: 0.7). ``whole_word`` keeps words whole.
     """
 
-    mlm_probability: float
+    mlm_probability: Points
     mask_share: float
     random_share: float
     smoothing: float
@@ -81,8 +83,9 @@ class Masking:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if not 0 < self.mlm_probability < 1:
-            raise UserError(f"data.masking.mlm_probability={self.mlm_probability}, but it must be between 0 and 1")
+        key, limit = "data.masking.mlm_probability", "between 0 and 1"
+        rate = check_points(self.mlm_probability, key=key, limit=limit, holds=lambda each: 0 < each < 1)
+        object.__setattr__(self, "mlm_probability", rate)
         if min(self.mask_share, self.random_share) < 0 or self.mask_share + self.random_share > 1:
             raise UserError(
                 f"data.masking.mask_share={self.mask_share} and random_share={self.random_share}, but both must be at "
@@ -114,23 +117,26 @@ class Masker:
             self.inverse_weights = np.maximum(token_counts, 1).astype(np.float64) ** masking.smoothing
         self.continues = continues_word(tokenizer) if masking.whole_word else None
 
-    def __call__(self, input_ids: Ids, *, epoch: int, samples: Ids, lengths: Ids | None = None) -> tuple[Ids, Ids]:
+    def __call__(
+        self, input_ids: Ids, *, epoch: int, samples: Ids, lengths: Ids | None = None, progress: float = 1.0
+    ) -> tuple[Ids, Ids]:
         """Return masked ids and labels, both (batch, length). Labels are -100 except at targets.
 
         ``samples`` (batch,) are the sample indices that determine the masks. ``lengths`` (batch,) are the numbers of
-        real tokens; None means that there is no padding.
+        real tokens; None means that there is no padding. A rate that changes is that at ``progress``; 1 is the last.
         """
         batch, length = input_ids.shape
         real = np.full(batch, length) if lengths is None else lengths
         bits = random_bits(self.seed, epoch, samples, length)
-        chosen = np.flatnonzero(self._choose(input_ids, bits, real))  # (targets,), flat indices
+        rate = piecewise(self.masking.mlm_probability, progress)
+        chosen = np.flatnonzero(self._choose(input_ids, bits, real, rate))  # (targets,), flat indices
         originals = input_ids.reshape(-1)[chosen]
         output, labels = input_ids.copy(), np.full(input_ids.shape, IGNORE_INDEX, dtype=np.int64)
         output.reshape(-1)[chosen] = self._replacements(originals, mix(bits.reshape(-1)[chosen]))
         labels.reshape(-1)[chosen] = originals
         return output, labels
 
-    def _choose(self, input_ids: Ids, bits: _Random, real: Ids) -> NDArray[np.bool_]:
+    def _choose(self, input_ids: Ids, bits: _Random, real: Ids, rate: float) -> NDArray[np.bool_]:
         """Mark the targets, (batch, length). Special tokens and padding stay unmasked, because their keys are _LAST.
 
         1. Compute the budget of each sample from its real tokens, special tokens included, as BERT does.
@@ -141,7 +147,7 @@ class Masker:
         special = self.is_special.take(input_ids)  # (batch, length)
         if (real < length).any():
             special |= np.arange(length) >= real[:, None]  # padding counts as special
-        budget = np.maximum(1, np.round(self.masking.mlm_probability * real)).astype(np.int64)  # (batch,)
+        budget = np.maximum(1, np.round(rate * real)).astype(np.int64)  # (batch,)
         keys = self._keys(input_ids, bits)  # (batch, length)
         keys[special] = _LAST
         if self.continues is None:
