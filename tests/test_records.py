@@ -167,6 +167,11 @@ def test_runs_are_found_below_folders_and_named_by_their_sweep(outputs: Path) ->
     assert one["label"] == "no_ce"
 
 
+def test_an_override_may_refer_to_the_config_of_its_run(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "only", ["seed=1", "a=${output_dir}/x"])
+    assert run_label(folder, {"seed=1"}) == "a=${output_dir}/x"
+
+
 def test_a_run_by_itself_is_not_named_by_all_its_overrides(tmp_path: Path) -> None:
     folder = write_training(tmp_path, "now", [9.0, 4.0])
     (folder / ".hydra").mkdir(exist_ok=True)

@@ -14,14 +14,14 @@ SKIPPED = (
 
 
 class Clock(Callback):
-    """Write the seconds of all optimizer steps, and of one, to ``file``: without validation, checkpoints and compilation.
+    """Write the seconds of all optimizer steps, and of one, to clock.json: without validation, checkpoints, compilation.
 
     Core-seconds are the processor time of this process. Other work on the machine hardly changes them.
     """
 
-    def __init__(self, *, file: str) -> None:
+    def __init__(self) -> None:
         """Start from zero."""
-        self.file, self.here = Path(file), 0  # steps of this part of the run
+        self.here = 0  # steps of this part of the run
         self.steps, self.timed, self.core, self.wall = 0, 0, 0.0, 0.0
         self.since: tuple[float, float] | None = None  # None: the clock is stopped
 
@@ -51,9 +51,8 @@ class Clock(Callback):
         """Write the file; a run too short to be timed has no seconds."""
         step = {"core": self.core / self.timed, "wall": self.wall / self.timed} if self.timed else {}
         means = {f"{name}_seconds_per_step": value for name, value in step.items()}
-        write_json(
-            self.file, {"steps": self.steps, **means, **{f"{k}_seconds": v * self.steps for k, v in step.items()}}
-        )
+        means |= {f"{name}_seconds": value * self.steps for name, value in step.items()}
+        write_json(Path(trainer.default_root_dir) / "clock.json", {"steps": self.steps, **means})
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run adds to."""

@@ -27,6 +27,13 @@ def steps_of(points: Sequence[float], *, tokens_per_step: float, decay_share: fl
     return pairs
 
 
+def schedules(leaves: int, ends: int, *, warmup: int) -> tuple[list[str], list[str]]:
+    """Return the overrides of the schedule of a trunk, up to the step ``leaves``, and of its branch up to ``ends``."""
+    trunk = ["scheduler.name=constant_with_warmup", f"scheduler.warmup_share={warmup / leaves:.8f}"]
+    decay = [f"+scheduler.kwargs.num_decay_steps={ends - leaves}", "+scheduler.kwargs.decay_type=linear"]
+    return trunk, ["scheduler.name=warmup_stable_decay", f"scheduler.warmup_share={warmup / ends:.8f}", *decay]
+
+
 def measure_curve(experiment: Experiment) -> None:
     """Train trunk and branches of each row of the curve, and score the branches."""
     own = experiment.settings
@@ -48,15 +55,12 @@ def _measure(experiment: Experiment, name: str) -> None:
     per_step = trained["tokens_seen"] / trained["optimizer_steps"]
     points = sorted(own.curve)
     pairs = steps_of(points, tokens_per_step=per_step, decay_share=own.decay_share)
-    warmup, before = max(1, round(_WARMUP * pairs[0][1])), []
+    warmup = max(1, round(_WARMUP * pairs[0][1]))
+    before: list[str] = []
     for tokens, (leaves, ends) in zip(points, pairs, strict=True):
         folder, label = branch(experiment, name, tokens), f"curve/{name}-{tokens:.0f}"
         trunk = folder.with_name(f"{tokens:.0f}-trunk")
-        constant = ["scheduler.name=constant_with_warmup", f"scheduler.warmup_share={warmup / leaves:.8f}"]
-        decayed = [
-            *("scheduler.name=warmup_stable_decay", f"scheduler.warmup_share={warmup / ends:.8f}"),
-            *(f"+scheduler.kwargs.num_decay_steps={ends - leaves}", "+scheduler.kwargs.decay_type=linear"),
-        ]
+        constant, decayed = schedules(leaves, ends, warmup=warmup)
         shared, last = tuned(experiment, name), [f"ckpt_path={trunk / 'checkpoints' / 'last.ckpt'}"]
         run = experiment.runner.run
         run(experiment.training(f"{label}-trunk", trunk, [*shared, *constant, *before], steps=leaves))

@@ -69,7 +69,7 @@ def read_settings(arguments: Sequence[str]) -> DictConfig:
         settings = OmegaConf.merge(settings, OmegaConf.from_dotlist(list(arguments)))
         missing = OmegaConf.is_missing(settings, "teacher")
     except (OmegaConfBaseException, ValueError) as error:
-        raise UserError(f"{error}; the keys are {', '.join(map(str, settings))}") from error
+        raise UserError(f"{str(error).splitlines()[0]}; the keys are {', '.join(map(str, settings))}") from error
     if missing:
         raise UserError("teacher is not set: python -m benchmarks.quality teacher=<hub id or folder> 'text=[wiki.txt]'")
     if settings.clock not in ("wall", "cpu"):
@@ -156,10 +156,7 @@ class Experiment:
         every = 500 if steps is None else max(50, -(-steps // 8))
         limit = [] if steps is None else [f"trainer.max_steps={steps}"]
         quiet = ["validate_first=false", "callbacks.progress=null", "+trainer.enable_progress_bar=false"]
-        clock = [
-            "+callbacks.clock._target_=benchmarks.quality.clock.Clock",
-            "+callbacks.clock.file=${output_dir}/clock.json",
-        ]
+        clock = ["+callbacks.clock._target_=benchmarks.quality.clock.Clock"]
         return Command(
             name=name.replace("/", "-"),
             module="distilkit.train",

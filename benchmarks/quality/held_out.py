@@ -18,7 +18,6 @@ from distilkit.errors import UserError
 from distilkit.evaluate.models import described, weights_id
 from distilkit.language_model import lm_head, token_states
 from distilkit.metrics import measure
-from distilkit.module import DistillationModule
 from distilkit.objective import labelled_rows
 from distilkit.records import Result, Rows, write_results, write_rows
 from distilkit.train import build
@@ -38,10 +37,10 @@ class BlockSums(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *more: Any
     ) -> None:
         """Score the student once more, block by block."""
-        assert isinstance(pl_module, DistillationModule)
+        student: Any = pl_module.student
         rows, (blocks, length) = labelled_rows(batch), batch["input_ids"].shape
         targets = batch["labels"].flatten()[rows]
-        nll, said = losses.score(lm_head(pl_module.student, token_states(pl_module.student, batch)[rows]), targets)
+        nll, said = losses.score(lm_head(student, token_states(student, batch)[rows]), targets)
         block = (rows // length).cpu().numpy()
         for part, values in zip(self.parts.values(), (nll, said == targets, targets >= 0), strict=True):
             part.append(np.bincount(block, values.double().cpu().numpy(), minlength=blocks))

@@ -127,12 +127,12 @@ def verdict(records: Sequence[Record]) -> str:
 
 def missing(experiment: Experiment, records: Sequence[Record]) -> str | None:
     """Say what is not there yet."""
-    tasks, found = list(experiment.settings.tasks), []
-    seeds = len(experiment.settings.task_seeds)
+    own, found = experiment.settings, []
+    tasks, seeds = list(own.tasks), len(own.task_seeds)
     for record in records:
         lacks = [] if record["row"] == TEACHER or "hours" in record else ["training"]
         lacks += [] if record[NLL] is not None else ["held-out text"]
-        lacks += [task_label(task) for task in (COSINE, *tasks) if record[task] is None]
+        lacks += [task_label(task) for task in [COSINE] * own.similarity + tasks if record[task] is None]
         if tasks and record["mean"] is not None and (record["seeds"] or 0) < seeds:
             lacks += [f"{seeds - record['seeds']} of {seeds} seeds"]
         found += [f"{record['row']} ({', '.join(lacks)})"] if lacks else []
@@ -189,8 +189,13 @@ def tables(experiment: Experiment, records: Sequence[Record]) -> list[Table]:
         "tasks": [f"Percent; medians of {seeds} seeds. ±: half of a 95 % interval, over rows and seeds."],
         "differences": ["95 % intervals: nats for the cross-entropy, points for the tasks. Paired by blocks or rows."],
     }
-    built = [tabulate(name, titles[name], records, columns[name], *notes[name], cells=cells) for name in columns]
-    return [dataclasses.replace(table, text=(0,)) for table in built if table]
+    filled = {key for cell in cells for key, value in cell.items() if value is not None}
+    built = []
+    for name, every in columns.items():
+        shown = {key: column for key, column in every.items() if key in filled}
+        if len(shown) > 1 and (table := tabulate(name, titles[name], records, shown, *notes[name], cells=cells)):
+            built.append(table)
+    return built
 
 
 _DIFFERENCES = (("nll", "cross-entropy"), ("mean", "mean of tasks"), ("cosine", "cosine"))

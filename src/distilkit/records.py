@@ -240,7 +240,12 @@ def read_metrics(file: Path) -> dict[str, list[tuple[int, float]]]:
 
 def _overrides(folder: Path) -> list[str]:
     file = folder / ".hydra" / "overrides.yaml"
-    return [str(item) for item in OmegaConf.load(file)] if file.is_file() else []
+    if not file.is_file():
+        return []
+    given: Any = OmegaConf.to_container(
+        OmegaConf.load(file), resolve=False
+    )  # an override may hold ${...} of its config
+    return list(map(str, given))
 
 
 def run_label(folder: Path, common: set[str]) -> str:
