@@ -119,8 +119,9 @@ class DistillationModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Check the ranks' configs and the precision, and cast the teacher once instead of at each step."""
         precision, strategy = str(self.trainer.precision), self.trainer.strategy
-        # Each rank reads the metadata from the hub, where one may fail, and each node may have a cache of its own.
-        text = json.dumps({**self.record, "metadata": None}, sort_keys=True, default=str)
+        # Each rank reads the metadata from the hub, where one may fail, and each node may have a cache of its own. Ranks
+        # that rank 0 starts get the layers that it has chosen, without the measurement.
+        text = json.dumps({**self.record, "metadata": None, "layer_choice": None}, sort_keys=True, default=str)
         same = json.loads(text, object_hook=lambda node: {key: node[key] for key in node if key != "cache_dir"})
         mine = hashlib.sha256(json.dumps(same).encode()).hexdigest()
         if self.trainer.world_size > 1 and strategy.broadcast(mine) != mine:

@@ -5,8 +5,7 @@ all, this compares outputs that must be equal. It takes some ten forwards of 40 
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distilkit.errors import UserError
 from distilkit.language_model import last_hidden_state, lm_head, lm_of_model, max_positions, num_embeddings
+from distilkit.layers import without_layers
 from distilkit.teacher import Teacher
 
 _LENGTH, _TOLERANCE = 40, 1e-4  # tokens; share of the largest value
@@ -88,39 +88,6 @@ def _as_scored(model: PreTrainedModel) -> Iterator[None]:
             module.training = mode
 
 
-@contextmanager
-def _without_layers(model: PreTrainedModel, kept: Sequence[int]) -> Iterator[None]:
-    """Let all layers but ``kept`` return what they are given, so that the others keep their numbers and masks."""
-    depth = model.config.num_hidden_layers
-    lists = [
-        (name, module)
-        for name, module in model.base_model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth
-    ]
-    top = min((name.count(".") for name, _ in lists), default=0)
-    stacks = [module for name, module in lists if name.count(".") == top]
-    if len(kept) < depth and len(stacks) != 1:
-        raise _DifferenceError(f"{len(stacks)} stacks of {depth} layers were found in it")
-
-    def skip(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        given = args[0] if args else kwargs["hidden_states"]
-        if isinstance(output, dict):
-            return {**output, next(iter(output)): given}
-        return type(output)([given, *output[1:]]) if isinstance(output, tuple | list) else given
-
-    hooks = [
-        layer.register_forward_hook(skip, with_kwargs=True)
-        for stack in stacks
-        for index, layer in enumerate(stack)
-        if index not in kept
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def _check_cut(student: PreTrainedModel, teacher: Teacher, layers: Sequence[int], ids: Tensor) -> None:
     def logits(model: PreTrainedModel) -> Tensor:
         return nn.functional.linear(*lm_head(model, last_hidden_state(model, ids)[0]))
@@ -130,7 +97,8 @@ def _check_cut(student: PreTrainedModel, teacher: Teacher, layers: Sequence[int]
         "is not the teacher without its other layers",
         cure="choose another teacher, or set student=new with a shape of your own",
     ):
-        with _without_layers(teacher.model, layers):
+        whole = len(layers) == teacher.model.config.num_hidden_layers
+        with nullcontext() if whole else without_layers(teacher.model, layers):
             expected = logits(teacher.model)
         _compare(logits(student), expected)
 

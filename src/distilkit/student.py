@@ -8,7 +8,7 @@ import copy
 import json
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -26,10 +26,13 @@ from transformers.configuration_utils import PretrainedConfig
 
 from distilkit.data.tokenizer import load_tokenizer, num_ids
 from distilkit.errors import UserError
-from distilkit.language_model import build_from_config, check_split, load_language_model, num_embeddings
+from distilkit.language_model import Batch, build_from_config, check_split, load_language_model, num_embeddings
+from distilkit.layers import METHODS, Choice, Method, measure
 from distilkit.teacher import Teacher
 
-Layers = Literal["half", "third"] | Sequence[int]
+Layers = Literal["half", "third", "first", "last"] | Method | Sequence[int]
+Draw = Callable[[int], Sequence[Batch]]  # DistillationDataModule.draw
+_NAMES = ("half", "third", "first", "last", *METHODS)
 _SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
 _SCALE_BY_INDEX = "scale_attn_by_inverse_layer_idx"
 _LAYER_INDEX = re.compile(r"\.(\d+)\.")
@@ -73,16 +76,41 @@ def choose_layers(num_teacher_layers: int, num_student_layers: int) -> list[int]
     return [round(i * step) for i in range(num_student_layers)]
 
 
-def _resolve_layers(layers: Layers, *, num_teacher_layers: int, name: str) -> list[int]:
-    """Convert ``half``, ``third`` or an explicit list to valid layer indices."""
-    if isinstance(layers, str):
-        if layers not in ("half", "third"):
-            raise UserError(f"student.layers is {layers!r}; it takes half, third or a list such as [0,2,4]")
-        return choose_layers(num_teacher_layers, max(1, num_teacher_layers // {"half": 2, "third": 3}[layers]))
-    if not isinstance(layers, Sequence):
-        raise UserError(f"student.layers is {layers!r}; it takes half, third or a list such as [0,2,4]")
-    chosen: list[Any] = list(layers)
-    last = num_teacher_layers - 1
+def _depth_of(teacher: Teacher | None, tokenizer: PreTrainedTokenizerBase) -> int:
+    if teacher is None:
+        raise UserError("a student cannot be cut from teacher=none; set student=new, or choose a teacher")
+    check_vocabulary(teacher.model, tokenizer, name=teacher.name)
+    depth: int | None = getattr(teacher.model.config, "num_hidden_layers", None)
+    if depth is None:
+        found = f"the config of {teacher.name} ({teacher.model.config.model_type}) has no num_hidden_layers"
+        raise UserError(f"{found}; choose a teacher whose config has it, as a model of text alone")
+    return depth
+
+
+def _resolve_layers(layers: Layers, *, num_layers: int | None, depth: int, name: str) -> list[int]:
+    """Convert a name or an explicit list to valid layer indices; a measured name gives layers at equal distances."""
+    if isinstance(layers, str) and layers in _NAMES:
+        count = max(1, depth // (3 if layers == "third" else 2))
+    elif isinstance(layers, str) or not isinstance(layers, Sequence):
+        raise UserError(f"student.layers is {layers!r}; it takes {', '.join(_NAMES)} or a list such as [0,2,4]")
+    else:
+        count = len(_checked_list(layers, last=depth - 1, name=name))
+    if num_layers is not None and (type(num_layers) is not int or not 1 <= num_layers <= depth):
+        raise UserError(f"student.num_layers={num_layers}, but it must be from 1 to {depth}, the layers of {name}")
+    if num_layers not in (None, count) and (layers in ("half", "third") or not isinstance(layers, str)):
+        found = f"student.num_layers={num_layers}, but student.layers={layers} keeps {count}"
+        raise UserError(
+            f"{found}; leave student.num_layers out, or set student.layers=first, last, greedy or influence"
+        )
+    if not isinstance(layers, str):
+        return list(layers)
+    count = num_layers or count
+    named = {"first": list(range(count)), "last": list(range(depth - count, depth))}
+    return named.get(layers) or choose_layers(depth, count)
+
+
+def _checked_list(layers: Sequence[Any], *, last: int, name: str) -> list[int]:
+    chosen = list(layers)
     if not chosen:
         raise UserError(f"student.layers is empty, but a student keeps at least one of layers 0 to {last} of {name}")
     for layer in chosen:
@@ -93,6 +121,43 @@ def _resolve_layers(layers: Layers, *, num_teacher_layers: int, name: str) -> li
         found = f"student.layers={chosen} repeats a layer or is not increasing"
         raise UserError(f"{found}; give each layer once, in the teacher's order")
     return chosen
+
+
+def measure_layers(
+    *,
+    teacher: Teacher | None,
+    tokenizer: PreTrainedTokenizerBase,
+    layers: Method,
+    num_layers: int | None,
+    num_blocks: int,
+    draw: Draw | None,
+    init: str = "teacher",
+) -> Choice:
+    """Choose a student's layers by measuring the teacher on ``draw(num_blocks)``, batches of its training text.
+
+    ``greedy`` drops one at a time the layer whose absence raises the loss least, and is never worse there than layers
+    at equal distances. ``influence`` keeps the layers that change their input most. Layers that ``cut_student`` refuses
+    are no choice. ``num_layers=None`` is half of the teacher's. A student of fresh weights has nothing to choose.
+    """
+    depth = _depth_of(teacher, tokenizer)
+    assert teacher is not None
+    even = _resolve_layers(layers, num_layers=num_layers, depth=depth, name=teacher.name)
+    if type(num_blocks) is not int or num_blocks < 1:
+        raise UserError(f"student.num_blocks={num_blocks}, but it must be a whole number of at least 1")
+    if init == "random":
+        found = f"student.init=random copies no layer, so that student.layers={layers} has nothing to choose"
+        raise UserError(f"{found}; set student.layers=half")
+    if layers == "greedy" and not teacher.has_head:
+        found = f"student.layers=greedy reads the loss of {teacher.name}, which has no trained language-model head"
+        raise UserError(f"{found}; set student.layers=influence, or choose a teacher with its head")
+    if draw is None:
+        found = f"student.layers={layers} measures the teacher on blocks of text, and none are given"
+        raise UserError(f"{found}; call cut_student with draw=DistillationDataModule(...).draw, or distilkit.distill")
+
+    def check(kept: list[int]) -> None:
+        cut_student(teacher=teacher, tokenizer=tokenizer, layers=kept, bert_class="same")
+
+    return measure(teacher.model, draw(num_blocks), method=layers, even=even, check=check)
 
 
 def keep_layers(state: Mapping[str, Tensor], layers: Sequence[int]) -> dict[str, Tensor]:
@@ -265,27 +330,29 @@ def cut_student(
     teacher: Teacher | None,
     tokenizer: PreTrainedTokenizerBase,
     layers: Layers,
+    num_layers: int | None = None,
+    num_blocks: int = 256,
+    draw: Draw | None = None,
     init: Literal["teacher", "random"] = "teacher",
     bert_class: Literal["distilbert", "same"] = "distilbert",
     train_position_embeddings: bool = True,
 ) -> PreTrainedModel:
     """Build a student with the teacher's width from some of its layers, in train mode.
 
-    A BERT teacher gives a DistilBERT unless ``bert_class`` is ``same``; every other teacher keeps its class.
+    ``layers`` is a list, or a name: ``half`` and ``third`` are spread from the first to the last layer, ``first`` and
+    ``last`` are ``num_layers`` of them, or half, and ``greedy`` and ``influence`` are those of ``measure_layers``. A
+    BERT teacher gives a DistilBERT unless ``bert_class`` is ``same``; every other teacher keeps its class.
     ``init=random`` gives the same shape with fresh weights (the ablation of DistilBERT, table 4). Layers that the
     teacher does not have, and a tokenizer with more ids than the teacher, raise a ``UserError``.
     """
-    if teacher is None:
-        raise UserError("a student cannot be cut from teacher=none; set student=new, or choose a teacher")
+    depth = _depth_of(teacher, tokenizer)
+    assert teacher is not None
     if bert_class not in ("distilbert", "same"):
         raise UserError(f"student.bert_class is {bert_class!r}; it takes distilbert or same")
-    source = teacher.model
-    check_vocabulary(source, tokenizer, name=teacher.name)
-    depth = getattr(source.config, "num_hidden_layers", None)
-    if depth is None:
-        found = f"the config of {teacher.name} ({source.config.model_type}) has no num_hidden_layers"
-        raise UserError(f"{found}; choose a teacher whose config has it, as a model of text alone")
-    chosen = _resolve_layers(layers, num_teacher_layers=depth, name=teacher.name)
+    chosen, source = _resolve_layers(layers, num_layers=num_layers, depth=depth, name=teacher.name), teacher.model
+    if isinstance(layers, str) and layers in METHODS:
+        given: Any = {"num_layers": num_layers, "num_blocks": num_blocks, "draw": draw, "init": init}
+        chosen = measure_layers(teacher=teacher, tokenizer=tokenizer, layers=layers, **given).layers
     config = _cut_config(source.config, chosen, name=teacher.name)
     to_distilbert = config.model_type == "bert" and teacher.lm == "mlm" and bert_class == "distilbert"
     try:

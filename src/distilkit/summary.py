@@ -88,7 +88,13 @@ def card_metadata(own: DictConfig, *, teacher: Mapping[str, Any], datasets: list
 
 
 def describe(
-    cfg: DictConfig, *, objective: Objective, teacher: Teacher | None, student: PreTrainedModel, corpus: Corpus
+    cfg: DictConfig,
+    *,
+    objective: Objective,
+    teacher: Teacher | None,
+    student: PreTrainedModel,
+    corpus: Corpus,
+    choice: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return what the model card and summary.json report about a training, as JSON."""
     # Each rank of torchrun or srun has its own folder, but all ranks must have the same config.
@@ -110,6 +116,7 @@ def describe(
         "objective": terms,
         "architecture": type(student).__name__,
         "layers": student.config.distilkit_layers,
+        "layer_choice": choice,
         "data": cfg.data.description,
         "packing": cfg.data.packing,
         "block_size": cfg.data.block_size,
@@ -132,6 +139,8 @@ def finish(trainer: Trainer, module: DistillationModule, *, out: Path) -> None:
     throughput = next((callback for callback in callbacks if isinstance(callback, Throughput)), None)
     forms = next((callback.found for callback in callbacks if isinstance(callback, CompareForms)), None)
     record = {name: value for name, value in module.record.items() if name != "config"}
+    if choice := record["layer_choice"]:
+        record["layer_choice"] = {name: value for name, value in choice.items() if name != "table"}
     write_json(
         out / "summary.json",
         {

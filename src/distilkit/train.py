@@ -2,7 +2,7 @@
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Trainer, seed_everything
 from pytorch_lightning.loggers import CSVLogger, WandbLogger
 from pytorch_lightning.strategies import FSDPStrategy
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distilkit.callbacks import ValidateEvery
 from distilkit.cli import (
@@ -37,8 +37,11 @@ from distilkit.language_model import (
     lm_of_model,
     num_parameters,
 )
+from distilkit.layers import METHODS
 from distilkit.module import DistillationModule
 from distilkit.probe import probe
+from distilkit.records import write_json
+from distilkit.student import measure_layers
 from distilkit.summary import describe, finish, print_result
 from distilkit.teacher import Teacher
 
@@ -73,9 +76,10 @@ def build(cfg: DictConfig) -> Job:
     objective = instantiate(cfg.objective)
     tokenizer = instantiate(cfg.tokenizer)
     teacher = instantiate(cfg.teacher, needs_head=objective.reads_teacher_logits)
+    trainer = _build_trainer(cfg)
+    choice = _measured_layers(cfg, teacher=teacher, tokenizer=tokenizer, trainer=trainer, checkpoint=checkpoint)
     student = instantiate(cfg.student)(teacher=teacher, tokenizer=tokenizer)
-    apart = cfg.data.packing == "blocks" and not cfg.data.attend_across_documents
-    probe(student=student, teacher=teacher, tokenizer=tokenizer, apart=apart, max_length=cfg.data.block_size)
+    _check_models(cfg, teacher=teacher, student=student, tokenizer=tokenizer)
     _apply_options(cfg, teacher=teacher, student=student)
     lm = teacher.lm if teacher else lm_of_model(student)
     data = instantiate(cfg.data, tokenizer=tokenizer, lm=lm)
@@ -91,9 +95,8 @@ def build(cfg: DictConfig) -> Job:
         warmup_share=scheduler["warmup_share"],
         scheduler_kwargs=scheduler["kwargs"],
         seed=cfg.seed,
-        record=describe(cfg, objective=objective, teacher=teacher, student=student, corpus=data.corpus),
+        record=describe(cfg, objective=objective, teacher=teacher, student=student, corpus=data.corpus, choice=choice),
     )
-    trainer = _build_trainer(cfg)
     module.check_precision(trainer)
     return Job(cfg=cfg, out=out, checkpoint=checkpoint, module=module, data=data, trainer=trainer)
 
@@ -151,11 +154,62 @@ def _check_config(cfg: DictConfig) -> None:
     check_names(cfg.card or (), ("license", "language"), path="card")
 
 
-def _apply_options(cfg: DictConfig, *, teacher: Teacher | None, student: PreTrainedModel) -> None:
-    """Check that the blocks fit both models, then compile them and checkpoint activations as the config says."""
+def _measured_layers(
+    cfg: DictConfig,
+    *,
+    teacher: Teacher | None,
+    tokenizer: PreTrainedTokenizerBase,
+    trainer: Trainer,
+    checkpoint: Path | None,
+) -> dict[str, Any] | None:
+    """Measure which layers the student keeps, or read it from the checkpoint; None where nothing is to be measured.
+
+    The config then names these layers, so that ranks that this process starts do not measure again.
+    """
+    if (method := cfg.student.get("layers")) not in METHODS:
+        return None
+    if checkpoint is not None:
+        record = read_checkpoint(checkpoint)["distilkit"]["record"]
+        choice = record.get("layer_choice") or {"method": None}
+        if choice["method"] != method or cfg.student.num_layers not in (None, len(record["layers"])):
+            found = f"student.layers={method}, but the student of {checkpoint} has layers {record['layers']}"
+            raise UserError(f"{found}, chosen in another way; resume with the same settings")
+    else:
+        # What is refused is refused before hours of measuring.
+        trial = instantiate(cfg.student)(teacher=teacher, tokenizer=tokenizer, layers="first")
+        _check_models(cfg, teacher=teacher, student=trial, tokenizer=tokenizer)
+        assert teacher is not None
+        data = instantiate(cfg.data, tokenizer=tokenizer, lm=teacher.lm)
+        strategy = trainer.strategy
+        forks = getattr(strategy.launcher, "is_interactive_compatible", False)  # which CUDA does not survive
+        device = torch.device("cpu") if forks else strategy.root_device
+        keys: Any = {key: cfg.student[key] for key in ("layers", "num_layers", "num_blocks", "init")}
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=str(trainer.precision).startswith("bf16")):
+            measured = measure_layers(
+                teacher=teacher,
+                tokenizer=tokenizer,
+                draw=lambda count: [strategy.batch_to_device(batch, device) for batch in data.draw(count)],
+                **keys,
+            )
+        choice = asdict(measured)
+    cfg.student.layers = choice["layers"]
+    return choice
+
+
+def _check_models(
+    cfg: DictConfig, *, teacher: Teacher | None, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Check that training may assume of both models what it does, and that the blocks fit them."""
+    apart = cfg.data.packing == "blocks" and not cfg.data.attend_across_documents
+    probe(student=student, teacher=teacher, tokenizer=tokenizer, apart=apart, max_length=cfg.data.block_size)
     for model, name in [(student, "the student"), *([(teacher.model, teacher.name)] if teacher else [])]:
         check_positions(model, cfg.data.block_size, key="data.block_size", name=name)
-        if cfg.compile:
+
+
+def _apply_options(cfg: DictConfig, *, teacher: Teacher | None, student: PreTrainedModel) -> None:
+    """Compile both models and checkpoint activations as the config says."""
+    if cfg.compile:
+        for model in (student, *([teacher.model] if teacher else [])):
             compile_backbone(model)
     if cfg.activation_checkpointing:
         checkpoint_activations(student)
@@ -193,6 +247,8 @@ def _record_config(job: Job) -> None:
     if job.trainer.is_global_zero:
         job.out.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(job.cfg, job.out / "config.yaml", resolve=True)
+        if record["layer_choice"]:
+            write_json(job.out / "layer_choice.json", record["layer_choice"])
         of = "" if module.teacher is None else f" of {num_parameters(module.teacher):,}"
         kept = f", layers {record['layers']}" if record["layers"] else ""
         log.info("student: %s parameters%s%s; run in %s", f"{num_parameters(module.student):,}", of, kept, job.out)

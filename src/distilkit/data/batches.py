@@ -420,6 +420,22 @@ class DistillationDataModule(LightningDataModule):
                 cure += ", or data.corpus.document=line if each line is a document"
             raise UserError(f"data.val_share={self.val_share} held out no document; {cure}")
 
+    def draw(self, num_blocks: int) -> list[Batch]:
+        """Draw training blocks, or all if there are fewer, as micro-batches: a function of the seed and of ``num_blocks``.
+
+        Their masks are those of an epoch that training never reaches.
+        """
+        if self.cache is None:
+            self.setup()
+        assert self.train_blocks is not None
+        drawn = np.random.default_rng(self.seed % 2**64).permutation(len(self.train_blocks))[:num_blocks]
+        drawn = (
+            drawn[np.argsort(self.train_blocks.sizes[drawn], kind="stable")] if self.packing == "documents" else drawn
+        )
+        begins = range(0, len(drawn), self.micro_batch_size)
+        draws = [(VALIDATION_EPOCH, drawn[begin : begin + self.micro_batch_size]) for begin in begins]
+        return [_whole_step(self.train_blocks[draw]) for draw in draws]
+
     def decoded_sample(self) -> str:
         """Decode the first training block with its masks, for inspection."""
         assert self.train_blocks is not None
