@@ -83,6 +83,26 @@ def test_a_causal_student_generates_and_one_without_a_teacher_has_no_base_model(
     assert "| layers kept | none: random init |" in made.text
 
 
+def test_a_card_shows_how_the_layers_were_chosen() -> None:
+    steps: list[dict[str, Any]] = [
+        {"step": 0, "dropped": None, "loss": 2.0},
+        {"step": 1, "dropped": 3, "loss": 2.25, "candidates": {3: 2.25, 0: 3.0}},
+        {"step": "even", "layers": [0, 2, 4], "loss": 2.125, "taken": True},
+    ]
+    greedy = {"method": "greedy", "layers": [0, 2, 4], "num_blocks": 256, "evaluations": 57, "table": steps}
+    shown = "the teacher 2.0000, without 3 2.2500, layers [0, 2, 4] 2.1250 (taken)"
+    text = card({"layer_choice": greedy}).text
+    assert (
+        f"| layers kept | [0, 2, 4] |\n| chosen by | greedy, 256 blocks of the training text: {shown} |\n| obj" in text
+    )
+    rows = [{"layer": 0, "influence": 0.5, "kept": True}, {"layer": 1, "influence": 0.125, "kept": False}]
+    text = card({"layer_choice": {**greedy, "method": "influence", "table": rows}}).text
+    assert (
+        "| chosen by | influence, 256 blocks of the training text: layer 0 0.5000, layer 1 0.1250 (dropped) |" in text
+    )
+    assert "chosen by" not in card({"layer_choice": None}).text and "chosen by" not in card().text
+
+
 def test_the_mask_token_of_the_example_is_the_tokenizers() -> None:
     assert "The capital of France is <mask>." in card(mask_token="<mask>").text
 

@@ -262,7 +262,7 @@ def test_a_class_that_cannot_be_built_with_these_layers_is_an_error(tokenizer: P
 
 @pytest.mark.parametrize("layers", [5, None, {"0": 1}])
 def test_layers_that_are_no_list_are_an_error(layers: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(UserError, match="student.layers is .*; it takes half, third or a list"):
+    with pytest.raises(UserError, match="student.layers is .*; it takes half, third, first, .* or a list"):
         cut_student(teacher=build_teacher("bert"), tokenizer=tokenizer, layers=layers)
 
 
@@ -388,7 +388,7 @@ def test_the_position_table_can_be_frozen(model_type: str, tokenizer: PreTrained
         ([3, 1], r"student.layers=\[3, 1\] repeats a layer or is not increasing"),
         ([], r"student.layers is empty, but a student keeps at least one of layers 0 to 5 of tiny-bert"),
         (["a"], r"student keeps layer a, but tiny-bert has layers 0 to 5"),
-        ("quarter", r"student.layers is 'quarter'; it takes half, third or a list"),
+        ("quarter", r"student.layers is 'quarter'; it takes half, third, first, last, greedy, influence or a list"),
     ],
 )
 def test_wrong_layers_are_an_error(layers: Any, message: str, tokenizer: PreTrainedTokenizerBase) -> None:

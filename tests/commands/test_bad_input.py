@@ -86,7 +86,7 @@ def test_the_settings_that_the_cases_spoil_are_good(settings: tuple[str, ...], t
         ("objective=distillbert", ["Could not find 'objective/distillbert'", "\tdistilbert\n"]),
         ("nonsense=1", ["Key 'nonsense' is not in struct"]),
         ("+objective.temprature=1", ["objective.temprature is unknown", "alpha_ce", "temperature, soft_targets"]),
-        ("+student.layer=half", ["student.layer is unknown", "layers, init, bert_class"]),
+        ("+student.layer=half", ["student.layer is unknown", "layers, num_layers"]),
         ("+optimizer.learning_rate=1", ["optimizer.learning_rate is unknown", "lr, betas"]),
         ("+scheduler.warmup=0.1", ["scheduler.warmup is unknown; scheduler takes name, warmup_share, kwargs"]),
         ("+scheduler.kwargs.power=2", ["scheduler.kwargs.power is unknown to scheduler.name=linear", "no arguments"]),
@@ -127,7 +127,22 @@ def test_an_added_key_that_another_reads_is_taken(settings: tuple[str, ...], tmp
         (["student.layers=[1,1]"], ["student.layers=[1, 1] repeats a layer", "each layer once"]),
         (["student.layers=[3,1]"], ["student.layers=[3, 1]", "not increasing", "in the teacher's order"]),
         (["student.layers=[]"], ["student.layers is empty", "at least one of layers 0 to 5"]),
-        (["student.layers=quarter"], ["student.layers is 'quarter'", "half, third or a list"]),
+        (
+            ["student.layers=quarter"],
+            ["student.layers is 'quarter'", "half, third, first, last, greedy, influence or a list"],
+        ),
+        (["student.layers=greedy", "student.num_blocks=0"], ["student.num_blocks=0", "at least 1"]),
+        (
+            ["student.layers=greedy", "student.init=random"],
+            ["student.init=random copies no", "set student.layers=half"],
+        ),
+        (["student.layers=last", "student.num_layers=7"], ["student.num_layers=7", "from 1 to 6"]),
+        (["student.layers=influence", "student.num_layers=half"], ["student.num_layers=half", "from 1 to 6"]),
+        (
+            ["student.num_layers=4"],
+            ["student.num_layers=4, but student.layers=half keeps 3", "leave student.num_layers"],
+        ),
+        (["student.layers=greedy", "data.block_size=65"], ["data.block_size=65", "has 64 positions"]),
         (["data.block_size=65"], ["data.block_size=65", "has 64 positions", "set data.block_size=64 or less"]),
         (["data.global_batch_size=0"], ["data.global_batch_size=0", "at least 1"]),
         (

@@ -152,6 +152,7 @@ def test_the_summary_has_every_field_and_counts_right(run: Run, save_teacher: Ca
         "objective",
         "architecture",
         "layers",
+        "layer_choice",
         "data",
         "packing",
         "block_size",

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from distilkit.data.batches import DistillationDataModule, MicroBatches, StepSampler, split_step
 from distilkit.data.text_files import TextFiles
 from distilkit.errors import UserError
-from distilkit.language_model import Batch
+from distilkit.language_model import LM, Batch
 from distilkit.losses import IGNORE_INDEX
 from streams import CLS, MASKING, PAD, SEP, MakeBlocks, causal_or_not, originals, stream_of
 from tiny import SPECIAL, WORDS, make_documents
@@ -423,6 +423,49 @@ def ready(module: DistillationDataModule) -> DistillationDataModule:
     module.prepare_data()
     module.setup()
     return module
+
+
+@pytest.mark.parametrize("packing", ["blocks", "documents"])
+@pytest.mark.parametrize("lm", ["mlm", "clm"])
+def test_blocks_are_drawn_from_the_training_split_by_the_seed_alone(
+    make_module: MakeModule, lm: LM, packing: str
+) -> None:
+    def drawn_rows(count: int, **fields: Any) -> list[tuple[list[int], list[int]]]:
+        batches = make_module(lm=lm, packing=packing, **fields).draw(count)
+        assert all(len(batch["input_ids"]) == 4 for batch in batches[:-1])
+        return [
+            (ids[real].tolist(), labels[real].tolist())
+            for batch in batches
+            for ids, labels, real in zip(
+                batch["input_ids"],
+                batch["labels"],
+                batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool(),
+                strict=True,
+            )
+        ]
+
+    rows = drawn_rows(10)
+    assert len(rows) == 10
+    assert rows == drawn_rows(10) == drawn_rows(10, num_workers=1, max_val_blocks=3)
+    assert rows != drawn_rows(10, seed=1)
+    few = drawn_rows(6)
+    assert all(row in rows for row in few)  # more blocks contain the fewer
+    module = ready(make_module(lm=lm, packing=packing))
+    assert module.train_blocks is not None
+    every, _, _ = module.train_blocks.sequences(np.arange(len(module.train_blocks)))
+    whole = sorted(str([token for token in row if token != PAD]) for row in every.tolist())
+    restored = [
+        str([ids if label == IGNORE_INDEX or lm == "clm" else label for ids, label in zip(*row, strict=True)])
+        for row in drawn_rows(10**6)
+    ]
+    assert sorted(restored) == whole  # all of the training split, each once, and nothing held out
+    hits = sum(label != IGNORE_INDEX for _, labels in rows for label in labels)
+    assert hits > 10
+
+
+def test_a_corpus_that_is_too_small_is_refused_at_the_draw(make_module: MakeModule) -> None:
+    with pytest.raises(UserError, match="fewer than one batch of data.global_batch_size=5000"):
+        make_module(global_batch_size=5000).draw(4)
 
 
 def test_both_splits_together_hold_the_corpus(make_module: MakeModule) -> None:
