@@ -186,16 +186,17 @@ def drop_greedily(
 
     Such a search may end worse than at ``even``, the layers at equal distances. Then it returns those.
     """
-    kept, table = list(range(depth)), [{"step": 0, "dropped": None, "loss": loss_of(list(range(depth)))}]
+    kept = list(range(depth))
+    table: list[dict[str, Any]] = [{"step": 0, "dropped": None, "loss": loss_of(kept)}]
     while len(kept) > len(even):
         candidates = losses_without(kept)
         dropped = _drop(kept, candidates, check)
         table.append({"step": len(table), "dropped": dropped, "loss": candidates[dropped], "candidates": candidates})
         log.info("layer %d dropped, %d left: %.4f nats per labelled token", dropped, len(kept), candidates[dropped])
     if kept != even and not _refusal(check, even):
-        row: dict[str, Any] = {"step": "even", "layers": even, "loss": loss_of(even)}
-        row["taken"] = row["loss"] < table[-1]["loss"]
-        kept, table = even if row["taken"] else kept, [*table, row]
+        loss, found = loss_of(even), table[-1]["loss"]
+        table.append({"step": "even", "layers": even, "loss": loss, "taken": loss < found})
+        kept = even if loss < found else kept
     return kept, table
 
 
