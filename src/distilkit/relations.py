@@ -22,6 +22,7 @@ from distilkit.language_model import Batch, num_embeddings, token_states
 _CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 2**28}  # of one float32 matrix of relations; some ten live at a time
 _NAMES = (("query", "key", "value"), ("q", "k", "v"))  # of three projections, as parts of longer names
 _NUMBERED = re.compile(r"(?P<stack>(?:[^.\d][^.]*\.)+)(?P<layer>\d+)")  # a path up to its first integer
+_DRAWS = 16  # in a single draw, an output may happen to change little
 _ATTRIBUTE = "_distilkit_relations"
 
 
@@ -89,7 +90,7 @@ def read(model: PreTrainedModel, batch: Batch, *, layer: int, whole: bool) -> tu
 def _can_stop(model: PreTrainedModel) -> bool:
     sharded = any("_fsdp" in name for name, _ in model.named_modules())
     compiled = model.base_model._compiled_call_impl is not None and not torch.compiler.is_dynamo_compiling()
-    return not (sharded or compiled or model.is_gradient_checkpointing)
+    return not (sharded or compiled or model.is_activation_checkpointing)
 
 
 def _probe_batch(model: PreTrainedModel, *shape: int) -> Batch:
@@ -151,7 +152,7 @@ def _fused(model: PreTrainedModel, block: nn.Module) -> list[_Part] | None:
         alone, pair = (_sensitivity(model, block, module, length=length) for length in (1, 2))
         if alone is None or pair is None:
             continue
-        values, seen, own = (each > 1e-4 * pair.max() for each in (alone[0], pair[0], pair[1]))
+        values, seen, own = (each > 1e-5 * pair.max() for each in (alone[0], pair[0], pair[1]))
         kinds = own & ~seen & ~values, seen & ~values, seen & values
         sizes = [int(kind.sum()) for kind in kinds]
         if sizes[1] == sizes[2] > 0 and sizes[0] and sizes[0] % sizes[1] == 0 and sum(sizes) == len(values):
@@ -176,21 +177,18 @@ def _sensitivity(model: PreTrainedModel, block: nn.Module, module: nn.Module, *,
     training = model.training
     try:
         with torch.compiler.set_stance("force_eager"):
-            token_states(model.eval(), _probe_batch(model, 1, length))
+            token_states(model.eval(), _probe_batch(model, _DRAWS, length))
     except (_StopForward, AttributeError):  # a projection whose output is no tensor
         pass
     finally:
         model.train(training)
         for handle in handles:
             handle.remove()
-    if len(made) != 1 or not ends or made[0].shape[:2] != (1, length) or not ends[0].requires_grad:
+    if len(made) != 1 or made[0].shape[:2] != (_DRAWS, length) or not ends or not ends[0].requires_grad:
         return None
-    last, total = ends[0][0, -1], torch.zeros_like(made[0][0])
-    for _ in range(8):  # a single direction may happen to be blind to a column
-        direction = torch.randn(last.shape, generator=generator).to(last)
-        (gradient,) = torch.autograd.grad(last, made[0], direction, retain_graph=True)
-        total += gradient[0].abs()
-    return total
+    last = ends[0][:, -1]  # (draws, width)
+    (gradient,) = torch.autograd.grad(last, made, torch.randn(last.shape, generator=generator).to(last))
+    return cast(Tensor, gradient).abs().sum(dim=0)
 
 
 def widths(model: PreTrainedModel, layer: int) -> tuple[int, int, int]:
