@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from distilkit import relations
 from distilkit.attention import use_attention
 from distilkit.errors import UserError
 from distilkit.language_model import Batch, checkpoint_activations, lm_of_model
-from distilkit.relations import QKV, relation_loss
+from distilkit.projections import QKV, projections_of
+from distilkit.relations import relation_loss
 from families import FAMILIES, build_family
 from test_objective import objective, padded_batch, weighted_terms
 from tiny import build_model, full_batch
@@ -139,7 +139,7 @@ def test_the_term_and_its_gradient_are_those_of_a_plain_loop_over_the_layers_wei
     batch = padded_batch()
     chosen = objective(alpha_rel=2.0, relation_heads=4, teacher_layer=2, student_layer=1)
     loss, terms = weighted_terms(chosen, student, teacher, batch, lm)
-    wanted = [each for each in student.parameters() if each not in relations.unread(student, 1)]
+    wanted = [each for each in student.parameters() if each not in projections_of(student, 1).unread]
     gradients = torch.autograd.grad(2 * loss, wanted)
 
     # Other models of the same weights, because distilkit's attention has replaced transformers' in the first ones.
@@ -190,14 +190,14 @@ def test_parts_of_a_fused_projection_are_what_attention_gets(name: str, monkeypa
         got.append(args[:3] or tuple(kwargs[part] for part in ("query", "key", "value")))
         return attention(*args, **kwargs)
 
-    relations.widths(model, 2)
+    projections_of(model, 2)
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
     batch: Batch = {
         "input_ids": torch.tensor([[7], [9]]),
         "labels": torch.tensor([[7], [9]]),
     }  # no rotation at position 0
     with torch.no_grad():
-        _, found = relations.read(model, batch, layer=2, whole=True)
+        _, found = projections_of(model, 2).read(batch, whole=True)
     for recorded, attended in zip(found, got[2], strict=True):  # (batch, heads, 1, width / heads) each
         repeats = attended[0].numel() // recorded[0].numel()
         torch.testing.assert_close(recorded, attended[:, ::repeats].transpose(1, 2).flatten(2))
@@ -211,9 +211,9 @@ def test_parts_of_a_fused_projection_are_those_of_the_models_code(name: str) -> 
         for path, each in model.named_modules()
         if ".2." in path and path.endswith(("query_key_value", "in_proj", "qkv_proj", "Wqkv", "c_attn"))
     )
-    _, found = relations.read(model, full_batch(lm="clm", blocks=2, length=5), layer=2, whole=False)
+    _, found = projections_of(model, 2).read(full_batch(lm="clm", blocks=2, length=5), whole=False)
     projection.register_forward_hook(lambda *args: outputs.append(args[2]))
-    relations.read(model, full_batch(lm="clm", blocks=2, length=5), layer=2, whole=True)
+    projections_of(model, 2).read(full_batch(lm="clm", blocks=2, length=5), whole=True)
     if name in ("bloom", "deberta"):  # of each of 4 heads: 8 queries, 8 keys, 8 values
         parts = [each.flatten(2) for each in outputs[0].unflatten(2, (4, 3, 8)).unbind(3)]
     elif name == "codegen":  # in four parts, for as many devices: queries, values, keys
@@ -255,7 +255,7 @@ def test_both_models_stop_at_the_layer_that_is_read_and_no_head_is_called() -> N
 def test_a_model_that_another_term_reads_runs_once_to_its_end() -> None:
     student, teacher, called = build_model("distilbert", num_layers=2), build_model("bert", num_layers=2), list[str]()
     chosen = objective(alpha_rel=1.0, alpha_mlm=1.0, relation_heads=2)
-    relations.widths(student, 1), relations.widths(teacher, 1)
+    projections_of(student, 1), projections_of(teacher, 1)
     count_calls(student, called, "student")
     count_calls(teacher, called, "teacher")
     _, both = weighted_terms(chosen, student, teacher, padded_batch(), "mlm")

@@ -150,6 +150,10 @@ class DistillationModule(LightningModule):
                 f"objective.alpha_mse={self.objective.alpha_mse} overflows in trainer.precision={precision}: "
                 "squared logits are too large for float16; set trainer.precision=bf16-mixed or 32-true"
             )
+        alone = not self.objective.reads_student_states
+        if alone and isinstance(trainer.strategy, FSDPStrategy):  # it waits for the gradient of a layer's output
+            found = "the relations of objective.alpha_rel alone need no layer's output, which trainer=fsdp waits for"
+            raise UserError(f"{found}; set trainer=ddp, or objective.alpha_mlm (causal: alpha_clm) above 0")
         # FSDP puts both models into one flat parameter, which has one dtype.
         sharded = isinstance(trainer.strategy, FSDPStrategy) and precision.startswith("bf16")
         if sharded and self.keeps_teacher_dtype:

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distilkit import losses, relations
+from distilkit import losses
 from distilkit.errors import UserError
 from distilkit.fused import fused_losses
 from distilkit.language_model import LM, Batch, lm_head, token_states
+from distilkit.projections import QKV, projections_of
+from distilkit.relations import relation_loss
 from distilkit.schedule import Points, as_points, check_points, piecewise
 
 _SOFT = ("ce", "cos", "mse", "rel")  # the terms that read the teacher
@@ -25,8 +27,8 @@ class States(NamedTuple):
 
     student: Tensor | None
     teacher: Tensor | None
-    student_qkv: relations.QKV | None = None
-    teacher_qkv: relations.QKV | None = None
+    student_qkv: QKV | None = None
+    teacher_qkv: QKV | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +165,7 @@ class Objective:
     def unread_parameters(self, student: PreTrainedModel) -> set[nn.Parameter]:
         """Return the student's parameters that no term reads: the head, and with relations alone the upper layers."""
         if not self.reads_student_states:
-            return relations.unread(student, self.relation_layers(student, student)[0])
+            return projections_of(student, self.relation_layers(student, student)[0]).unread
         return set() if self.reads_student_logits else set(student.parameters()) - set(student.base_model.parameters())
 
     def takes_all_rows(self, lm: LM) -> bool:
@@ -208,7 +210,7 @@ class Objective:
             if layer >= (depth := model.config.num_hidden_layers):
                 found = f"objective.{of}_layer={layer}, but the {of} has layers 0 to {depth - 1}"
                 raise UserError(f"{found}; set it within that range, or to null")
-            widths |= set(relations.widths(model, layer))
+            widths |= set(projections_of(model, layer).widths)
         heads, common = self.num_relation_heads(teacher), math.gcd(*widths)
         if common % heads:
             fitting = ", ".join(str(each) for each in range(1, common + 1) if common % each == 0)
@@ -232,7 +234,7 @@ class Objective:
 
         def run(model: PreTrainedModel, *, layer: int | None, to_the_end: bool) -> tuple[Tensor | None, Any]:
             if layer is not None:
-                return relations.read(model, batch, layer=layer, whole=to_the_end)
+                return projections_of(model, layer).read(batch, whole=to_the_end)
             return token_states(model, batch) if to_the_end else None, None
 
         ours = run(student, layer=layers[0] if layers else None, to_the_end=whole or self.reads_student_states)
@@ -291,7 +293,7 @@ class Objective:
             weighted["cos"] = losses.hidden_cosine(_take(ours, real), _take(theirs, real)).sum() * weights["cos"]
             total = total + weighted["cos"]
         if "rel" in weights and teacher is not None and our_qkv is not None and their_qkv is not None:
-            summed = relations.relation_loss(
+            summed = relation_loss(
                 our_qkv,
                 their_qkv,
                 heads=self.num_relation_heads(teacher),

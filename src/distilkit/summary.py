@@ -109,6 +109,9 @@ def describe(
         terms |= {"temperature": objective.temperature, "soft_targets": objective.soft_targets}
     if objective.teacher_every > 1:
         terms["teacher_every"] = objective.teacher_every
+    if teacher is not None and "rel" in objective.weights:
+        terms["relation_heads"] = objective.num_relation_heads(teacher.model)
+        terms["student_layer"], terms["teacher_layer"] = objective.relation_layers(student, teacher.model)
     return {
         "name": cfg.name,
         "version": version("distilkit"),

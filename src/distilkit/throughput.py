@@ -2,8 +2,9 @@
 
 import time
 import timeit
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -15,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from distilkit.language_model import LM, Batch
 from distilkit.module import DistillationModule
 from distilkit.objective import Objective, labelled_rows
+from distilkit.projections import projections_of
 
 _SIDE, _REPEATS = {"cpu": 768, "cuda": 8192}, 3  # of the matrix products in ``peak_flops``
 
@@ -26,18 +28,29 @@ class _ForwardCost:
     backbone: int  # matrix products
     attention: int  # scores and values, for each key, without a discount for windows and causal masks
     head: int  # transform and output embeddings
+    short: tuple[int, int] = (0, 0)  # backbone and attention up to the layer whose relations are read
+    relations: int = 0  # products of queries, of keys and of values, for each other token
 
 
-def forward_cost(model: PreTrainedModel) -> _ForwardCost:
-    """Count the FLOPs of a language model from its matrices, before a strategy shards them."""
+def forward_cost(model: PreTrainedModel, layer: int | None = None) -> _ForwardCost:
+    """Count the FLOPs of a language model from its matrices, before a strategy shards them.
 
-    def matrices(module: nn.Module) -> int:
-        return sum(2 * part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear | Conv1D))
+    ``layer`` is the one whose relations are read, if any.
+    """
 
-    backbone, config = matrices(model.base_model), model.config
-    return _ForwardCost(
-        backbone=backbone, attention=4 * config.num_hidden_layers * config.hidden_size, head=matrices(model) - backbone
+    def matrices(modules: Iterable[nn.Module]) -> int:
+        return sum(2 * part.weight.numel() for part in modules if isinstance(part, nn.Linear | Conv1D))
+
+    backbone, width = matrices(model.base_model.modules()), model.config.hidden_size
+    cost = _ForwardCost(
+        backbone=backbone,
+        attention=4 * model.config.num_hidden_layers * width,
+        head=matrices(model.modules()) - backbone,
     )
+    if layer is None:
+        return cost
+    read = projections_of(model, layer)
+    return replace(cost, short=(matrices(read.modules), 4 * layer * width), relations=2 * sum(read.widths))
 
 
 def step_flops(
@@ -49,14 +62,16 @@ def step_flops(
     """
     tokens, length = batch["input_ids"].numel(), batch["input_ids"].shape[1]
     rows = tokens if objective.takes_all_rows(lm) else len(labelled_rows(batch)) + objective.num_drawn(batch)
-    models = [(student, 3, objective.reads_student_logits)]
+    models = [(student, 3, objective.reads_student_states, objective.reads_student_logits)]
     if teacher is not None and objective.reads_teacher:
-        models.append((teacher, 1, objective.reads_teacher_logits))
-    flops = (
-        passes * (tokens * (cost.backbone + length * cost.attention) + rows * cost.head * with_head)
-        for cost, passes, with_head in models
-    )
-    return float(sum(flops))
+        models.append((teacher, 1, objective.reads_teacher_states, objective.reads_teacher_logits))
+    total = 0
+    for cost, passes, whole, with_head in models:
+        backbone, attention = (cost.backbone, cost.attention) if whole else cost.short
+        total += passes * (tokens * (backbone + length * attention) + rows * cost.head * with_head)
+        if "rel" in objective.weights:  # backward has one product, for both rows of a pair
+            total += (1 if passes == 1 else 2) * tokens * length * cost.relations
+    return float(total)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -82,8 +97,11 @@ class Throughput(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Count the FLOPs of the models, before a strategy shards them."""
         assert isinstance(pl_module, DistillationModule)
-        teacher = pl_module.teacher
-        self.costs = forward_cost(pl_module.student), None if teacher is None else forward_cost(teacher)
+        student, teacher, objective = pl_module.student, pl_module.teacher, pl_module.objective
+        ours, theirs = cast(tuple[Any, Any], (None, None))
+        if teacher is not None and "rel" in objective.weights:
+            ours, theirs = objective.relation_layers(student, teacher)
+        self.costs = forward_cost(student, ours), None if teacher is None else forward_cost(teacher, theirs)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the peak of the device, and start the clock."""

@@ -249,9 +249,12 @@ def _record_config(job: Job) -> None:
         OmegaConf.save(job.cfg, job.out / "config.yaml", resolve=True)
         if record["layer_choice"]:
             write_json(job.out / "layer_choice.json", record["layer_choice"])
-        of = "" if module.teacher is None else f" of {num_parameters(module.teacher):,}"
+        sizes = [num_parameters(model) for model in (module.student, module.teacher) if model is not None]
+        if module.objective.reads_teacher and sizes[0] > sizes[1]:
+            log.warning("the student has more parameters than its teacher: %s against %s", *(f"{n:,}" for n in sizes))
+        of = "" if module.teacher is None else f" of {sizes[1]:,}"
         kept = f", layers {record['layers']}" if record["layers"] else ""
-        log.info("student: %s parameters%s%s; run in %s", f"{num_parameters(module.student):,}", of, kept, job.out)
+        log.info("student: %s parameters%s%s; run in %s", f"{sizes[0]:,}", of, kept, job.out)
         if job.checkpoint:
             log.info("resuming from %s", job.checkpoint)
     for logger in job.trainer.loggers:
