@@ -80,6 +80,13 @@ def test_wrong_settings_are_refused_in_one_sentence(arguments: list[str], messag
         experiment.read_settings(arguments)
 
 
+def test_other_settings_need_another_folder(make: Callable[..., experiment.Experiment]) -> None:
+    make("budget=3s", "rows=[lm]")
+    make("budget=3s", "rows=[lm,triple]", "tasks=[rte]", "jobs=2")
+    with pytest.raises(UserError, match="holds results with other settings: budget=4s, before 3s; choose another out"):
+        make("budget=4s")
+
+
 def test_bf16_is_taken_where_the_processor_has_units_for_it() -> None:
     assert experiment.has_bf16_units("flags : fpu sse avx512_bf16 clzero")
     assert experiment.has_bf16_units("flags : amx_bf16")
@@ -360,7 +367,7 @@ def test_the_curve_is_one_warmup_a_constant_trunk_and_decays_to_zero() -> None:
     def rates(overrides: list[str], steps: int) -> Callable[[int], float]:
         given = dict(each.lstrip("+").split("=", 1) for each in overrides)
         kwargs = {name.removeprefix("scheduler.kwargs."): value for name, value in given.items() if "kwargs" in name}
-        kwargs = {name: int(value) if value.isdigit() else value for name, value in kwargs.items()}
+        kwargs = {name: float(value) for name, value in kwargs.items()}
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
         share = float(given["scheduler.warmup_share"])
         schedule = build_schedule(
@@ -372,9 +379,10 @@ def test_the_curve_is_one_warmup_a_constant_trunk_and_decays_to_zero() -> None:
         trunk, branch = curve.schedules(leaves, ends, warmup=5)
         constant, decayed = rates(trunk, leaves), rates(branch, ends)
         assert [constant(step) for step in range(leaves)] == [min(1, step / 5) for step in range(leaves)]
-        assert [decayed(step) for step in range(leaves)] == [min(1, step / 5) for step in range(leaves)]
+        stable = [decayed(step) for step in range(leaves)]
+        assert stable == pytest.approx([min(1, step / 5) for step in range(leaves)], abs=1e-5)
         falls = [decayed(step) for step in range(leaves, ends + 1)]
-        assert falls == pytest.approx([(ends - step) / (ends - leaves) for step in range(leaves, ends + 1)])
+        assert falls == pytest.approx([(ends - step) / (ends - leaves) for step in range(leaves, ends + 1)], abs=1e-5)
 
 
 def write_scores(out: Path, name: str, *, nll: float, right: float, seeds: int = 3, noise: int = 0) -> None:

@@ -1,7 +1,8 @@
 """The stage curve: what is kept after so many tokens, from one run at a constant rate that is decayed at each point.
 
 The trunk goes on from point to point, and a branch leaves it before each, whose learning rate falls to zero at the point:
-warmup, stable, decay (arXiv 2404.06395, section 4).
+warmup, stable, decay (arXiv 2404.06395, section 4). Weights and masking rates that change over a training would change
+within each part, so that ``curve_overrides`` sets them to one value.
 """
 
 import itertools
@@ -30,8 +31,8 @@ def steps_of(points: Sequence[float], *, tokens_per_step: float, decay_share: fl
 def schedules(leaves: int, ends: int, *, warmup: int) -> tuple[list[str], list[str]]:
     """Return the overrides of the schedule of a trunk, up to the step ``leaves``, and of its branch up to ``ends``."""
     trunk = ["scheduler.name=constant_with_warmup", f"scheduler.warmup_share={warmup / leaves:.8f}"]
-    decay = [f"+scheduler.kwargs.num_decay_steps={ends - leaves}", "+scheduler.kwargs.decay_type=linear"]
-    return trunk, ["scheduler.name=warmup_stable_decay", f"scheduler.warmup_share={warmup / ends:.8f}", *decay]
+    decay = f"+scheduler.kwargs.decay_share={(ends - leaves) / ends:.8f}"
+    return trunk, ["scheduler.name=wsd", f"scheduler.warmup_share={warmup / ends:.8f}", decay]
 
 
 def measure_curve(experiment: Experiment) -> None:
@@ -61,7 +62,8 @@ def _measure(experiment: Experiment, name: str) -> None:
         folder, label = branch(experiment, name, tokens), f"curve/{name}-{tokens:.0f}"
         trunk = folder.with_name(f"{tokens:.0f}-trunk")
         constant, decayed = schedules(leaves, ends, warmup=warmup)
-        shared, last = tuned(experiment, name), [f"ckpt_path={trunk / 'checkpoints' / 'last.ckpt'}"]
+        shared = [*tuned(experiment, name), *own.curve_overrides]
+        last = [f"ckpt_path={trunk / 'checkpoints' / 'last.ckpt'}"]
         run = experiment.runner.run
         run(experiment.training(f"{label}-trunk", trunk, [*shared, *constant, *before], steps=leaves))
         run(experiment.training(label, folder, [*shared, *decayed, *last], steps=ends))

@@ -1,5 +1,6 @@
 """The two plots: what each row keeps, and what is kept after so many tokens."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,9 +31,18 @@ def draw_rows(records: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> byt
     figure = Figure(figsize=(1.3 * WIDTH, 1.6 + 0.3 * len(rows)), layout="constrained")
     axes = figure.subplots(1, max(1, len(panels)), sharey=True, squeeze=False)[0]
     for axis, (key, label) in zip(axes, panels, strict=False):
+        limit = (
+            _limit([row[key] for row in rows if row.get(key) is not None]) if key == "masked_cross_entropy" else None
+        )
         for place, row in enumerate(rows):
             colour, marker = (_PLAIN, "s") if row["row"] in _WITHOUT else (_TAUGHT, "o")
             if (value := row.get(key)) is None:
+                continue
+            if limit is not None and value > limit:
+                axis.plot(limit, place, ">", color=colour, markersize=6)
+                axis.annotate(
+                    f"{value:.1f}", (limit, place), (-7, 0), textcoords="offset points", ha="right", va="center"
+                )
                 continue
             axis.plot(value, place, marker, color=colour, markersize=6)
             if range_ := row.get(f"{key}_interval"):
@@ -53,6 +63,12 @@ def draw_rows(records: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> byt
     return png(figure)
 
 
+def _limit(values: Sequence[float]) -> float | None:
+    """Return where the axis ends, so that a few far values do not hide the differences of the others."""
+    usual = 2.5 * (statistics.median(values) - min(values))
+    return min(values) + usual if 0 < usual < (max(values) - min(values)) / 1.5 else None
+
+
 def draw_curve(points: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, Any]]) -> bytes:
     """Draw held-out cross-entropy, masked accuracy and STS-B by cosine over tokens; ``records`` give teacher and cut."""
     panels = [("masked_cross_entropy", "nll_interval", "held-out cross-entropy (nats)")]
@@ -63,7 +79,7 @@ def draw_curve(points: Sequence[Mapping[str, Any]], records: Sequence[Mapping[st
     figure = Figure(figsize=(1.3 * WIDTH, 3.4), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (key, ends, label) in zip(axes, panels, strict=True):
-        for index, name in enumerate(dict.fromkeys(point["row"] for point in points)):
+        for index, name in enumerate(sorted({point["row"] for point in points}, key=lambda name: name in _WITHOUT)):
             own = [point for point in points if point["row"] == name and point[key] is not None]
             colour, marker = (_PLAIN, "s") if name in _WITHOUT else (COLOURS[index], "o")
             x, y = [point["tokens"] / 1e6 for point in own], [point[key] for point in own]

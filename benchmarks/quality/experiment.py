@@ -15,9 +15,12 @@ from transformers import AutoConfig
 from benchmarks.quality.runner import Command, Runner
 from distilkit.errors import UserError
 from distilkit.language_model import LM, lm_of
+from distilkit.records import write_json
 
 HERE = Path(__file__).parent
 _UNITS = {"s": 1, "m": 60, "h": 3600}
+_FREE = {"stage", "rows", "rows_file", "tasks", "similarity", "task_seeds", "data_dir", "curve", "curve_rows", "jobs"}
+_FREE |= {"out", "threads", "extensions", "learning_rates", "speed_runs"}  # what may change from one call to the next
 _KEYS = {"overrides", "train", "like", "best_of", "tune_only", "select", "tuned_as"}
 
 
@@ -110,6 +113,17 @@ def read_rows(table: Mapping[str, Any], chosen: Sequence[str] | None) -> dict[st
     return {name: found[name] for name in every if name in found}
 
 
+def check_unchanged(settings: DictConfig, file: Path) -> None:
+    """Write the settings that decide results, or make sure that they are those of an earlier call."""
+    own = {str(key): value for key, value in OmegaConf.to_container(settings).items() if key not in _FREE}  # type: ignore[union-attr]
+    if not file.is_file():
+        write_json(file, own)
+    before = json.loads(file.read_text("utf-8"))
+    changed = [f"{key}={own[key]}, before {before.get(key)}" for key in own if own[key] != before.get(key)]
+    if changed:
+        raise UserError(f"{file.parent} holds results with other settings: {'; '.join(changed)}; choose another out")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
     """The settings with their rows; ``every`` row of the file, by name, may be what another is like."""
@@ -178,6 +192,7 @@ def prepare(settings: DictConfig) -> Experiment:
     table: Any = OmegaConf.to_container(OmegaConf.load(settings.rows_file or HERE / "rows.yaml"), resolve=True)
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
+    check_unchanged(settings, out / "settings.json")
     runner = Runner(out=out, jobs=settings.jobs, threads=settings.threads)
     rows, every = read_rows(table[lm], settings.rows), read_rows(table[lm], None)
     return Experiment(settings=settings, lm=lm, rows=rows, every=every, runner=runner)

@@ -54,7 +54,7 @@ def read_scores(experiment: Experiment) -> Scores:
         raise UserError(f"{folder} has no scores yet; run the stages train and tasks first")
     scores = gather(results)
     known = set(scores.frame["row"])
-    roles = {"teacher": TEACHER, "baseline": BASELINES[0]}
+    roles: dict[str, Any] = {"teacher": TEACHER, "baseline": BASELINES[0]}
     return dataclasses.replace(scores, **{role: name for role, name in roles.items() if name in known})
 
 
