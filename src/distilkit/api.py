@@ -21,6 +21,7 @@ from distilkit.cli import check_added, expand_home, keep_large_buffers, quiet, r
 from distilkit.data.corpus import write_documents
 from distilkit.errors import UserError
 from distilkit.train import build, run
+from distilkit.verdict import Verdict
 
 Paths = str | Path | Sequence[str | Path]
 
@@ -30,13 +31,15 @@ class Distilled:
     """A distilled student: its Hugging Face folder, the folder of its run, and its held-out metrics.
 
     ``before`` and ``metrics`` are those before and after training: ``nll`` in nats per labelled token, ``accuracy``,
-    the terms of the loss, and with a teacher ``teacher_nll``, ``agreement`` and so on.
+    the terms of the loss, and with a teacher ``teacher_nll``, ``agreement`` and so on. ``verdict.line`` sums them up; on
+    other ranks than the first, ``verdict`` is None.
     """
 
     path: Path
     run: Path
     before: dict[str, float]
     metrics: dict[str, float]
+    verdict: Verdict | None
 
 
 def distill(
@@ -99,7 +102,7 @@ def distill(
         {name.removeprefix("val/"): value for name, value in scores.items()}
         for scores in (job.module.before, job.module.after)
     )
-    return Distilled(path=job.out / "student", run=job.out, before=before, metrics=after)
+    return Distilled(path=job.out / "student", run=job.out, before=before, metrics=after, verdict=job.module.verdict)
 
 
 def _literal(path: str | Path) -> str:

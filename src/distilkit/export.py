@@ -121,11 +121,13 @@ def export_checkpoint(
     out: str | Path,
     *,
     results: Mapping[str, float] | None = None,
+    verdict: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Export a checkpoint of a distilkit run as a folder that ``from_pretrained`` loads, and return the model.
 
-    The folder is written completely or not at all. The model card shows ``results``, metrics on held-out documents.
+    The folder is written completely or not at all. The model card shows ``results``, metrics on held-out documents,
+    and their ``verdict``.
     A student with code of its own needs ``trust_remote_code``, which runs that code.
     """
     file, folder = Path(ckpt).expanduser(), Path(out).expanduser()
@@ -156,6 +158,7 @@ def export_checkpoint(
         card = student_card(
             saved["record"],
             results=results or {},
+            verdict=verdict,
             tokens_seen=saved["tokens_seen"],
             num_params=num_parameters(model),
             lm=lm_of_model(model),

@@ -57,6 +57,7 @@ def student_card(
     tokens_seen: int,
     num_params: int,
     lm: str,
+    verdict: str | None = None,
     mask_token: str = "[MASK]",
     own_code: bool = False,
 ) -> ModelCard:
@@ -85,6 +86,7 @@ def student_card(
     facts: Any = {
         "record": {**record, "name": " ".join(str(record["name"]).split()), "data": data, "teacher": teacher},
         "results": results,
+        "verdict": verdict,
         "tokens_seen": tokens_seen,
         "num_params": num_params,
         "own_code": own_code,

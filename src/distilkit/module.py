@@ -25,6 +25,7 @@ from distilkit.language_model import LM, Batch, cast_parameters, lm_head
 from distilkit.objective import Objective, labelled_rows, real_rows
 from distilkit.schedule import build_schedule, piecewise
 from distilkit.teacher import Teacher
+from distilkit.verdict import Verdict, relative_change, weight_sample
 
 
 class DistillationModule(LightningModule):
@@ -86,6 +87,15 @@ class DistillationModule(LightningModule):
         self.shown: dict[str, float] = {}  # on the host; Lightning reads its own values from the device at each batch
         self.before: dict[str, float] = {}  # held-out metrics before the first step
         self.after: dict[str, float] = {}  # and of the current weights, if they are scored
+        self.val_blocks: list[dict[str, Tensor]] = []  # sums over the tokens of each held-out block, by batch
+        self.before_blocks: dict[str, Tensor] = {}  # of all held-out blocks before the first step, (blocks,) each
+        self.after_blocks: dict[str, Tensor] = {}
+        self.start = weight_sample(student.state_dict())
+        theirs = weight_sample(teacher.model.state_dict()) if teacher else {}
+        same = self.start.keys() == theirs.keys() and relative_change(self.start, theirs) == 0
+        depth = getattr(teacher.model.config, "num_hidden_layers", None) if teacher else None
+        self.copied = same or (depth is not None and record.get("layers") == list(range(depth)))
+        self.verdict: Verdict | None = None  # of the finished run, on the first rank
         self.strict_loading = False  # no teacher in checkpoints; ``on_load_checkpoint`` checks the student
         self.shapes = {name: list(tensor.shape) for name, tensor in student.state_dict().items()}  # before any sharding
         self.matrices = {name for name, parameter in student.named_parameters() if parameter.ndim >= 2}
@@ -288,14 +298,19 @@ class DistillationModule(LightningModule):
             self._count(f"loss_{name}", mean, counts[name])
 
         targets, predictions = labels[rows], {}  # (rows,)
+        by_row = {"tokens": torch.ones(len(rows), device=self.device)}  # (rows,) each
         for prefix, model, hidden in zip(("", "teacher_"), models, states, strict=False):
             if model is None or hidden is None or (prefix and not self.scores_teacher):
                 continue
             nll, predictions[prefix] = losses.score(lm_head(model, hidden[rows]), targets)  # (rows,) each
-            self._count(f"{prefix}nll", nll.mean(), num_labels)
-            self._count(f"{prefix}accuracy", (predictions[prefix] == targets).float().mean(), num_labels)
+            self.all_finite = self.all_finite.to(nll.device) & nll.isfinite().all()
+            by_row |= {f"{prefix}nll": nll.float(), f"{prefix}accuracy": (predictions[prefix] == targets).float()}
         if "teacher_" in predictions:
-            self._count("agreement", (predictions[""] == predictions["teacher_"]).float().mean(), num_labels)
+            by_row["agreement"] = (predictions[""] == predictions["teacher_"]).float()
+        num_blocks, length = batch["labels"].shape
+        zeros = torch.zeros(num_blocks, device=self.device)
+        sums = {name: zeros.index_add(0, rows // length, values) for name, values in by_row.items()}
+        self.val_blocks.append({"ids": block_ids(batch), **sums})
 
     def _count(self, name: str, mean: Tensor, count: Tensor) -> None:
         """Update a metric by a mean over ``count`` tokens, if there are any."""
@@ -308,21 +323,27 @@ class DistillationModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log means over all ranks, perplexities, and the loss by the weights of the end, which compares over time."""
         self._check_finite()
-        means = {name: metric.compute() for name, metric in self.val_metrics.items()}
+        means = {name: metric.compute().cpu() for name, metric in self.val_metrics.items()}
+        blocks = {name: torch.cat([part[name] for part in self.val_blocks]) for name in self.val_blocks[0]}  # (blocks,)
+        if self.trainer.world_size > 1:  # all ranks have equally many
+            blocks = {name: self.all_gather(each).flatten() for name, each in blocks.items()}  # type: ignore[union-attr]
+        blocks = {name: each.cpu() if name == "ids" else each.cpu().double() for name, each in blocks.items()}
+        scored = [name for name in blocks if name not in ("ids", "tokens")]
+        means |= {name: blocks[name].sum() / blocks["tokens"].sum() for name in scored}
         weighted = [piecewise(alpha, 1.0) * means[f"loss_{name}"] for name, alpha in self.objective.weights.items()]
         values = {"loss": torch.stack(weighted).sum()}
         for name, mean in means.items():
             values[name] = mean
             if name.endswith("nll"):
                 values[name.replace("nll", "perplexity")] = mean.exp()
-        self.val_metrics = {}
+        self.val_metrics, self.val_blocks = {}, []
         scores = {f"val/{name}": float(value) for name, value in values.items()}
         if self.trainer.sanity_checking:  # before the first step, where ``self.log`` has no effect
-            self.before = scores
+            self.before, self.before_blocks = scores, blocks
             for logger in self.trainer.loggers:
                 logger.log_metrics(scores, step=0)
             return
-        self.after = scores
+        self.after, self.after_blocks = scores, blocks
         self.shown |= {name: scores[name] for name in ("val/loss", "val/accuracy")}
         self.log_dict(scores)
 
@@ -345,6 +366,8 @@ class DistillationModule(LightningModule):
             "shapes": self.shapes,
             "record": self.record,
             "files": self.files,
+            "before": self.before,
+            "before_blocks": self.before_blocks,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -363,3 +386,13 @@ class DistillationModule(LightningModule):
             if saved["shapes"].get(name) != self.shapes.get(name):
                 raise UserError(f"the checkpoint has another student: {name} differs; {cure}")
         self.tokens = torch.tensor(saved["tokens_seen"])
+        self.before, self.before_blocks = saved.get("before", {}), saved.get("before_blocks", {})
+
+
+def block_ids(batch: Batch) -> Tensor:
+    """Return a number for each block (blocks,) that tells its tokens, labels and their places, without padding."""
+    ids, labels = batch["input_ids"], batch["labels"]
+    mixed = (ids * 1_000_003 + labels) * 1_000_003 + torch.arange(ids.shape[1], device=ids.device)
+    mixed = mixed * mixed  # modulo 2 ** 64
+    mixed = mixed ^ (mixed >> 31)
+    return (mixed * batch["attention_mask"] if "attention_mask" in batch else mixed).sum(dim=1)

@@ -1,6 +1,7 @@
 """The end of a run: its record, summary.json and the loss curves."""
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -8,26 +9,31 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Callback, Trainer
 from rich.console import Console
 from rich.table import Column, Table
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from distilkit.callbacks import CompareForms
 from distilkit.data.corpus import Corpus
 from distilkit.errors import UserError
-from distilkit.export import export_checkpoint
+from distilkit.export import export_checkpoint, read_checkpoint
 from distilkit.language_model import num_parameters
 from distilkit.model_card import is_text, teacher_metadata
 from distilkit.module import DistillationModule
 from distilkit.objective import Objective
-from distilkit.records import peak_memory_mb, read_metrics, versions, write_json
+from distilkit.records import Rows, peak_memory_mb, read_metrics, read_rows, versions, write_json, write_rows
 from distilkit.schedule import show_points
 from distilkit.teacher import Teacher
 from distilkit.throughput import Throughput
+from distilkit.verdict import Verdict, find_faults, judge, relative_change, weight_sample
+
+log = logging.getLogger(__name__)
 
 _TERMS = {
     "train/loss": "weighted sum",
@@ -133,11 +139,58 @@ def describe(
     }
 
 
-def finish(trainer: Trainer, module: DistillationModule, *, out: Path) -> None:
-    """Write student/, summary.json and loss_curves.png into a run's folder."""
+def _rows(blocks: Mapping[str, Tensor]) -> Rows | None:
+    """Return the scores of held-out blocks as rows, each once: ranks may share blocks if there are few."""
+    if not blocks:
+        return None
+    ids, first = np.unique(blocks["ids"].numpy(), return_index=True)
+    sums = {name: values.numpy()[first] for name, values in blocks.items() if name != "ids"}
+    return Rows(ids=ids, sums=sums)
+
+
+def _judge(module: DistillationModule, *, out: Path, steps: int, baseline: str | None) -> Verdict:
+    """Judge the student of a run, keep what it said of each held-out block, and log the warnings."""
+    before, after = _rows(module.before_blocks), _rows(module.after_blocks if module.after else {})
+    if after is not None:
+        write_rows(out, "val", after)
+    file, masking = out / "metrics.csv", getattr(module.trainer.datamodule, "masking", None)  # type: ignore[attr-defined]
+    curves = read_metrics(file) if file.is_file() else {}
+    if not isinstance(getattr(masking, "mlm_probability", 0), int | float):  # training losses follow a masking rate
+        curves = {name: curve for name, curve in curves.items() if name.startswith("val/")}
+    state = read_checkpoint(out / "checkpoints" / "last.ckpt")["state_dict"]
+    end = weight_sample({name.removeprefix("student."): weight for name, weight in state.items()})
+    faults = find_faults(
+        lm=module.lm,
+        steps=steps,
+        before=module.before,
+        after=module.after,
+        rows=after,
+        curves=curves,
+        moved=relative_change(module.start, end),
+        copied=module.copied,
+        reads_teacher=module.objective.reads_teacher,
+        packing=module.record["packing"],
+    )
+    for fault in faults:
+        log.warning("%s", fault)
+    return judge(
+        lm=module.lm,
+        before=before,
+        after=after,
+        steps=steps,
+        start="cut student" if module.record["layers"] else "student before training",
+        baseline=read_rows(baseline, "val") if baseline else None,
+        baseline_folder=baseline,
+        warnings=faults,
+    )
+
+
+def finish(trainer: Trainer, module: DistillationModule, *, out: Path, baseline: str | None) -> None:
+    """Write student/, summary.json and loss_curves.png into a run's folder; compare with the run of ``baseline``."""
+    module.verdict = _judge(module, out=out, steps=trainer.global_step, baseline=baseline)
     # Code of the student's own is that which was trained here.
-    ckpt, made = out / "checkpoints" / "last.ckpt", out / "student"
-    student = export_checkpoint(ckpt, made, results=module.after, trust_remote_code=True)
+    ckpt, made, line = out / "checkpoints" / "last.ckpt", out / "student", module.verdict.line
+    student = export_checkpoint(ckpt, made, results=module.after, verdict=line, trust_remote_code=True)
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by one of its connectors
     throughput = next((callback for callback in callbacks if isinstance(callback, Throughput)), None)
     forms = next((callback.found for callback in callbacks if isinstance(callback, CompareForms)), None)
@@ -158,6 +211,7 @@ def finish(trainer: Trainer, module: DistillationModule, *, out: Path) -> None:
             "input_forms": asdict(forms) if forms else None,
             "before": module.before,
             "after": module.after,
+            "verdict": asdict(module.verdict),
             "versions": versions(),
         },
     )
@@ -165,8 +219,10 @@ def finish(trainer: Trainer, module: DistillationModule, *, out: Path) -> None:
         _plot_curves(out / "metrics.csv", out / "loss_curves.png", title=record["name"])
 
 
-def print_result(out: Path, *, before: Mapping[str, float], after: Mapping[str, float]) -> None:
-    """Show the held-out metrics before and after training, and the path of the student."""
+def print_result(
+    out: Path, *, before: Mapping[str, float], after: Mapping[str, float], verdict: Verdict | None
+) -> None:
+    """Show the held-out metrics before and after training, the path of the student, and the verdict."""
     numbers = (Column(name, justify="right") for name in ("before", "after"))
     table = Table("metric", *numbers, title="held-out documents", title_justify="left")
     for name, value in after.items():
@@ -175,3 +231,5 @@ def print_result(out: Path, *, before: Mapping[str, float], after: Mapping[str, 
     if after:
         Console().print(table)
     print(f"student: {out / 'student'}")
+    if verdict:
+        print(f"verdict: {verdict.line}")

@@ -11,7 +11,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Trainer, seed_everything
-from pytorch_lightning.loggers import CSVLogger, WandbLogger
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.strategies import FSDPStrategy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -70,6 +70,7 @@ def build(cfg: DictConfig) -> Job:
         )
     checkpoint = find_checkpoint(cfg.ckpt_path, out, in_sweep=in_sweep())
     cfg.ckpt_path = str(checkpoint) if checkpoint else None
+    cfg.baseline = find_baseline(cfg.baseline, out, in_sweep=in_sweep())
     set_matmul_precision(cfg.matmul_precision)
     seed_everything(cfg.seed, workers=True, verbose=False)
 
@@ -117,8 +118,12 @@ def run(job: Job) -> float:
         if not module.after and trainer.limit_val_batches:
             _score(job)
         if trainer.is_global_zero:
-            finish(trainer, module, out=job.out)
+            finish(trainer, module, out=job.out, baseline=job.cfg.baseline)
     for logger in trainer.loggers:
+        if module.verdict and isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_text("verdict", module.verdict.line)
+        if module.verdict and isinstance(logger, WandbLogger):
+            logger.experiment.summary["verdict"] = module.verdict.line
         if isinstance(logger, WandbLogger):  # else its last records are written only at the end of this process
             logger.experiment.finish()
     return module.after.get("val/nll", math.nan)
@@ -141,6 +146,27 @@ def find_checkpoint(ckpt_path: str | None, out: Path, *, in_sweep: bool = False)
             raise UserError(f"ckpt_path={ckpt_path} is no file; give a .ckpt below outputs/.../checkpoints, or last")
     read_checkpoint(file)  # a damaged one is reported before anything is loaded
     return file.resolve()
+
+
+def find_baseline(baseline: str | None, out: Path, *, in_sweep: bool = False) -> str | None:
+    """Resolve ``baseline``, the folder or summary.json of a finished run whose held-out scores are compared.
+
+    A sweep goes on without one, after a warning: that job may have failed. A run is not compared with itself.
+    """
+    if baseline is None:
+        return None
+    folder = Path(baseline).expanduser().resolve()
+    folder = folder.parent if folder.name == "summary.json" else folder
+    if folder == out:
+        return None
+    if (folder / "summary.json").is_file() and (folder / "rows-val.npz").is_file():
+        return str(folder)
+    missing = "scores of held-out blocks (rows-val.npz)" if (folder / "summary.json").is_file() else "summary.json"
+    found = f"baseline={baseline} has no {missing}"
+    if not in_sweep:
+        raise UserError(f"{found}; give the folder of a finished run of this version, or baseline=null")
+    log.warning("%s, and is not compared with: its job failed, or comes later", found)
+    return None
 
 
 def _check_config(cfg: DictConfig) -> None:
@@ -281,7 +307,7 @@ def main(cfg: DictConfig) -> float:
         job = build(cfg)
         nll = run(job)
     if job.trainer.is_global_zero:
-        print_result(job.out, before=job.module.before, after=job.module.after)
+        print_result(job.out, before=job.module.before, after=job.module.after, verdict=job.module.verdict)
     return nll
 
 
