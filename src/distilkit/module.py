@@ -287,7 +287,7 @@ class DistillationModule(LightningModule):
         labels, rows, real = batch["labels"].flatten(), labelled_rows(batch), real_rows(batch)
         sizes = len(labels) if real is None else len(real), len(rows)
         num_tokens, num_labels = torch.tensor(sizes, device=self.device)
-        # Denominators of this batch make each term a mean, which ``_count`` weights by its tokens.
+        # Denominators of this batch make each term a mean, which its metric weights by its tokens.
         objective = self.objective.of_validation()
         counts = objective.denominators(num_tokens=num_tokens, num_labels=num_labels, lm=self.lm)
         # Each model runs once; loss and scores share its states (batch * length, width).
@@ -295,7 +295,11 @@ class DistillationModule(LightningModule):
         states = objective.states(*models, batch, whole=True)
         _, terms = objective.loss(*models, batch, lm=self.lm, denominators=counts, states=states)
         for name, mean in terms.items():
-            self._count(f"loss_{name}", mean, counts[name])
+            if name not in self.val_metrics:
+                self.val_metrics[name] = MeanMetric().to(self.device)
+            if counts[name]:
+                self.all_finite = self.all_finite.to(mean.device) & mean.isfinite()  # the metric ignores a NaN
+                self.val_metrics[name].update(mean.float(), weight=counts[name])
 
         targets, predictions = labels[rows], {}  # (rows,)
         by_row = {"tokens": torch.ones(len(rows), device=self.device)}  # (rows,) each
@@ -312,24 +316,16 @@ class DistillationModule(LightningModule):
         sums = {name: zeros.index_add(0, rows // length, values) for name, values in by_row.items()}
         self.val_blocks.append({"ids": block_ids(batch), **sums})
 
-    def _count(self, name: str, mean: Tensor, count: Tensor) -> None:
-        """Update a metric by a mean over ``count`` tokens, if there are any."""
-        if name not in self.val_metrics:
-            self.val_metrics[name] = MeanMetric().to(self.device)
-        if count:
-            self.all_finite = self.all_finite.to(mean.device) & mean.isfinite()  # the metric ignores a NaN
-            self.val_metrics[name].update(mean.float(), weight=count)
-
     def on_validation_epoch_end(self) -> None:
         """Log means over all ranks, perplexities, and the loss by the weights of the end, which compares over time."""
         self._check_finite()
-        means = {name: metric.compute().cpu() for name, metric in self.val_metrics.items()}
+        means = {f"loss_{name}": metric.compute().cpu() for name, metric in self.val_metrics.items()}
         blocks = {name: torch.cat([part[name] for part in self.val_blocks]) for name in self.val_blocks[0]}  # (blocks,)
         if self.trainer.world_size > 1:  # all ranks have equally many
             blocks = {name: self.all_gather(each).flatten() for name, each in blocks.items()}  # type: ignore[union-attr]
         blocks = {name: each.cpu() if name == "ids" else each.cpu().double() for name, each in blocks.items()}
-        scored = [name for name in blocks if name not in ("ids", "tokens")]
-        means |= {name: blocks[name].sum() / blocks["tokens"].sum() for name in scored}
+        total = blocks["tokens"].sum()
+        means |= {name: sums.sum() / total for name, sums in blocks.items() if name not in ("ids", "tokens")}
         weighted = [piecewise(alpha, 1.0) * means[f"loss_{name}"] for name, alpha in self.objective.weights.items()]
         values = {"loss": torch.stack(weighted).sum()}
         for name, mean in means.items():

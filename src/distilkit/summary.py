@@ -153,10 +153,9 @@ def _judge(module: DistillationModule, *, out: Path, steps: int, baseline: str |
     before, after = _rows(module.before_blocks), _rows(module.after_blocks if module.after else {})
     if after is not None:
         write_rows(out, "val", after)
-    file, masking = out / "metrics.csv", getattr(module.trainer.datamodule, "masking", None)  # type: ignore[attr-defined]
-    curves = read_metrics(file) if file.is_file() else {}
-    if not isinstance(getattr(masking, "mlm_probability", 0), int | float):  # training losses follow a masking rate
-        curves = {name: curve for name, curve in curves.items() if name.startswith("val/")}
+    curves = read_metrics(out / "metrics.csv") if (out / "metrics.csv").is_file() else {}
+    if not isinstance(module.record["config"]["data"]["masking"]["mlm_probability"], float):
+        curves = {"val/nll": curves.get("val/nll", [])}  # training losses follow a masking rate that changes
     state = read_checkpoint(out / "checkpoints" / "last.ckpt")["state_dict"]
     end = weight_sample({name.removeprefix("student."): weight for name, weight in state.items()})
     faults = find_faults(
