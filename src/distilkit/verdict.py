@@ -5,25 +5,25 @@ All of it is measured on held-out text. That cannot decide about quality on task
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from scipy import special
 from torch import Tensor
 
+from distilkit.language_model import LM
 from distilkit.records import Array, Rows
 
 Curve = Sequence[tuple[int, float]]  # optimizer steps done, value
 
 _BY = {"mlm": "masked accuracy", "clm": "next-token accuracy"}
-_FEWEST = 8  # held-out blocks that give an interval
-_HITS = 20  # right predictions of a teacher of which a share is said
+_FEWEST, _HITS = 8, 20  # held-out blocks that give an interval; right predictions of a teacher to keep a share of
 _SAME_TEXT = 0.9  # of the blocks of two runs; other numbers of ranks leave out some
 _SAMPLED = 256  # entries of each weight, at least, unless it has fewer
 _MOVED = 1e-4  # relative change of the weights; one step of AdamW at the default learning rate makes about 1e-2
-_STEPS = 50  # before which no loss is called flat
-_FALL = 0.02  # of the soft-target KL on the same blocks
+_STEPS, _FALL = 50, 0.02  # after so many, the soft-target KL on the same blocks has fallen by this share
+_NATS = 5e-4  # smaller differences are shown as 0.000
 _POINTS, _LAST, _ERRORS = 3, 0.2, 3.0  # of a fifth of a curve; share of the fall in the last fifth; standard errors
 _STABLE, _LATE = 0.9, 0.7  # a learning rate near its peak; where such a part ends, if the decay comes late
 
@@ -35,8 +35,7 @@ class Verdict:
     ``kept`` is its share of the teacher's accuracy, ``by`` masked or next-token accuracy. ``better_than_cut`` and
     ``better_than_baseline`` say by how many nats per labelled token its cross-entropy is below that of the student
     before training and of the ``baseline``, a run's folder; negative numbers are above it. ``margins`` are halves of
-    their intervals of 95 % over held-out blocks, which do not cover other seeds. ``line`` says it in one sentence, and
-    each of ``warnings`` has a cure.
+    their 95 % intervals over held-out blocks, which do not cover other seeds. ``line`` says it in one sentence.
     """
 
     kept: float | None = None
@@ -44,66 +43,58 @@ class Verdict:
     better_than_cut: float | None = None
     better_than_baseline: float | None = None
     baseline: str | None = None
-    margins: dict[str, float | None] = field(default_factory=dict)
-    line: str = "not scored on held-out text (trainer.limit_val_batches=0)"
+    margins: dict[str, float] = field(default_factory=dict)
+    line: str
     warnings: tuple[str, ...] = ()
 
 
 def judge(
     *,
-    lm: Literal["mlm", "clm"],
+    lm: LM,
+    steps: int,
     before: Rows | None,
     after: Rows | None,
-    steps: int,
-    start: str = "cut student",
     baseline: Rows | None = None,
     baseline_folder: str | None = None,
+    start: str = "cut student",
     warnings: Sequence[str] = (),
 ) -> Verdict:
-    """Build the verdict from the scores of each held-out block before and after training, and from a baseline's.
+    """Build the verdict from the scores of each held-out block before and after training, and of a baseline.
 
     Rows hold sums over a block's labelled tokens: ``tokens``, ``nll`` and ``accuracy``, and where the teacher is scored
-    ``teacher_nll`` and ``teacher_accuracy``. Their ids tell blocks apart. ``start`` says what the
-    student was before training. After 0 ``steps`` nothing is said of a gain.
+    ``teacher_nll`` and ``teacher_accuracy``. Their ids tell blocks apart. ``start`` is what the student was before
+    training. After 0 ``steps`` nothing is said of a gain.
     """
+    found: dict[str, Any] = {"baseline": baseline_folder, "warnings": tuple(warnings)}
     if after is None or not np.isfinite(after.sums["nll"]).all():
-        return Verdict(warnings=tuple(warnings))
-    found: dict[str, Any] = {}
-    margins: dict[str, float | None] = {}
-    hits, tokens = float(after.sums["accuracy"].sum()), float(after.sums["tokens"].sum())
-    said = f"{_BY[lm]} {hits / tokens:.3f}"
-    if "teacher_accuracy" in after.sums:
-        right = float(after.sums["teacher_accuracy"].sum())
-        if right < _HITS:
-            said += f" (the teacher's {right / tokens:.3f} is too low to say what is kept)"
-        else:
-            found["kept"], margins["kept"] = _ratio(after.sums["accuracy"], after.sums["teacher_accuracy"])
-            found["by"] = _BY[lm]
-            said = f"kept {100 * found['kept']:.1f}{_margin(margins['kept'], 100, '.1f')} % of the teacher's {_BY[lm]}"
-            said += f" ({hits / tokens:.3f} of {right / tokens:.3f})"
+        return Verdict(line="not scored" if after is None else "the held-out loss is not finite", **found)
+    ratios: dict[str, tuple[float, float | None]] = {}
+    tokens, right = after.sums["tokens"].sum(), after.sums.get("teacher_accuracy", np.array([np.nan])).sum()
+    accuracy = after.sums["accuracy"].sum() / tokens
+    line = f"{_BY[lm]} {accuracy:.3f}"
+    if np.isnan(right):
+        line += " (no teacher was scored)"
+    elif right < _HITS:
+        line += f" (the teacher's {right / tokens:.3f} is too low to say what is kept)"
     else:
-        said += " (no teacher was scored)"
-    parts = []
+        kept, margin = ratios["kept"] = _ratio(after.sums["accuracy"], after.sums["teacher_accuracy"])
+        found["by"], interval = _BY[lm], "" if margin is None else f" ± {100 * margin:.1f}"
+        line = f"kept {100 * kept:.1f}{interval} % of the teacher's {_BY[lm]} ({accuracy:.3f} of {right / tokens:.3f})"
+    line = line if steps else f"without training: {line}"
+    gains = []
     for key, name, other in (("cut", start, before if steps else None), ("baseline", "baseline", baseline)):
-        pair = _same_blocks(other, after)
-        if pair is not None and np.isfinite(pair[0].sums["nll"]).all():
-            gain, margin = _ratio(pair[0].sums["nll"] - pair[1].sums["nll"], pair[1].sums["tokens"])
-            found[f"better_than_{key}"], margins[f"better_than_{key}"] = gain, margin
-            parts.append(f"{abs(gain):.3f}{_margin(margin)} nats {'below' if gain >= 0 else 'above'} the {name}")
-            if margin is not None and abs(gain) <= margin:
-                parts[-1] += " (no clear difference)"
-    line = f"the {start}, not trained: {said}" if not steps else said
-    if parts:
-        line += f"; cross-entropy {', '.join(parts)}"
-    if baseline_folder is not None and "better_than_baseline" not in found:
+        if (ratio := _gain(other, after)) is not None:
+            gain, margin = ratios[f"better_than_{key}"] = ratio
+            interval = "" if margin is None else f" ± {margin:.3f}"
+            unclear = " (no clear difference)" * (margin is not None and abs(gain) <= max(margin, _NATS))
+            gains.append(f"{abs(gain):.3f}{interval} nats {'below' if gain >= 0 else 'above'} the {name}{unclear}")
+    line += f"; cross-entropy {', '.join(gains)}" * bool(gains)
+    if baseline_folder is not None and "better_than_baseline" not in ratios:
         line += "; not compared with the baseline, whose held-out text is another"
-    if any(margin is None for margin in margins.values()):
+    if any(margin is None for _, margin in ratios.values()):
         line += f"; {len(after)} held-out blocks are too few for intervals"
-    return Verdict(**found, baseline=baseline_folder, margins=margins, line=line, warnings=tuple(warnings))
-
-
-def _margin(margin: float | None, scale: float = 1, form: str = ".3f") -> str:
-    return "" if margin is None else f" ± {scale * margin:{form}}"
+    margins = {name: margin for name, (_, margin) in ratios.items() if margin is not None}
+    return Verdict(line=line, margins=margins, **{name: ratio for name, (ratio, _) in ratios.items()}, **found)
 
 
 def _ratio(values: Array, sizes: Array) -> tuple[float, float | None]:
@@ -115,18 +106,20 @@ def _ratio(values: Array, sizes: Array) -> tuple[float, float | None]:
     return ratio, float(special.stdtrit(count - 1, 0.975) * error)
 
 
-def _same_blocks(one: Rows | None, other: Rows) -> tuple[Rows, Rows] | None:
-    """Pair the rows of the same blocks; None where the blocks differ."""
-    if one is None:
+def _gain(other: Rows | None, after: Rows) -> tuple[float, float | None] | None:
+    """Return by how many nats ``after`` is below ``other``, and half of its interval; None where the blocks differ."""
+    if other is None:
         return None
-    _, mine, theirs = np.intersect1d(one.ids, other.ids, return_indices=True)
-    pair = one.take(mine), other.take(theirs)
-    return pair if len(mine) >= _SAME_TEXT * max(len(one), len(other)) else None
+    _, one, two = np.intersect1d(other.ids, after.ids, return_indices=True)
+    first, second = other.take(one).sums, after.take(two).sums
+    if len(one) < _SAME_TEXT * max(len(other), len(after)) or not np.isfinite(first["nll"]).all():
+        return None
+    return _ratio(first["nll"] - second["nll"], second["tokens"])
 
 
 def find_faults(
     *,
-    lm: Literal["mlm", "clm"],
+    lm: LM,
     steps: int,
     before: Mapping[str, float],
     after: Mapping[str, float],
@@ -147,22 +140,23 @@ def find_faults(
         found = "teacher and student had the same weights before training, so that soft targets teach nothing"
         faults.append(f"{found}; keep fewer layers, as student=half_depth does, or choose another student")
     if steps and moved < _MOVED:
-        found = f"the student hardly moved: training changed its weights by {moved:.1g} of their size"
+        found = f"the student hardly moved: its weights changed by {moved:.1g} of their size"
         return [*faults, f"{found}; raise optimizer.lr, or train longer"]
     name = "val/loss_ce"
     if steps >= _STEPS and not copied and name in before and after.get(name, 0.0) > (1 - _FALL) * before[name]:
         found = f"the soft-target KL is flat: {before[name]:.4g} before training, {after[name]:.4g} after it"
         faults.append(f"{found}; change optimizer.lr or objective.temperature, or train on text like the teacher's")
-    share = last_fifth(curves, steps=steps)
-    if share is not None and share > _LAST:
+    if (share := last_fifth(curves, steps=steps)) is not None and share > _LAST:
         found = f"the loss still falls: the last fifth of the steps brought {share:.0%} of its fall"
         faults.append(f"{found}; train longer, by trainer.max_steps or trainer.max_epochs")
     if reads_teacher and rows is not None and "teacher_nll" in rows.sums:
         excess, margin = _ratio(rows.sums["teacher_nll"] - rows.sums["nll"], rows.sums["tokens"])
         if margin is not None and excess > margin:
-            found = "the teacher is not better than its student: its held-out cross-entropy is"
+            found = (
+                f"the teacher's held-out cross-entropy is {excess:.3f} ± {margin:.3f} nats above its student's, so that"
+            )
             cure = f"set objective={lm}" + ", data.packing=documents," * (packing == "blocks")
-            faults.append(f"{found} {excess:.3f} ± {margin:.3f} nats higher; {cure} or take text like the teacher's")
+            faults.append(f"{found} soft targets teach little; {cure} or take text like the teacher's")
     return faults
 
 
