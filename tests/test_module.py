@@ -483,6 +483,15 @@ def test_validation_metrics_are_the_plain_formulas_over_all_tokens(tokenizer: Pr
     same = torch.cat(logits[""]).argmax(-1) == torch.cat(logits["teacher_"]).argmax(-1)
     assert got["val/agreement"] == pytest.approx(float(same.float().mean()))
     assert got["val/loss_ce"] == pytest.approx(float(kl) / tokens, rel=1e-4)
+    step, blocks, first = steps[0], module.after_blocks, steps[0]["labels"] != IGNORE_INDEX
+    scores = torch.nn.functional.cross_entropy(logits[""][0], step["labels"][first], reduction="none")
+    right = logits["teacher_"][0].argmax(-1) == step["labels"][first]
+    for index in range(8):  # its blocks, which come first
+        rows = first.nonzero()[:, 0] == index
+        assert blocks["tokens"][index] == rows.sum()
+        assert blocks["nll"][index] == pytest.approx(float(scores[rows].sum()), rel=1e-5)
+        assert blocks["teacher_accuracy"][index] == right[rows].sum()
+    assert len(blocks["ids"].unique()) == len(blocks["ids"]) == 11
     weighted = 5 * got["val/loss_ce"] + 2 * got["val/loss_mlm"] + got["val/loss_cos"]
     assert got["val/loss"] == pytest.approx(weighted, rel=1e-5)
 

@@ -231,4 +231,4 @@ def print_result(
         Console().print(table)
     print(f"student: {out / 'student'}")
     if verdict:
-        print(f"verdict: {verdict.line}")
+        print(f"verdict on held-out text: {verdict.line}")

@@ -82,6 +82,8 @@ def test_one_call_gives_the_run_that_the_command_gives(
     summary, theirs = (json.loads((folder / "summary.json").read_text("utf-8")) for folder in (result.run, run))
     assert (summary["before"], summary["after"]) == (theirs["before"], theirs["after"])
     assert {f"val/{name}": value for name, value in result.metrics.items()} == summary["after"]
+    assert result.verdict is not None
+    assert result.verdict.line == summary["verdict"]["line"] == theirs["verdict"]["line"]
     assert {f"val/{name}": value for name, value in result.before.items()} == summary["before"]
     assert (result.run, result.path) == (tmp_path / "run", tmp_path / "run" / "student")
     assert AutoModelForMaskedLM.from_pretrained(result.path).config.n_layers == 3
