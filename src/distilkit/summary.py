@@ -144,8 +144,7 @@ def _rows(blocks: Mapping[str, Tensor]) -> Rows | None:
     if not blocks:
         return None
     ids, first = np.unique(blocks["ids"].numpy(), return_index=True)
-    sums = {name: values.numpy()[first] for name, values in blocks.items() if name != "ids"}
-    return Rows(ids=ids, sums=sums)
+    return Rows(ids=ids, sums={name: sums.numpy()[first] for name, sums in blocks.items() if name != "ids"})
 
 
 def _judge(module: DistillationModule, *, out: Path, steps: int, baseline: str | None) -> Verdict:
@@ -218,17 +217,15 @@ def finish(trainer: Trainer, module: DistillationModule, *, out: Path, baseline:
         _plot_curves(out / "metrics.csv", out / "loss_curves.png", title=record["name"])
 
 
-def print_result(
-    out: Path, *, before: Mapping[str, float], after: Mapping[str, float], verdict: Verdict | None
-) -> None:
+def print_result(out: Path, module: DistillationModule) -> None:
     """Show the held-out metrics before and after training, the path of the student, and the verdict."""
     numbers = (Column(name, justify="right") for name in ("before", "after"))
     table = Table("metric", *numbers, title="held-out documents", title_justify="left")
-    for name, value in after.items():
-        first = f"{before[name]:.4f}" if name in before else "-"
+    for name, value in module.after.items():
+        first = f"{module.before[name]:.4f}" if name in module.before else "-"
         table.add_row(name.removeprefix("val/"), first, f"{value:.4f}")
-    if after:
+    if module.after:
         Console().print(table)
     print(f"student: {out / 'student'}")
-    if verdict:
-        print(f"verdict on held-out text: {verdict.line}")
+    if module.verdict:
+        print(f"verdict on held-out text: {module.verdict.line}")

@@ -149,20 +149,18 @@ def find_checkpoint(ckpt_path: str | None, out: Path, *, in_sweep: bool = False)
 
 
 def find_baseline(baseline: str | None, out: Path, *, in_sweep: bool = False) -> str | None:
-    """Resolve ``baseline``, the folder or summary.json of a finished run whose held-out scores are compared.
+    """Resolve ``baseline``, the folder or summary.json of a finished run; None for ``out`` itself.
 
-    A sweep goes on without one, after a warning: that job may have failed. A run is not compared with itself.
+    A sweep goes on without one, after a warning: that job may have failed.
     """
     if baseline is None:
         return None
     folder = Path(baseline).expanduser().resolve()
     folder = folder.parent if folder.name == "summary.json" else folder
-    if folder == out:
-        return None
-    if (folder / "summary.json").is_file() and (folder / "rows-val.npz").is_file():
-        return str(folder)
-    missing = "scores of held-out blocks (rows-val.npz)" if (folder / "summary.json").is_file() else "summary.json"
-    found = f"baseline={baseline} has no {missing}"
+    missing = [name for name in ("summary.json", "rows-val.npz") if not (folder / name).is_file()]
+    if folder == out or not missing:
+        return None if folder == out else str(folder)
+    found = f"baseline={baseline} has no {missing[0]}"
     if not in_sweep:
         raise UserError(f"{found}; give the folder of a finished run of this version, or baseline=null")
     log.warning("%s, and is not compared with: its job failed, or comes later", found)
@@ -307,7 +305,7 @@ def main(cfg: DictConfig) -> float:
         job = build(cfg)
         nll = run(job)
     if job.trainer.is_global_zero:
-        print_result(job.out, before=job.module.before, after=job.module.after, verdict=job.module.verdict)
+        print_result(job.out, job.module)
     return nll
 
 

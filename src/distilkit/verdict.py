@@ -94,7 +94,8 @@ def judge(
     if any(margin is None for _, margin in ratios.values()):
         line += f"; {len(after)} held-out blocks are too few for intervals"
     margins = {name: margin for name, (_, margin) in ratios.items() if margin is not None}
-    return Verdict(line=line, margins=margins, **{name: ratio for name, (ratio, _) in ratios.items()}, **found)
+    found |= {name: ratio for name, (ratio, _) in ratios.items()}
+    return Verdict(line=line, margins=margins, **found)
 
 
 def _ratio(values: Array, sizes: Array) -> tuple[float, float | None]:

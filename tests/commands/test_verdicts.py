@@ -122,7 +122,7 @@ def test_documents_are_known_whatever_their_padding(go: Go, folder: Path) -> Non
     [
         ((), "no summary.json"),
         (("config.yaml",), "no summary.json"),
-        (("config.yaml", "summary.json"), "no scores of held-out blocks (rows-val.npz)"),
+        (("config.yaml", "summary.json"), "no rows-val.npz"),
     ],
 )
 def test_a_baseline_that_is_no_finished_run_is_refused_before_training(
