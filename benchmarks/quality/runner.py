@@ -93,7 +93,8 @@ class Runner:
             with self.guard:
                 if self.stopped.is_set():
                     raise UserError(f"{command.name} was not started")
-                process = subprocess.Popen(line, **given, pass_fds=[lock])
+                # In a session of its own: a second signal, from the terminal, would end a training without its checkpoint.
+                process = subprocess.Popen(line, **given, pass_fds=[lock], start_new_session=True)
                 self.running.append(process)
             code = process.wait()
         self.running.remove(process)
