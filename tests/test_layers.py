@@ -105,6 +105,8 @@ def test_a_family_without_a_layer_has_the_loss_of_the_student_that_is_cut_so(
     lm = "mlm" if "MaskedLM" in type(model).__name__ else "clm"
     teacher = Teacher(model=model, name="tiny", revision="main", lm=lm, sha256="0")
     batches = batches_of(lm, blocks=2)[:1]
+    if FAMILIES[name][0] == "works":  # documents of one block, kept apart
+        batches[0]["document_ids"] = (torch.arange(24) >= 9).long().repeat(2, 1)
     compared = 0
     for layer, loss in losses_without(model, batches, [0, 1, 3]).items():
         left = [each for each in (0, 1, 3) if each != layer]
@@ -177,8 +179,9 @@ def test_no_search_is_worse_than_equal_distances() -> None:
 
 def test_ties_drop_the_last_layer_and_a_loss_that_is_no_number_is_the_worst() -> None:
     assert searched(lambda _: 1.0, depth=5, even=[0, 2, 4])[0] == [0, 1, 2]
-    kept, table = searched(lambda cut: math.nan if 0 in cut else 1.0)
-    assert kept == [1, 2] and table[1]["dropped"] == 0
+    for bad in range(4):
+        kept, _ = searched(lambda cut, bad=bad: 1.0 if bad in cut else math.nan, even=[0, 1])
+        assert bad in kept
 
 
 def test_what_cannot_be_cut_is_no_candidate() -> None:
@@ -224,6 +227,11 @@ def test_modernbert_keeps_its_first_layer_and_the_kind_of_each(
     kinds = teacher.model.config.layer_types
     assert student.config.layer_types == [kinds[layer] for layer in choice.layers] == [kinds[0], kinds[1], kinds[2]]
     assert scored[0] == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_bert_that_no_distilbert_equals_is_measured_as_its_own_class(tokenizer: PreTrainedTokenizerBase) -> None:
+    choice = measured(build_teacher("bert", hidden_act="silu"), tokenizer, batches_of("mlm"))
+    assert len(choice.layers) == 3
 
 
 def test_a_pattern_by_the_numbers_of_layers_leaves_the_first_ones(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -354,6 +362,15 @@ def test_greedy_needs_a_trained_head_and_influence_none(tokenizer: PreTrainedTok
     with pytest.raises(UserError, match="greedy reads the loss of tiny-bert, which has no trained .*layers=influence"):
         measured(teacher, tokenizer, batches_of("mlm"))
     assert len(measured(teacher, tokenizer, batches_of("mlm"), layers="influence").layers) == 3
+
+
+def test_documents_too_short_for_a_label_change_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
+    teacher, batches = build_teacher("bert"), batches_of("mlm")
+    ids = batches[0]["input_ids"][:, :3]
+    short: Batch = {"input_ids": ids, "labels": torch.full_like(ids, -100)}
+    found, expected = (measured(teacher, tokenizer, each) for each in ([short, *batches], batches))
+    assert [row["loss"] for row in found.table] == [row["loss"] for row in expected.table]
+    assert found.num_blocks == expected.num_blocks + 4
 
 
 def test_a_loss_that_is_not_finite_is_an_error(tokenizer: PreTrainedTokenizerBase) -> None:

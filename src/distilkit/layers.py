@@ -113,14 +113,18 @@ def _nll(model: PreTrainedModel, batch: Batch) -> float:
     if not len(rows):
         return 0.0
     nll, _ = losses.score(lm_head(model, token_states(model, batch)[rows]), batch["labels"].flatten()[rows])
-    return float(nll.double().sum())
+    return float(nll.cpu().double().sum())
+
+
+def _num_labels(batches: Sequence[Batch]) -> int:
+    return max(1, sum(len(labelled_rows(batch)) for batch in batches))
 
 
 @torch.no_grad()
 def loss_of(model: PreTrainedModel, batches: Sequence[Batch], kept: Sequence[int]) -> float:
     """Return the cross-entropy of a model with these layers alone, in nats per labelled token."""
     with without_layers(model, kept):
-        return sum(_nll(model, batch) for batch in batches) / sum(len(labelled_rows(batch)) for batch in batches)
+        return sum(_nll(model, batch) for batch in batches) / _num_labels(batches)
 
 
 @torch.no_grad()
@@ -136,7 +140,7 @@ def losses_without(model: PreTrainedModel, batches: Sequence[Batch], kept: Seque
         for layer in kept:
             with _going_on_after(layer, model, kept=kept, seen=seen):
                 sums[layer] += _nll(model, batch)
-    return {layer: total / sum(len(labelled_rows(batch)) for batch in batches) for layer, total in sums.items()}
+    return {layer: total / _num_labels(batches) for layer, total in sums.items()}
 
 
 @torch.no_grad()
@@ -151,7 +155,7 @@ def influences(model: PreTrainedModel, batches: Sequence[Batch]) -> dict[int, fl
             returned = next(iter(output.values())) if isinstance(output, dict) else output
             pair = given, returned[0] if isinstance(returned, tuple | list) else returned  # (batch, length, width)
             states = (each.flatten(0, 1)[slice(None) if real is None else real] for each in pair)
-            sums[layer] += float(losses.hidden_cosine(*states).double().sum())
+            sums[layer] += float(losses.hidden_cosine(*states).cpu().double().sum())
         tokens += batch["input_ids"].numel() if real is None else len(real)
     return {layer: total / tokens for layer, total in sums.items()}
 
@@ -218,10 +222,11 @@ def measure(
         finally:
             model.to(home)  # type: ignore[arg-type]  # transformers hides this form
 
+    sizes = [batch["input_ids"].numel() for batch in batches]  # documents differ in length
     for _ in range(2):  # the first warms up
         started = time.perf_counter()
-        there(loss_of, batches[:1], range(depth))
-    minutes = (time.perf_counter() - started) * len(batches) * passes / 60
+        there(loss_of, [batches[sizes.index(max(sizes))]], range(depth))
+    minutes = (time.perf_counter() - started) * sum(sizes) / max(sizes) * passes / 60
     cost = f"{evaluations} evaluations of {num_blocks} blocks, at most about {minutes:.1f} minutes"
     log.info("student.layers=%s: %s", method, cost)
     if method == "greedy":
