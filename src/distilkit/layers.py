@@ -227,7 +227,7 @@ def measure(
         started = time.perf_counter()
         there(loss_of, [batches[sizes.index(max(sizes))]], range(depth))
     minutes = (time.perf_counter() - started) * sum(sizes) / max(sizes) * passes / 60
-    cost = f"{evaluations} evaluations of {num_blocks} blocks, at most about {minutes:.1f} minutes"
+    cost = f"{evaluations} evaluation{'s' * (evaluations != 1)} of {num_blocks} blocks, at most about {minutes:.1f} minutes"
     log.info("student.layers=%s: %s", method, cost)
     if method == "greedy":
         layers, table = drop_greedily(
