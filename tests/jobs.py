@@ -69,6 +69,7 @@ def _undone(cwd: Path, arguments: tuple[str, ...]) -> Iterator[None]:
         with warnings.catch_warnings():
             yield
     finally:
+        patch.stopall()  # of callbacks that a run that broke off did not tear down
         os.chdir(folder)
         sys.argv = argv
         os.environ.clear()
@@ -171,6 +172,24 @@ class Send(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == self.step == trainer.max_steps:
             os.kill(os.getpid(), self.number)
+
+
+class SetClock(Callback):
+    """Let each optimizer step take so many seconds, times ``of_rank`` on later ranks; for ``+callbacks.clock``."""
+
+    def __init__(self, *, seconds: float, of_rank: float = 1.0) -> None:
+        self.seconds, self.of_rank, self.now = seconds, of_rank, 0.0
+        self.patched = patch("distilkit.budget.perf_counter", lambda: self.now)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.seconds *= self.of_rank if trainer.global_rank else 1.0
+        self.patched.start()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        self.now += self.seconds
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.patched.stop()
 
 
 class Poison(Callback):

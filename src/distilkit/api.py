@@ -50,6 +50,7 @@ def distill(
     paths: Paths | None = None,
     student: str = "half_depth",
     max_steps: int | None = None,
+    budget: str | float | None = None,
     progress: bool = True,
     overrides: Sequence[str] = (),
 ) -> Distilled:
@@ -58,8 +59,9 @@ def distill(
     ``teacher`` is a hub id or a folder; None trains a student without one. The corpus is ``text``, the documents
     themselves, or ``paths``, files, folders and globs; without either it is the docstrings of installed packages.
     ``student`` is an option of conf/train/student, and ``overrides`` are those of the command line. Training ends after
-    ``max_steps``, or without them after three epochs. ``out`` gets config.yaml, metrics.csv, checkpoints/, summary.json
-    and student/. A wrong setting, a finished run in ``out`` and a loss that is not finite raise a ``UserError``.
+    ``max_steps``, after a ``budget`` of time, ``40m`` or seconds, or without both after three epochs. ``out`` gets
+    config.yaml, metrics.csv, checkpoints/, summary.json and student/. A wrong setting, a finished run in ``out`` and a
+    loss that is not finite raise a ``UserError``.
     Example::
 
         result = distilkit.distill(
@@ -77,6 +79,7 @@ def distill(
     taken = {"teacher", "teacher.name", "student", "output_dir", "hydra.run.dir"}
     taken |= {"data", "data.corpus.paths"} if text is not None or paths is not None else set()
     taken |= set() if max_steps is None else {"trainer.max_steps"}
+    taken |= set() if budget is None else {"budget"}
     if wrong := taken & {str(override).lstrip("+~").partition("=")[0] for override in overrides}:
         raise UserError(f"overrides set {wrong.pop()}, which an argument of distill sets too; drop one of the two")
     options = ["teacher=none" if teacher is None else "teacher=hf", f"student={student}"]
@@ -89,6 +92,8 @@ def distill(
             cfg.teacher.name = _literal(teacher)
         if max_steps is not None:
             cfg.trainer.max_steps = max_steps
+        if budget is not None:
+            cfg.budget = budget
         if text is not None:
             cfg.data.corpus.paths, count = write_documents(text, Path(cfg.cache_dir).expanduser() / "texts")
             cfg.data.description = f"{count:,} documents given to distilkit.distill"

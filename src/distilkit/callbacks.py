@@ -5,6 +5,7 @@ import math
 import signal
 import sys
 import threading
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -31,12 +32,14 @@ class ValidateEvery(Callback):
         """Check the interval."""
         if optimizer_steps < 1:
             raise UserError(f"callbacks.validation.optimizer_steps={optimizer_steps}, but it must be at least 1")
-        self.optimizer_steps = self.interval = self.total = optimizer_steps
+        self.optimizer_steps = self.interval = optimizer_steps
+        self.total: float = math.inf  # with a budget, until it ends
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Spread the validations evenly, after the data module has set the accumulation."""
-        self.total = int(trainer.estimated_stepping_batches)
-        self.interval = math.ceil(self.total / max(1, math.ceil(self.total / self.optimizer_steps)))
+        """Spread the validations evenly, if the steps are known; the data module has set the accumulation."""
+        self.total = trainer.estimated_stepping_batches
+        if self.total < math.inf:
+            self.interval = math.ceil(self.total / max(1, math.ceil(self.total / self.optimizer_steps)))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validate at once if a resumed run stopped where a validation is due."""
@@ -50,7 +53,8 @@ class ValidateEvery(Callback):
 
     def _request(self, trainer: Trainer, *, due: bool) -> None:
         """Set Lightning's interval of micro-batches so that it validates now or not yet."""
-        now = due and (trainer.global_step % self.interval == 0 or trainer.global_step == self.total)
+        end = trainer.global_step in (self.total, trainer.max_steps)
+        now = due and (trainer.global_step % self.interval == 0 or end)
         trainer.val_check_batch = trainer.fit_loop.total_batch_idx + 1 if now else sys.maxsize
 
 
@@ -174,4 +178,6 @@ class ProgressBar(RichProgressBar):
         items = super().get_metrics(trainer, pl_module)
         items.pop("v_num", None)
         assert isinstance(pl_module, DistillationModule)
-        return items | pl_module.shown
+        clock = pl_module.clock
+        left = {} if clock.budget is None else {"left": str(timedelta(seconds=round(clock.left)))}
+        return items | pl_module.shown | left

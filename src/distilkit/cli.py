@@ -132,6 +132,12 @@ def _plain(override: str) -> str:
     return re.sub(r"[\s'\"]", "", override).casefold()
 
 
+def _unresolved(overrides: Any) -> list[str]:
+    """Return overrides with each ``${...}`` as it was given, which may have a value in its own job only."""
+    given: Any = OmegaConf.to_container(overrides, resolve=False)
+    return list(given)
+
+
 def note_failure(what: str, error: Exception) -> None:
     """Add to ``failures`` and log why ``what`` failed; a fault of ours with its traceback, the first of its kind."""
     cause = user_cause(error)
@@ -156,7 +162,7 @@ class SweepFailures(Callback):
         replace_unprintable()
         failures.clear()
         _shown.clear()
-        self.common = frozenset(map(_plain, config.hydra.overrides.task))
+        self.common = frozenset(map(_plain, _unresolved(config.hydra.overrides.task)))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Log the error of a job, and give Hydra's own sweeper NaN instead; others have rules for failed jobs."""
@@ -194,7 +200,7 @@ def check_added(cfg: DictConfig, *, config: str, overrides: Iterable[str] | None
     ``overrides`` are those of Hydra's command line, if there is one, by default.
     """
     if overrides is None:
-        overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
+        overrides = _unresolved(HydraConfig.get().overrides.task) if HydraConfig.initialized() else ()
     own: Any = OmegaConf.create(resources.files("distilkit.conf").joinpath(config).read_text("utf-8"))
     groups = [name for entry in own.defaults if isinstance(entry, DictConfig) for name in map(str, entry)]
     known = [

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distilkit import losses
+from distilkit.budget import VIRTUAL_STEPS, Clock, run_over_time
 from distilkit.errors import UserError
 from distilkit.export import student_files
 from distilkit.language_model import LM, Batch, cast_parameters, lm_head
@@ -27,14 +29,17 @@ from distilkit.schedule import build_schedule, piecewise
 from distilkit.teacher import Teacher
 from distilkit.verdict import Verdict, relative_change, weight_sample
 
+log = logging.getLogger(__name__)
+
 
 class DistillationModule(LightningModule):
     """Train a student on the terms of an objective, with a frozen teacher.
 
     Each term is a sum over tokens, divided once by the tokens of the whole optimizer step, over all micro-batches and
     ranks. ``optimizer`` builds an optimizer from parameter groups. ``scheduler`` and ``scheduler_kwargs`` are name and
-    arguments of ``transformers.get_scheduler``, with a warmup over ``warmup_share`` of the steps. ``record`` holds what
-    the model card shows. An objective or a schedule that does not fit raises a ``UserError``.
+    arguments of ``transformers.get_scheduler``, with a warmup over ``warmup_share`` of the steps. With a ``budget`` in
+    seconds of training, time takes the place of steps, and ends the run. ``record`` holds what the model card shows.
+    An objective or a schedule that does not fit raises a ``UserError``.
     """
 
     def __init__(
@@ -51,6 +56,7 @@ class DistillationModule(LightningModule):
         seed: int,
         record: Mapping[str, Any],
         scheduler_kwargs: Mapping[str, Any] | None = None,
+        budget: float | None = None,
     ) -> None:
         """Check the settings; the teacher moves with the module, but no checkpoint contains it."""
         super().__init__()
@@ -77,6 +83,7 @@ class DistillationModule(LightningModule):
         self.record = dict(record)
         self.tokens, self.step_tokens = torch.tensor(0), torch.tensor(0)  # without padding, over all ranks
         self.num_steps = 0  # of the whole training; 0 before it is known
+        self.clock = Clock(budget=budget)
         self.configured: list[dict[str, Any]] = []  # of each parameter group of the optimizer
         self.step_objective = objective.at(progress=0.0, step=0)  # of the optimizer step that runs
         self.step_terms: dict[str, Tensor] = {}
@@ -107,7 +114,9 @@ class DistillationModule(LightningModule):
 
     @property
     def progress(self) -> float:
-        """The share of the training that is done, from 0 to 1, in optimizer steps; 0 before it is known."""
+        """The share of the training that is done, from 0 to 1: of its steps or its budget; 0 before it is known."""
+        if self.clock.budget is not None:
+            return self.clock.progress
         return min(1.0, self.trainer.global_step / self.num_steps) if self.num_steps else 0.0
 
     def progress_at(self, step: int) -> float:
@@ -183,7 +192,8 @@ class DistillationModule(LightningModule):
             group.update(configured, lr=rate)  # without flags, on which the optimizer's state depends
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Seed dropout by (seed, epoch, micro-batch, rank), so that a resumed run repeats it."""
+        """Start the clock, and seed dropout by (seed, epoch, micro-batch, rank), so that a resumed run repeats it."""
+        self.clock.start()
         self.after = {}
         torch.manual_seed(hash((self.seed, self.current_epoch, batch_idx, self.global_rank)) % 2**63)
 
@@ -218,6 +228,36 @@ class DistillationModule(LightningModule):
             self._log_step()
         # 3. Lightning divides by the accumulation and DDP by the ranks, but the denominators contain both.
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """End the optimizer step on the clock, and the run with its budget, before the schedule goes on."""
+        self.clock.end_step(self._of_first_rank if self.trainer.world_size > 1 else None)
+        if self.clock.done:
+            self._end_here(self.trainer.global_step)
+        super().lr_scheduler_step(scheduler, metric)
+
+    def _end_here(self, step: int) -> None:
+        """End the run after ``step`` optimizer steps, as ``max_steps`` does."""
+        self.trainer.fit_loop.epoch_loop.max_steps = step
+
+    def _of_first_rank(self, values: list[float]) -> list[float]:
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.trainer.strategy.root_device)
+        torch.distributed.broadcast(tensor, src=0)
+        agreed: list[float] = tensor.tolist()
+        return agreed
+
+    def on_validation_start(self) -> None:
+        """Stop the clock until the next batch, after the device has finished."""
+        self._stop_clock()
+
+    def on_train_end(self) -> None:
+        """Stop the clock after the device has finished."""
+        self._stop_clock()
+
+    def _stop_clock(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.clock.stop()
 
     def _log_step(self) -> None:
         sums = {name: float(self._sum_over_ranks(term)) for name, term in self.step_terms.items()}
@@ -273,8 +313,11 @@ class DistillationModule(LightningModule):
             found = f"trainer.gradient_clip_val={clip} cannot clip them with trainer.precision=16-mixed"
             cure = "set optimizer.fused=null, or trainer.precision=bf16-mixed"
             raise UserError(f"optimizer.fused=true unscales gradients inside the optimizer, so that {found}; {cure}")
-        self.num_steps = int(self.trainer.estimated_stepping_batches)
-        schedule = self.schedule(optimizer, num_steps=self.num_steps)
+        over_time = self.clock.budget is not None
+        self.num_steps = 0 if over_time else int(self.trainer.estimated_stepping_batches)  # 0: without training, too
+        schedule = self.schedule(optimizer, num_steps=self.num_steps or VIRTUAL_STEPS)
+        if over_time:
+            run_over_time(schedule, self.clock)
         names = {"initial_lr", *getattr(self.optimizer, "keywords", ())}
         self.configured = [
             {name: value for name, value in group.items() if name in names and not isinstance(value, bool | None)}
@@ -344,7 +387,8 @@ class DistillationModule(LightningModule):
         self.log_dict(scores)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Remove the teacher, and add the data that export and resume need."""
+        """Remove the teacher, and add the data that export and resume need; the clock stands until the next batch."""
+        self.clock.stop()
         self._check_finite()
         state = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name.startswith("student.")}
         broken = next((name for name, tensor in state.items() if not tensor.isfinite().all()), None)
@@ -359,6 +403,7 @@ class DistillationModule(LightningModule):
             "teacher": {"name": self.teacher_name, "sha256": self.teacher_sha256},
             "objective": vars(self.objective),
             "tokens_seen": self.tokens_seen,
+            "clock": self.clock.state_dict(),
             "shapes": self.shapes,
             "record": self.record,
             "files": self.files,
@@ -383,6 +428,13 @@ class DistillationModule(LightningModule):
                 raise UserError(f"the checkpoint has another student: {name} differs; {cure}")
         self.tokens = torch.tensor(saved["tokens_seen"])
         self.before, self.before_blocks = saved.get("before", {}), saved.get("before_blocks", {})
+        # Earlier versions kept the seconds with a callback.
+        seconds = checkpoint.get("callbacks", {}).get("Throughput", {}).get("seconds", 0.0)
+        self.clock.load_state_dict(saved.get("clock", {"seconds": seconds, "wall": seconds, "pace": 0.0}))
+        if self.clock.done:
+            self._end_here(checkpoint["global_step"])
+            found = "the checkpoint has used %.0f of budget=%g seconds, so that nothing is left to train"
+            log.warning(found + "; a larger budget goes on", self.clock.used, self.clock.budget)
 
 
 def block_ids(batch: Batch) -> Tensor:

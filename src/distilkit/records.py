@@ -234,7 +234,7 @@ def read_metrics(file: Path) -> dict[str, list[tuple[int, float]]]:
             for name, value in row.items():
                 if name not in ("step", "epoch") and value:
                     # Lightning numbers steps from 0; the score before the first one has no epoch.
-                    curves.setdefault(name, []).append((int(row["step"]) + bool(row["epoch"]), float(value)))
+                    curves.setdefault(name, []).append((int(row["step"]) + bool(row.get("epoch")), float(value)))
     return curves
 
 

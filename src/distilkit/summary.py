@@ -30,7 +30,6 @@ from distilkit.objective import Objective
 from distilkit.records import Rows, peak_memory_mb, read_metrics, read_rows, versions, write_json, write_rows
 from distilkit.schedule import show_points
 from distilkit.teacher import Teacher
-from distilkit.throughput import Throughput
 from distilkit.verdict import Verdict, find_faults, judge, relative_change, weight_sample
 
 log = logging.getLogger(__name__)
@@ -190,9 +189,8 @@ def finish(trainer: Trainer, module: DistillationModule, *, out: Path, baseline:
     ckpt, made, line = out / "checkpoints" / "last.ckpt", out / "student", module.verdict.line
     student = export_checkpoint(ckpt, made, results=module.after, verdict=line, trust_remote_code=True)
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by one of its connectors
-    throughput = next((callback for callback in callbacks if isinstance(callback, Throughput)), None)
     forms = next((callback.found for callback in callbacks if isinstance(callback, CompareForms)), None)
-    record = {name: value for name, value in module.record.items() if name != "config"}
+    record, clock = {name: value for name, value in module.record.items() if name != "config"}, module.clock
     if choice := record["layer_choice"]:
         record["layer_choice"] = {name: value for name, value in choice.items() if name != "table"}
     write_json(
@@ -203,8 +201,10 @@ def finish(trainer: Trainer, module: DistillationModule, *, out: Path, baseline:
             "teacher_parameters": record["teacher"]["parameters"] if record["teacher"] else None,
             "optimizer_steps": trainer.global_step,
             "tokens_seen": module.tokens_seen,
-            "tokens_per_second": round(module.tokens_seen / max(throughput.seconds, 1e-9), 1) if throughput else None,
-            "wall_seconds": round(throughput.seconds, 1) if throughput else None,
+            "tokens_per_second": round(module.tokens_seen / clock.wall, 1) if clock.wall else None,
+            "wall_seconds": round(clock.wall, 1),
+            "training_seconds": round(clock.seconds, 3),
+            "budget_seconds": clock.budget,
             "peak_memory_mb": peak_memory_mb(trainer.strategy.root_device),
             "input_forms": asdict(forms) if forms else None,
             "before": module.before,

@@ -1,6 +1,5 @@
 """Tokens per second, floating-point operations (FLOPs) of a step, and model FLOPs utilization (MFU)."""
 
-import time
 import timeit
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -8,7 +7,6 @@ from typing import Any, cast
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.trainer.states import TrainerFn
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -90,8 +88,7 @@ class Throughput(Callback):
         """Start from zero."""
         self.window_start = 0  # the module's tokens when the window began
         self.window_flops = self.peak = 0.0
-        self.seconds = self.window_seconds = 0.0  # of all parts of a resumed run; of the window
-        self.started: float | None = None  # None: the clock is stopped
+        self.window_began = 0.0  # on the module's clock
         self.costs: tuple[_ForwardCost, _ForwardCost | None] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -104,30 +101,14 @@ class Throughput(Callback):
         self.costs = forward_cost(student, ours), None if teacher is None else forward_cost(teacher, theirs)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the peak of the device, and start the clock."""
+        """Measure the peak of the device, and begin a window."""
         precision = str(trainer.precision)
         dtype = torch.bfloat16 if "bf16" in precision else torch.float16 if "16" in precision else torch.float32
         self.peak = peak_flops(pl_module.device, dtype) * trainer.world_size
         if pl_module.device.type == "cuda":  # the matrices of this measurement are none of the training's memory
             torch.cuda.reset_peak_memory_stats(pl_module.device)
         assert isinstance(pl_module, DistillationModule)
-        self.window_start = pl_module.tokens_seen
-        self.started = time.perf_counter()
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock."""
-        self._stop()
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restart the clock if training continues."""
-        if trainer.state.fn == TrainerFn.FITTING:
-            self.started = time.perf_counter()
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock after the device has finished."""
-        if pl_module.device.type == "cuda":
-            torch.cuda.synchronize(pl_module.device)
-        self._stop()
+        self.window_start, self.window_began = pl_module.tokens_seen, pl_module.clock.wall
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -139,27 +120,10 @@ class Throughput(Callback):
         self.window_flops += flops * trainer.world_size
         log_every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by one of its connectors
         if batch["is_last"] and log_every and trainer.global_step % log_every == 0:
-            self._stop()
-            self.started = time.perf_counter()
-            seconds = max(self.window_seconds, 1e-9)
-            tokens = pl_module.tokens_seen
+            tokens, now = pl_module.tokens_seen, pl_module.clock.wall
+            seconds = max(now - self.window_began, 1e-9)
             rate = (tokens - self.window_start) / seconds
             pl_module.log("throughput/tokens_per_second", rate)
             pl_module.log("throughput/mfu", self.window_flops / seconds / self.peak)
             pl_module.shown["tokens/s"] = rate
-            self.window_start, self.window_flops, self.window_seconds = tokens, 0.0, 0.0
-
-    def _stop(self) -> None:
-        if self.started is not None:
-            elapsed = time.perf_counter() - self.started
-            self.seconds += elapsed
-            self.window_seconds += elapsed
-            self.started = None
-
-    def state_dict(self) -> dict[str, float]:
-        """Return the seconds of training so far, which a resumed run adds to."""
-        return {"seconds": self.seconds + (0.0 if self.started is None else time.perf_counter() - self.started)}
-
-    def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        """Go on from the seconds of the part before."""
-        self.seconds = state_dict["seconds"]
+            self.window_start, self.window_flops, self.window_began = tokens, 0.0, now

@@ -10,11 +10,13 @@ import hydra
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 from pytorch_lightning import Trainer, seed_everything
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.strategies import FSDPStrategy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from distilkit.budget import parse_budget
 from distilkit.callbacks import ValidateEvery
 from distilkit.cli import (
     check_added,
@@ -63,6 +65,7 @@ class Job:
 def build(cfg: DictConfig) -> Job:
     """Check the config and build models, data and trainer from it; write nothing into the run's folder."""
     _check_config(cfg)
+    budget = _budget(cfg)
     out = Path(cfg.output_dir).resolve()
     if (out / "student").exists():
         raise UserError(
@@ -96,6 +99,7 @@ def build(cfg: DictConfig) -> Job:
         warmup_share=scheduler["warmup_share"],
         scheduler_kwargs=scheduler["kwargs"],
         seed=cfg.seed,
+        budget=budget,
         record=describe(cfg, objective=objective, teacher=teacher, student=student, corpus=data.corpus, choice=choice),
     )
     module.check_precision(trainer)
@@ -114,6 +118,8 @@ def run(job: Job) -> float:
     with ranks_on_config(job.out / "config.yaml", launcher=trainer.strategy.launcher):
         trainer.fit(module, datamodule=job.data, ckpt_path=job.checkpoint)
         trainer.save_checkpoint(job.out / "checkpoints" / "last.ckpt", weights_only=False)
+        if trainer.global_step == 0:  # trainer.max_steps=0
+            module.after, module.after_blocks = module.before, module.before_blocks
         # Not scored yet: a finished run was resumed, or validation was taken out of the callbacks.
         if not module.after and trainer.limit_val_batches:
             _score(job)
@@ -176,6 +182,21 @@ def _check_config(cfg: DictConfig) -> None:
         raise UserError(f"scheduler={cfg.scheduler}, but it is no group of options; set scheduler.name={name}")
     check_names(cfg.scheduler, ("name", "warmup_share", "kwargs"), path="scheduler")
     check_names(cfg.card or (), ("license", "language"), path="card")
+
+
+def _budget(cfg: DictConfig) -> float | None:
+    """Return the seconds that the training may take, or None; nothing else may end it too."""
+    try:
+        given = cfg.budget
+    except InterpolationResolutionError as error:  # another run, whose seconds it takes, has none
+        raise UserError(f"budget cannot be read: {str(error).splitlines()[0]}") from error
+    seconds = parse_budget(given)
+    ends = {"max_steps": -1, "max_epochs": -1, "max_time": None}
+    for name, none in ends.items() if seconds is not None else ():
+        if (value := cfg.trainer.get(name)) != none:
+            cure = f"drop one of the two: set trainer.{name}={'null' if none is None else none}, or budget=null"
+            raise UserError(f"budget={given} and trainer.{name}={value} would both end the training; {cure}")
+    return seconds
 
 
 def _measured_layers(
@@ -248,10 +269,12 @@ def _build_trainer(cfg: DictConfig) -> Trainer:
         **plain,
         callbacks=callbacks,
         logger=[logger for logger in instantiate(cfg.logger, **plain).values() if logger is not None],
-        num_sanity_val_steps=-1 if cfg.validate_first else 0,  # Lightning skips it on a resume
+        # Lightning skips it on a resume. Without training it is the only score.
+        num_sanity_val_steps=-1 if cfg.validate_first or cfg.trainer.max_steps == 0 else 0,
     )
-    if trainer.max_epochs == trainer.max_steps == -1:
-        raise UserError("trainer.max_epochs and trainer.max_steps are both -1, without end; set one of them above 0")
+    if cfg.budget is None and trainer.max_epochs == trainer.max_steps == -1:
+        found = "trainer.max_epochs and trainer.max_steps are both -1, without end"
+        raise UserError(f"{found}; set one of them above 0, or a budget as budget=40m")
     if isinstance(trainer.strategy, FSDPStrategy) and not any(isinstance(each, ValidateEvery) for each in callbacks):
         raise UserError(
             "callbacks.validation=null, but with trainer=fsdp the student is scored in training or never; "

@@ -1,0 +1,246 @@
+"""How a training ends on the command line: before its first step, or with a budget of time."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from transformers import AutoModelForMaskedLM, PreTrainedTokenizerBase
+
+import distilkit
+import distilkit.train
+from distilkit.records import read_metrics
+from distilkit.student import cut_student
+from distilkit.teacher import load_teacher
+from jobs import QUIET, SMALL, Outcome, call, only, spawn
+
+TESTS = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Share one token cache between the runs of this file."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def given(text_file: Path, cache: Path, save_teacher: Callable[..., Path]) -> tuple[str, ...]:
+    """Return the overrides of a run that is ended by nothing but three epochs."""
+    teacher = "teacher=hf", f"teacher.name={save_teacher('bert')}"
+    return *teacher, *SMALL, f"data.corpus.paths={text_file}", f"cache_dir={cache}"
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "summary.json").read_text("utf-8"))
+    return content
+
+
+def clock(seconds: float, **more: float) -> str:
+    """Return a callback whose optimizer steps take so many seconds, on a clock that it sets."""
+    return OmegaConf.to_yaml({"_target_": "jobs.SetClock", "seconds": seconds, **more}).strip().replace("\n", ", ")
+
+
+# ------------------------------------------------------------------------------- without a step
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param((), id="with a table of metrics"),
+        pytest.param(("validate_first=false",), id="scored once, at the end"),
+        pytest.param((*QUIET, "teacher.dtype=float32"), id="without a logger"),
+        pytest.param(("teacher=none", "student=hf", "objective=mlm"), id="without a teacher"),
+    ],
+)
+def test_a_run_of_no_steps_scores_the_student_and_writes_it_as_it_was_cut(
+    more: tuple[str, ...],
+    given: tuple[str, ...],
+    tmp_path: Path,
+    save_teacher: Callable[..., Path],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    teacher = save_teacher("bert")
+    if "student=hf" in more:
+        given = *(item for item in given if not item.startswith("teacher")), f"student.name={teacher}"
+        more = *more, f"tokenizer.name={teacher}"
+    run = *given, *more, "trainer.max_steps=0", "hydra.run.dir=run"
+    done = spawn("-m", "distilkit.train", *run, cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert "Warning" not in done.err, done.err
+    assert "WARNING" not in done.out, done.out
+    folder = tmp_path / "run"
+    summary = summary_of(folder)
+    assert summary["before"] == summary["after"] != {}
+    assert (summary["optimizer_steps"], summary["tokens_seen"], summary["tokens_per_second"]) == (0, 0, None)
+    assert (summary["training_seconds"], summary["wall_seconds"], summary["budget_seconds"]) == (0.0, 0.0, None)
+    written = AutoModelForMaskedLM.from_pretrained(folder / "student").state_dict()
+    model: Any = AutoModelForMaskedLM.from_pretrained(teacher)
+    if "student=hf" not in more:
+        model = cut_student(teacher=load_teacher(name=str(teacher)), tokenizer=tokenizer, layers="half")
+    assert all(torch.equal(written[name], tensor) for name, tensor in model.state_dict().items())
+    if "logger=none" not in more:
+        assert [step for step, _ in read_metrics(folder / "metrics.csv")["val/nll"]] == [0]
+        assert (folder / "loss_curves.png").is_file()
+
+
+def test_a_sweep_compares_a_student_without_training_with_one_that_was_trained(
+    given: tuple[str, ...], tmp_path: Path
+) -> None:
+    swept = call(
+        distilkit.train.main, "-m", *given, *QUIET, "trainer.max_steps=0,2", "hydra.sweep.dir=sweep", cwd=tmp_path
+    )
+    assert swept.code == 0, swept.out + swept.err
+    assert "Traceback" not in swept.out + swept.err
+    labels = [row.split("|")[1].strip() for row in (tmp_path / "sweep/comparison.md").read_text().splitlines()[2:4]]
+    assert labels == ["trainer.max_steps=0", "trainer.max_steps=2"]
+    first, second = (summary_of(tmp_path / "sweep" / job) for job in "01")
+    assert first["before"] == first["after"] == second["before"] != second["after"]
+
+
+# --------------------------------------------------------------------------------- with a budget
+
+
+def test_a_budget_ends_a_run_whose_file_says_what_it_took(given: tuple[str, ...], tmp_path: Path) -> None:
+    more = f"+callbacks.clock={{{clock(2.0)}}}", "budget=1m", "callbacks.validation.optimizer_steps=20"
+    done = call(distilkit.train.main, *given, *more, "hydra.run.dir=run", cwd=tmp_path)
+    assert done.code == 0, done.err
+    folder = tmp_path / "run"
+    summary, config = summary_of(folder), OmegaConf.load(folder / "config.yaml")
+    assert (summary["optimizer_steps"], summary["training_seconds"], summary["budget_seconds"]) == (30, 60.0, 60.0)
+    assert (config.trainer.max_steps, config.trainer.max_epochs, config.budget) == (-1, -1, "1m")
+    curves = read_metrics(folder / "metrics.csv")
+    assert [step for step, _ in curves["val/nll"]] == [0, 20, 30]
+    assert curves["train/lr"][-1] == (30, pytest.approx(config.optimizer.lr / 30 / 0.95))
+    assert [rate for _, rate in curves["throughput/tokens_per_second"][:10]] == [16 * 32 / 2.0] * 10
+    last = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert (last["global_step"], last["optimizer_states"][0]["param_groups"][0]["lr"]) == (30, 0.0)
+    assert AutoModelForMaskedLM.from_pretrained(folder / "student").config.n_layers == 3
+
+
+@pytest.mark.parametrize("epoch", ["within an epoch", "after an epoch"])
+def test_a_budget_that_a_signal_cut_in_two_gives_the_weights_of_an_unbroken_one(
+    epoch: str, given: tuple[str, ...], tmp_path: Path
+) -> None:
+    limit = 9 * 2 if epoch == "after an epoch" else 1.0
+    more = *given, *QUIET, f"+callbacks.clock={{{clock(2.0)}}}", "budget=40.5", f"+trainer.limit_train_batches={limit}"
+    send = "+callbacks.send={_target_: jobs.Send, name: SIGTERM, step: 8}"
+    stopped = call(distilkit.train.main, *more, send, "hydra.run.dir=stopped", cwd=tmp_path)
+    assert stopped.code == 143, stopped.out
+    file = tmp_path / "stopped" / "checkpoints" / "last.ckpt"
+    assert torch.load(file, weights_only=True)["global_step"] == 9
+    for run, again in (("on", [f"ckpt_path={file}"]), ("whole", [])):
+        done = call(distilkit.train.main, *more, *again, f"hydra.run.dir={run}", cwd=tmp_path)
+        assert done.code == 0, done.err
+    on, whole = (summary_of(tmp_path / run) for run in ("on", "whole"))
+    for name in ("optimizer_steps", "tokens_seen", "training_seconds", "after"):
+        assert on[name] == whole[name], name
+    assert (whole["optimizer_steps"], whole["training_seconds"]) == (20, 40.0)
+    one, two = (load_file(tmp_path / run / "student" / "model.safetensors") for run in ("on", "whole"))
+    assert all(torch.equal(one[weight], two[weight]) for weight in two)
+
+
+def test_a_budget_shorter_than_ten_steps_writes_no_student(given: tuple[str, ...], tmp_path: Path) -> None:
+    more = f"+callbacks.clock={{{clock(2.0)}}}", "budget=19s", "hydra.run.dir=run"
+    done = call(distilkit.train.main, *given, *QUIET, *more, cwd=tmp_path)
+    assert done.code == 1
+    assert "Traceback" not in done.err
+    assert "budget=19 seconds is shorter than 10 optimizer steps of 2 seconds; set budget=20s or more" in done.err
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"config.yaml", "train.log", ".hydra"}
+
+
+@pytest.mark.parametrize(
+    ("more", "facts"),
+    [
+        (["budget=0"], "budget=0, but it must be a time above 0; give 40m, 3h, 90s, 1h30m or seconds as 2400"),
+        (["budget=soon"], "budget=soon, but it must be a time above 0"),
+        (["budget=9m", "trainer.max_steps=5"], "budget=9m and trainer.max_steps=5 would both end the training; "),
+        (["budget=9m", "trainer.max_steps=5"], "drop one of the two: set trainer.max_steps=-1, or budget=null"),
+        (["budget=9m", "trainer.max_epochs=2"], "set trainer.max_epochs=-1, or budget=null"),
+        (["budget=9m", "+trainer.max_time={minutes: 9}"], "set trainer.max_time=null, or budget=null"),
+        (["trainer.max_epochs=-1"], "both -1, without end; set one of them above 0, or a budget as budget=40m"),
+    ],
+)
+def test_what_does_not_go_with_a_budget_is_refused(
+    more: list[str], facts: str, given: tuple[str, ...], tmp_path: Path
+) -> None:
+    done = call(distilkit.train.main, *given, *QUIET, *more, "hydra.run.dir=run", cwd=tmp_path)
+    assert done.code == 1
+    assert facts in done.err
+    assert "Traceback" not in done.err
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_call_from_python_takes_a_budget(
+    text_file: Path, cache: Path, save_teacher: Callable[..., Path], tmp_path: Path
+) -> None:
+    settings = [*SMALL[1:], f"cache_dir={cache}", "logger=none", f"+callbacks.clock={{{clock(2.0)}}}"]
+    call_ = {"paths": text_file, "progress": False, "overrides": settings}
+    result = distilkit.distill(save_teacher("bert"), out=tmp_path / "run", budget="40s", **call_)
+    assert summary_of(result.run)["optimizer_steps"] == 20
+    with pytest.raises(distilkit.UserError, match="overrides set budget, which an argument of distill sets too"):
+        distilkit.distill(None, out=tmp_path / "b", budget=40, overrides=["budget=3"])
+
+
+# -------------------------------------------------------------------- the time of another run
+
+
+def test_a_job_takes_as_long_as_another_one_and_fails_alone_where_that_has_no_time(
+    given: tuple[str, ...], tmp_path: Path
+) -> None:
+    def sweep(*more: str) -> Outcome:
+        return call(
+            distilkit.train.main, "-m", *given, *QUIET, f"+callbacks.clock={{{clock(2.0)}}}", *more, cwd=tmp_path
+        )
+
+    first = sweep("budget=50", "hydra.sweep.dir=first", "+other=x")
+    assert first.code == 1
+    assert "other is unknown" in first.out
+    assert sweep("budget=50", "hydra.sweep.dir=first").code == 0
+    later = (
+        "budget='${training_seconds:first/0}','${training_seconds:first/7}','${training_seconds:${hydra:sweep.dir}/0}'"
+    )
+    done = sweep(later, "hydra.sweep.dir=second")
+    assert done.code == 1
+    assert "Traceback" not in done.out + done.err, done.out
+    (line,) = done.out.rpartition("1 failed:\n")[2].strip().splitlines()
+    assert "budget cannot be read: " in line
+    assert "first/7/summary.json does not exist; its run has failed or is not finished" in line
+    took = [summary_of(tmp_path / "second" / job)["training_seconds"] for job in "02"]
+    assert took == [50.0, 50.0]
+    config = OmegaConf.load(tmp_path / "second" / "0" / "config.yaml")
+    assert (config.budget, config.trainer.max_epochs) == (50.0, -1)
+
+
+def test_the_time_of_a_run_without_training_is_no_budget(given: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "summary.json").write_text('{"training_seconds": 0.0}')
+    done = call(distilkit.train.main, *given, *QUIET, "budget=${training_seconds:run}", cwd=tmp_path)
+    assert done.code == 1
+    assert "run/summary.json has training_seconds=0.0; give the folder of a run that has trained" in done.err
+
+
+# -------------------------------------------------------------------------------- two processes
+
+
+@pytest.mark.slow
+def test_two_ranks_end_at_the_same_step_by_the_clock_of_the_first(given: tuple[str, ...], tmp_path: Path) -> None:
+    more = f"+callbacks.clock={{{clock(2.0, of_rank=1.5)}}}", "budget=70s", "hydra.run.dir=run"
+    ranks = "trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp"
+    environment = {"PYTHONPATH": str(TESTS)}
+    done = spawn("-m", "distilkit.train", *given, *more, *ranks, cwd=tmp_path, environment=environment)
+    assert done.code == 0, done.err
+    summary = summary_of(tmp_path / "run")
+    assert (summary["optimizer_steps"], summary["training_seconds"]) == (35, 70.0)
+    refused = spawn(
+        *("-m", "distilkit.train", *given, *more[:1], *ranks), "budget=9s", cwd=tmp_path, environment=environment
+    )
+    assert refused.code == 1
+    assert "budget=9 seconds is shorter than 10 optimizer steps of 2 seconds" in refused.err
+    zero = spawn(*("-m", "distilkit.train", *given, *ranks), "trainer.max_steps=0", "name=zero", cwd=tmp_path)
+    assert zero.code == 0, zero.err
+    found = summary_of(only(tmp_path, "outputs/zero/*"))
+    assert found["before"] == found["after"] != {}
