@@ -1,7 +1,9 @@
 import collections
 import contextlib
+import copy
 import dataclasses
 import functools
+import math
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.plugins.precision import FSDPPrecision
 from pytorch_lightning.strategies import FSDPStrategy
 from torch.utils.data import DataLoader
@@ -166,13 +169,15 @@ class Waits(Callback):
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("model_type", ["bert", "gpt2"])
+@pytest.mark.parametrize(
+    ("model_type", "changes"), [("bert", {}), ("gpt2", {}), ("bert", {"soft_targets": 0.3, "teacher_every": 2})]
+)
 def test_the_host_waits_in_no_step_that_does_not_log(
-    model_type: str, precision: Any, tokenizer: PreTrainedTokenizerBase
+    model_type: str, changes: dict[str, Any], precision: Any, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     teacher = build_teacher(model_type, num_layers=2)
     optimizer = functools.partial(torch.optim.AdamW, lr=1e-3, fused=True)
-    module = build_module(tokenizer, teacher=teacher, optimizer=optimizer, scheduler="linear")
+    module = build_module(tokenizer, teacher=teacher, optimizer=optimizer, scheduler="linear", **changes)
     steps = [full_batch(lm=teacher.lm, blocks=8, seed=seed) for seed in range(7)]
     for step in steps:
         del step["labelled"]
@@ -208,6 +213,116 @@ def test_activation_checkpointing_changes_no_gradient_of_a_step(
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():  # with dropout, which is drawn again as it was
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-7)
+
+
+CHANGING = {
+    "alpha_ce": [[0, 5], [0.5, 0], [1, 0]],
+    "alpha_mlm": [[0, 1], [1, 3]],
+    "alpha_clm": 0.0,
+    "alpha_cos": [[0, 0], [0.25, 0], [0.25, 1], [1, 1]],
+    "alpha_mse": 0.0,
+}
+FROZEN = functools.partial(torch.optim.SGD, lr=0.0)
+
+
+@pytest.mark.parametrize("micro_batch_size", [32, 5])
+@pytest.mark.parametrize("every", [1, 2])
+def test_each_step_has_the_gradient_of_its_own_weights(
+    every: int, micro_batch_size: int, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    steps, gradients = [uneven_step(lm="mlm", seed=seed) for seed in range(4)], Gradients()
+    changing = {"alphas": CHANGING, "teacher_every": every, "optimizer": FROZEN}
+    fit(build_module(tokenizer, **changing), steps, micro_batch_size=micro_batch_size, callbacks=[gradients])
+    weights = [(5.0, 1.0, 0.0), (2.5, 1.5, 1.0), (0.0, 2.0, 1.0), (0.0, 2.5, 1.0)]  # ce, mlm, cos
+    for number, (ce, mlm, cos) in enumerate(weights):
+        taught = number % every == 0
+        alphas = {**DISTILBERT, "alpha_ce": ce * taught, "alpha_mlm": mlm, "alpha_cos": cos * taught}
+        alone, fixed = Gradients(), build_module(tokenizer, alphas=alphas, optimizer=FROZEN)
+        fit(fixed, [steps[number]], micro_batch_size=32, callbacks=[alone])
+        found, expected = gradients.steps[number], alone.steps[0]
+        assert found.keys() == expected.keys()
+        scale = torch.stack([each.norm() for each in expected.values()]).norm()
+        error = torch.stack([(found[name] - expected[name]).norm() for name in expected]).norm()
+        assert error / scale < 1e-5, number
+
+
+def test_what_only_some_steps_read_has_a_gradient_of_zero_in_the_others(tokenizer: PreTrainedTokenizerBase) -> None:
+    alphas = {**dict.fromkeys(DISTILBERT, 0.0), "alpha_cos": 1.0, "alpha_ce": [[0, 0], [0.5, 0], [1, 1]]}
+    module, gradients = build_module(tokenizer, alphas=alphas, optimizer=FROZEN), Gradients()
+    fit(module, [uneven_step(lm="mlm", seed=seed) for seed in range(4)], micro_batch_size=8, callbacks=[gradients])
+    head = [name for name, _ in module.student.named_parameters() if name.startswith("vocab_")]
+    assert len(head) == 5  # DDP waits for the gradient of each
+    totals = [sum(float(step[name].abs().sum()) for name in head) for step in gradients.steps]
+    assert totals[:3] == [0, 0, 0]
+    assert totals[3] > 0
+
+
+class Logged(DummyLogger):
+    """Keep what each step logs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: dict[int, dict[str, float]] = {}
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        assert step is not None
+        self.steps[step] = {name: value for name, value in metrics.items() if name != "epoch"}
+
+
+def test_terms_are_logged_without_their_weights_and_only_where_they_count(tokenizer: PreTrainedTokenizerBase) -> None:
+    steps, logged = [uneven_step(lm="mlm")] * 4, Logged()
+    fit(build_module(tokenizer, alphas=CHANGING, optimizer=FROZEN), steps, micro_batch_size=8, logger=logged)
+    plain = build_module(tokenizer, optimizer=FROZEN)
+    terms = {name: float(value) for name, value in fit(plain, steps[:1], micro_batch_size=32).logged_metrics.items()}
+    ce, mlm, cos = (terms[f"train/loss_{name}"] for name in ("ce", "mlm", "cos"))
+    expected = [
+        {"train/loss": 5 * ce + mlm, "train/loss_ce": ce, "train/loss_mlm": mlm},
+        {"train/loss": 2.5 * ce + 1.5 * mlm + cos, "train/loss_ce": ce, "train/loss_mlm": mlm, "train/loss_cos": cos},
+        {"train/loss": 2 * mlm + cos, "train/loss_mlm": mlm, "train/loss_cos": cos},
+        {"train/loss": 2.5 * mlm + cos, "train/loss_mlm": mlm, "train/loss_cos": cos},
+    ]
+    for found, wanted in zip(logged.steps.values(), expected, strict=True):
+        assert found == pytest.approx({**wanted, "train/lr": 0.0}, rel=1e-5)
+
+
+@pytest.mark.parametrize("log_every", [1, 2, 3])
+def test_each_log_has_the_terms_of_the_last_step_with_the_teacher(
+    log_every: int, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    steps = [uneven_step(lm="mlm", seed=seed) for seed in range(6)]
+    alone = []
+    for step in steps:
+        trainer = fit(build_module(tokenizer, optimizer=FROZEN), [step], micro_batch_size=32)
+        alone.append({name: float(value) for name, value in trainer.logged_metrics.items()})
+    logged, module = Logged(), build_module(tokenizer, teacher_every=2, optimizer=FROZEN)
+    fit(module, steps, micro_batch_size=8, logger=logged, log_every_n_steps=log_every)
+    assert list(logged.steps) == list(range(log_every - 1, 6, log_every))
+    for number in range(log_every - 1, 6, log_every):
+        now, taught = alone[number], alone[number - number % 2]
+        wanted = {f"train/loss_{name}": taught[f"train/loss_{name}"] for name in ("ce", "cos")}
+        wanted["train/loss_mlm"] = now["train/loss_mlm"]
+        wanted["train/loss"] = 5 * taught["train/loss_ce"] + 2 * now["train/loss_mlm"] + taught["train/loss_cos"]
+        assert logged.steps[number] == pytest.approx({**wanted, "train/lr": 0.0}, rel=1e-5), number
+
+
+def test_operations_are_counted_by_what_each_step_reads(tokenizer: PreTrainedTokenizerBase) -> None:
+    step = full_batch(lm="mlm", blocks=8)
+    counted = {}
+    for name, changes in {
+        "all": {},
+        "without": {"alphas": {**DISTILBERT, "alpha_ce": 0.0, "alpha_cos": 0.0}},
+        "every second": {"teacher_every": 2},
+        "a share": {"soft_targets": 0.3},
+        "masked": {"soft_targets": "masked"},
+    }.items():
+        throughput, module = Throughput(), build_module(tokenizer, optimizer=FROZEN, **changes)
+        fit(module, [step] * 3, micro_batch_size=4, callbacks=[throughput], log_every_n_steps=100)
+        counted[name] = throughput.window_flops
+    assert counted["every second"] == pytest.approx((2 * counted["all"] + counted["without"]) / 3)
+    labels = len(step["labelled"])
+    rows = labels + 2 * math.ceil(0.3 * (128 - labels) / 2)  # of two micro-batches
+    per_row = (counted["all"] - counted["masked"]) / (128 - labels)
+    assert counted["a share"] == pytest.approx(counted["masked"] + per_row * (rows - labels))
 
 
 def test_the_smaller_last_step_of_an_epoch_is_taken_by_itself(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -496,6 +611,19 @@ def test_validation_metrics_are_the_plain_formulas_over_all_tokens(tokenizer: Pr
     assert got["val/loss"] == pytest.approx(weighted, rel=1e-5)
 
 
+def test_held_out_text_is_scored_by_the_weights_of_the_end_on_all_rows(tokenizer: PreTrainedTokenizerBase) -> None:
+    step = uneven_step(lm="mlm", size=8)
+    scores = []
+    for changes in ({}, {"alphas": CHANGING, "soft_targets": 0.3, "teacher_every": 2}):
+        module = build_module(tokenizer, optimizer=FROZEN, **changes)
+        trainer = fit(module, [step], micro_batch_size=8)
+        scores += trainer.validate(module, DataLoader([step], batch_size=None), verbose=False)
+    plain, changing = scores
+    assert changing.keys() == plain.keys()
+    weighted = 3 * plain["val/loss_mlm"] + plain["val/loss_cos"]
+    assert changing == pytest.approx({**plain, "val/loss": weighted}, rel=1e-5)
+
+
 def saved_checkpoint(module: DistillationModule, folder: Path) -> tuple[Path, dict[str, Any]]:
     trainer = fit(module, [uneven_step(lm="mlm")], micro_batch_size=32)
     file = folder / "a.ckpt"
@@ -618,6 +746,43 @@ def test_a_resumed_run_takes_the_optimizers_settings_of_its_own_command(
         assert group["fused"] is None  # the state that was restored is not one of a fused optimizer
     assert (matrices["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
     assert rates == [1e-5, 1e-5]
+
+
+def test_a_run_is_decayed_from_a_step_of_another(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    class Rates(Callback):
+        def __init__(self) -> None:
+            self.steps: list[float] = []
+
+        def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+            self.steps.append(trainer.optimizers[0].param_groups[0]["lr"])
+            if trainer.global_step == 4:
+                trainer.save_checkpoint(tmp_path / "4.ckpt")
+
+    steps, trunk, end = [uneven_step(lm="mlm", size=4)] * 8, Rates(), Rates()
+    warm_and_stay = {"warmup_share": 0.25, "scheduler_kwargs": {"decay_share": 0.125}}
+    fit(build_module(tokenizer, scheduler="wsd", **warm_and_stay), steps, micro_batch_size=4, callbacks=[trunk])
+    assert trunk.steps == [0, 0.5, 1, 1, 1, 1, 1, 1]
+    points = {"points": [[0, 0], [0.125, 1], [4 / 6, 1], [1, 0]]}
+    branch = build_module(tokenizer, scheduler="piecewise", warmup_share=0.25, scheduler_kwargs=points)
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(accelerator="cpu", max_epochs=1, max_steps=6, callbacks=[end], **quiet)
+    trainer.fit(branch, Steps(steps, 4), ckpt_path=tmp_path / "4.ckpt")
+    assert end.steps == pytest.approx([1.0, 0.5])
+    assert trainer.global_step == 6
+
+
+def test_weights_that_change_resume_with_the_same_points_only(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    file, saved = saved_checkpoint(build_module(tokenizer, alphas=CHANGING), tmp_path)
+    assert saved["distilkit"]["objective"]["alpha_ce"] == [[0, 5], [0.5, 0], [1, 0]]
+    resume(build_module(tokenizer, alphas=copy.deepcopy(CHANGING)), file)
+    with pytest.raises(
+        UserError, match=r"objective.alpha_mlm=\[\[0, 1\], \[1, 3\]\], this run has \[\[0, 1\], \[1, 2\]\]"
+    ):
+        resume(build_module(tokenizer, alphas={**CHANGING, "alpha_mlm": [[0, 1], [1, 2]]}), file)
+    with pytest.raises(UserError, match=r"objective.teacher_every=1, this run has 2; resume with the same"):
+        resume(build_module(tokenizer, alphas=CHANGING, teacher_every=2), file)
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -82,9 +82,14 @@ def test_the_warmup_starts_at_zero_and_takes_its_share_of_the_steps(name: str, e
         ("piecewise", {"points": [[0, 1], [1, -1]]}, r"each value must be a finite number of at least 0"),
         ("piecewise", {"points": [[0, 0], [1, 0]]}, r"is negative, not finite or always 0; it takes points"),
         ("wsd", {}, r"scheduler.name=wsd needs decay_share; add \+scheduler.kwargs.decay_share="),
-        ("wsd", {"decay_share": 0}, r"decay_share must be above 0 and at most 0.95, what warmup_share=0.05 leaves"),
-        ("wsd", {"decay_share": 0.96}, r"decay_share must be above 0 and at most 0.95"),
-        ("wsd", {"decay_share": 0.2, "decay": "sqrt"}, r"and decay linear or 1-sqrt; it takes decay_share, decay"),
+        ("wsd", {"decay_share": 0}, r"decay_share must be above 0, and its sum with scheduler.warmup_share at most 1"),
+        ("wsd", {"decay_share": 0.97}, r"decay_share must be above 0, .*; it takes decay_share, decay_type"),
+        ("wsd", {"decay_share": "all"}, r"cannot be built with scheduler.kwargs=\{'decay_share': 'all'\}"),
+        (
+            "wsd",
+            {"decay_share": 0.2, "decay_type": "sqrt"},
+            r"Unknown decay type: sqrt, expected 'linear', .* '1-sqrt'",
+        ),
     ],
 )
 def test_a_wrong_name_or_argument_is_refused_with_the_known_ones(
@@ -159,9 +164,18 @@ def test_a_learning_rate_follows_points() -> None:
 
 
 def test_a_rate_warms_up_stays_and_decays() -> None:
-    linear, root = build("wsd", decay_share=0.2), build("wsd", decay_share=0.2, decay="1-sqrt")
+    linear, root = build("wsd", decay_share=0.2), build("wsd", decay_share=0.2, decay_type="1-sqrt")
     expected = [min(step / 5, 1.0) for step in range(80)]
     assert rates(linear) == pytest.approx([*expected, *(1 - step / 20 for step in range(20))])
     assert rates(root) == pytest.approx([*expected, *(1 - (step / 20) ** 0.5 for step in range(20))])
     at_once = build_schedule(optimizer(), name="wsd", warmup_share=0, kwargs={"decay_share": 1}, num_steps=STEPS)
     assert rates(at_once) == pytest.approx([1 - step / 100 for step in range(STEPS)])
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 7, 31, 33, 10_000])
+def test_a_schedule_in_shares_fits_any_number_of_steps(num_steps: int) -> None:
+    shares = {"warmup_share": 0.1, "num_steps": num_steps}
+    wsd = build_schedule(optimizer(), name="wsd", kwargs={"decay_share": 0.9}, **shares)
+    points = build_schedule(optimizer(), name="piecewise", kwargs={"points": [[0, 1], [1, 0]]}, **shares)
+    assert wsd.lr_lambdas[0](num_steps) == points.lr_lambdas[0](num_steps) == 0
+    assert points.lr_lambdas[0](num_steps / 2) == 0.5

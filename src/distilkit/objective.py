@@ -65,17 +65,13 @@ class Objective:
         for field in fields(self):
             name, value, choices = field.name, getattr(self, field.name), _CHOICES.get(field.name)
             if choices:
-                if value not in choices and (
-                    isinstance(value, str | bool) or name != "soft_targets" or not 0 < value < 1
-                ):
-                    share = ", or a share between 0 and 1" if name == "soft_targets" else ""
-                    raise UserError(f"objective.{name} is {value!r}; it takes {' or '.join(choices)}{share}")
+                share = name == "soft_targets" and type(value) is float and 0 < value < 1
+                if value not in choices and not share:
+                    also = ", or a share between 0 and 1" * (name == "soft_targets")
+                    raise UserError(f"objective.{name} is {value!r}; it takes {' or '.join(choices)}{also}")
             elif name in _NUMBERS:
-                least = _NUMBERS[name]
-                if value is None and name != "teacher_every":
-                    continue
-                if type(value) is not int or value < least:
-                    null = "" if name == "teacher_every" else "null or "
+                least, null = _NUMBERS[name], "null or " * (name != "teacher_every")
+                if (value is not None or not null) and (type(value) is not int or value < least):
                     raise UserError(
                         f"objective.{name}={value}, but it must be {null}a whole number of at least {least}"
                     )

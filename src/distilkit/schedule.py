@@ -1,6 +1,7 @@
 """What changes over a training: values that are linear between points, and the schedule of the learning rate."""
 
 import bisect
+import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import SchedulerType, get_scheduler
-from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_wsd_schedule
 
 from distilkit.errors import UserError
 
@@ -67,40 +68,32 @@ def show_points(points: Points) -> float | str:
     return " → ".join(f"{value:g} at {100 * share:.4g}%" for share, value in points)
 
 
-def _piecewise(*, points: Any, warmup_share: float) -> Callable[[float], float]:
-    """Return the factor by progress that is linear between points, which contain the warm-up."""
-    checked = check_points(
-        points, key="scheduler.kwargs.points", limit="a finite number of at least 0", holds=lambda each: each >= 0
-    )
-    return lambda progress: piecewise(checked, progress)
+def _piecewise(optimizer: Optimizer, num_warmup_steps: int, num_training_steps: int, points: Any) -> LambdaLR:
+    """Build a schedule of points, which contain the warm-up."""
+    limit = "a finite number of at least 0"
+    checked = check_points(points, key="scheduler.kwargs.points", limit=limit, holds=lambda each: each >= 0)
+    return LambdaLR(optimizer, lambda step: piecewise(checked, step / num_training_steps))
 
 
-def _wsd(*, warmup_share: float, decay_share: float, decay: str = "linear") -> Callable[[float], float]:
-    """Return the factor by progress of warm-up, a stable rate, and its decay to zero (MiniCPM, arXiv 2404.06395, 4).
+def _wsd(
+    optimizer: Optimizer, num_warmup_steps: int, num_training_steps: int, decay_share: float, decay_type: str = "linear"
+) -> LambdaLR:
+    """Build a warm-up, a stable rate, and its decay to 0 over a share of the steps (arXiv 2404.06395, section 4).
 
-    The ``decay`` is linear, or ``1-sqrt`` (Hägele et al. 2024, arXiv 2405.18392, 3.1).
+    ``decay_type`` is that of transformers, of which ``1-sqrt`` is the best of arXiv 2405.18392, section 3.
     """
-    if not 0 < decay_share <= 1 - warmup_share or decay not in ("linear", "1-sqrt"):
-        raise ValueError(
-            f"decay_share must be above 0 and at most {1 - warmup_share:g}, what {warmup_share=} leaves, "
-            "and decay linear or 1-sqrt"
-        )
-    points: Points = [[0, 0], [warmup_share, 1], [1 - decay_share, 1], [1, 0]]
-
-    def factor(progress: float) -> float:
-        value = piecewise(points, progress)
-        decays = progress > 1 - decay_share and decay == "1-sqrt"
-        return 1 - math.sqrt(1 - value) if decays else value
-
-    return factor
+    left, decays = num_training_steps - num_warmup_steps, round(decay_share * num_training_steps)
+    if not 0 < decay_share <= 1 or decays > left + 1:  # one more by rounding
+        raise ValueError("decay_share must be above 0, and its sum with scheduler.warmup_share at most 1")
+    return get_wsd_schedule(optimizer, num_warmup_steps, min(decays, left), num_training_steps, decay_type=decay_type)
 
 
-_OWN: dict[str, Any] = {"piecewise": _piecewise, "wsd": _wsd}  # by progress, so that they suit any number of steps
+_OWN: dict[str, Any] = {"piecewise": _piecewise, "wsd": _wsd}  # in shares, which do not depend on the number of steps
 _NEED_A_METRIC = {SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY}  # the others depend on the step alone
 _SCHEDULES: dict[str, Any] = {
     kind.value: TYPE_TO_SCHEDULER_FUNCTION[kind] for kind in SchedulerType if kind not in _NEED_A_METRIC
 } | _OWN
-_GIVEN = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch", "warmup_share"}
+_GIVEN = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
 
 
 def build_schedule(
@@ -120,19 +113,13 @@ def build_schedule(
         if parameter.default is parameter.empty and key not in kwargs:
             raise UserError(f"scheduler.name={name} needs {key}; add +scheduler.kwargs.{key}=...")
     try:
+        build: Any = functools.partial(get_scheduler, name, scheduler_specific_kwargs=dict(kwargs))
         if name in _OWN:
-            factor = _OWN[name](**kwargs, warmup_share=warmup_share)
-            schedule = LambdaLR(optimizer, lambda step: factor(step / num_steps))
-        else:
-            schedule = get_scheduler(
-                name,
-                optimizer,
-                num_warmup_steps=round(warmup_share * num_steps),
-                num_training_steps=num_steps,
-                scheduler_specific_kwargs=dict(kwargs),
-            )
-        steps = {round(num_steps * part / 64) for part in range(65)}  # the last is asked for after training
-        rates = [rate(step) for rate in schedule.lr_lambdas for step in steps]
+            build = functools.partial(_OWN[name], **kwargs)
+        warmup = round(warmup_share * num_steps)
+        schedule: LambdaLR = build(optimizer, num_warmup_steps=warmup, num_training_steps=num_steps)
+        asked = {round(num_steps * part / 64) for part in range(65)}  # the last is asked for after training
+        rates = [rate(step) for rate in schedule.lr_lambdas for step in asked]
         if not all(0 <= each < math.inf for each in rates) or not max(rates):
             raise ValueError(f"over {num_steps} steps the learning rate is negative, not finite or always 0")
     except UserError:
