@@ -262,8 +262,9 @@ class DistillationModule(LightningModule):
     def _log_step(self) -> None:
         sums = {name: float(self._sum_over_ranks(term)) for name, term in self.step_terms.items()}
         sums[""] += sum(alpha * sums.get(name, 0.0) for name, alpha in self.skipped.items())
-        for name in self.objective.weights.keys() - sums.keys():  # Lightning would log what an earlier step found
-            (self.trainer._results or {}).pop(f"training_step.train/loss_{name}", None)
+        kept: Any = self.trainer._results  # Lightning would log what an earlier step found
+        for name in self.objective.weights.keys() - sums.keys():
+            kept.pop(f"training_step.train/loss_{name}", None)
         self.shown["train/loss"] = sums[""]
         self.log_dict({f"train/loss_{name}" if name else "train/loss": value for name, value in sums.items()})
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])

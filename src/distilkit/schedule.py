@@ -78,14 +78,13 @@ def _piecewise(optimizer: Optimizer, num_warmup_steps: int, num_training_steps: 
 def _wsd(
     optimizer: Optimizer, num_warmup_steps: int, num_training_steps: int, decay_share: float, decay_type: str = "linear"
 ) -> LambdaLR:
-    """Build a warm-up, a stable rate, and its decay to 0 over a share of the steps (arXiv 2404.06395, section 4).
-
-    ``decay_type`` is that of transformers, of which ``1-sqrt`` is the best of arXiv 2405.18392, section 3.
-    """
+    """Build a warm-up, a stable rate, and its decay to 0 over a share of the steps (arXiv 2404.06395, 2405.18392)."""
     left, decays = num_training_steps - num_warmup_steps, round(decay_share * num_training_steps)
     if not 0 < decay_share <= 1 or decays > left + 1:  # one more by rounding
         raise ValueError("decay_share must be above 0, and its sum with scheduler.warmup_share at most 1")
-    return get_wsd_schedule(optimizer, num_warmup_steps, min(decays, left), num_training_steps, decay_type=decay_type)
+    steps: Any = {"num_decay_steps": min(decays, left), "num_training_steps": num_training_steps}
+    schedule: LambdaLR = get_wsd_schedule(optimizer, num_warmup_steps, **steps, decay_type=decay_type)
+    return schedule
 
 
 _OWN: dict[str, Any] = {"piecewise": _piecewise, "wsd": _wsd}  # in shares, which do not depend on the number of steps
