@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,11 +22,10 @@ import distilkit.train
 from benchmarks.quality import clock, curve, experiment, held_out, report, runner, training
 from benchmarks.quality.__main__ import main
 from distilkit.errors import UserError
-from distilkit.records import Rows, read_file, write_results, write_rows
+from distilkit.records import Rows, read_file, read_rows, write_results, write_rows
 from distilkit.schedule import build_schedule
 from jobs import call
 from scores import result, with_rows
-from tiny import build_model, full_batch
 
 ROWS = {
     "cut": {"train": False, "overrides": ["objective=mlm"]},
@@ -157,26 +155,30 @@ def test_the_clock_counts_steps_without_validation_and_the_first_ones(
     }
 
 
-def test_the_sums_of_blocks_are_those_of_a_plain_loop() -> None:
-    model, batch = build_model("bert", num_layers=2), full_batch(lm="mlm", blocks=6)
-    batch["labels"][2, :8] = batch["labels"][4] = -100  # blocks with fewer labels and with none
-    batch["labelled"] = (batch["labels"].flatten() >= 0).nonzero().squeeze(1)
-    sums = held_out.BlockSums()
-    for some in (slice(0, 4), slice(4, 6)):
-        part: Any = {name: batch[name][some] for name in ("input_ids", "labels")}
-        part["labelled"] = (part["labels"].flatten() >= 0).nonzero().squeeze(1)
-        with torch.inference_mode():
-            sums.on_validation_batch_end(Any, SimpleNamespace(student=model), None, part, 0)  # type: ignore[arg-type]
-    expected: list[list[float]] = []
-    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
-        logits = model(ids[None]).logits[0].double()
-        wanted = labels >= 0
-        nll = F.cross_entropy(logits, labels, reduction="sum", ignore_index=-100).item()
-        expected.append([nll, float((logits.argmax(-1) == labels)[wanted].sum()), float(wanted.sum())])
-    rows = sums.rows()
-    found = np.stack([rows.sums[f"masked_{name}"] for name in ("nll", "correct", "tokens")], axis=1)
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-    assert rows.sums["nll"] is rows.sums["masked_nll"]
+def test_held_out_blocks_have_the_sums_of_a_plain_loop(
+    make: Callable[..., experiment.Experiment], save_teacher: Callable[..., Path], tmp_path: Path
+) -> None:
+    model, overrides = str(save_teacher("bert", num_layers=2)), [*make().common(), "objective=mlm"]
+    found = held_out.score(out=tmp_path / "scored", name="mine", model=model, overrides=overrides)
+    job = held_out.held_out_job(out=tmp_path / "again", model=model, overrides=overrides)
+    job.data.prepare()
+    job.data.setup("validate")
+    student, expected = job.module.student.eval(), []
+    with torch.inference_mode():
+        for batch in job.data.val_dataloader():
+            for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+                logits, wanted = student(ids[None]).logits[0].double(), labels >= 0
+                nll = F.cross_entropy(logits, labels, reduction="sum", ignore_index=-100).item()
+                expected.append([nll, float((logits.argmax(-1) == labels)[wanted].sum()), float(wanted.sum())])
+    rows = read_rows(tmp_path / "scored", "text")
+    assert rows is not None and len(rows) == len(expected) == 10
+    sums = np.stack([rows.sums[f"masked_{name}"] for name in ("nll", "correct", "tokens")], axis=1)
+    np.testing.assert_allclose(sums, expected, rtol=1e-5)
+    nll, right, tokens = np.sum(expected, axis=0)
+    assert found.scores["masked_cross_entropy"] == pytest.approx(nll / tokens)
+    assert found.scores["perplexity"] == pytest.approx(math.exp(nll / tokens))
+    assert found.scores["masked_accuracy"] == pytest.approx(right / tokens)
+    assert read_file(tmp_path / "scored" / "results.json")[0].scores == found.scores
 
 
 def run_here(monkeypatch: pytest.MonkeyPatch, cwd: Path) -> list[runner.Command]:

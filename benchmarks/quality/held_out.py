@@ -6,79 +6,54 @@ Each block's sums are kept, so that the report can draw intervals and paired dif
 
 import sys
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from hydra import compose, initialize_config_module
-from pytorch_lightning import Callback, LightningModule, Trainer
 
-from distilkit import losses
 from distilkit.cli import keep_large_buffers, quiet
 from distilkit.errors import UserError
 from distilkit.evaluate.models import described, weights_id
-from distilkit.language_model import lm_head, token_states
 from distilkit.metrics import measure
-from distilkit.objective import labelled_rows
 from distilkit.records import Result, Rows, write_results, write_rows
-from distilkit.train import build
+from distilkit.train import Job, build
 
 METRICS = ("perplexity", "masked_cross_entropy", "masked_accuracy")  # of the labelled tokens: all, for a causal model
 TASK = "held_out"
+_SUMS = {"nll": "nll", "correct": "accuracy", "tokens": "tokens"}  # of a block, as the metrics and the module call them
 
 
-class BlockSums(Callback):
-    """Sum cross-entropy, hits and number of the labelled tokens of each held-out block."""
-
-    def __init__(self) -> None:
-        """Start without blocks."""
-        self.parts: dict[str, list[Any]] = {f"masked_{name}": [] for name in ("nll", "correct", "tokens")}
-
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *more: Any
-    ) -> None:
-        """Score the student once more, block by block."""
-        student: Any = pl_module.student
-        rows, (blocks, length) = labelled_rows(batch), batch["input_ids"].shape
-        targets = batch["labels"].flatten()[rows]
-        nll, said = losses.score(lm_head(student, token_states(student, batch)[rows]), targets)
-        block = (rows // length).cpu().numpy()
-        for part, values in zip(self.parts.values(), (nll, said == targets, targets >= 0), strict=True):
-            part.append(np.bincount(block, values.double().cpu().numpy(), minlength=blocks))
-
-    def rows(self) -> Rows:
-        """Return all blocks."""
-        sums = {name: np.concatenate(part) for name, part in self.parts.items()}
-        sums |= {name: sums[f"masked_{name}"] for name in ("nll", "tokens")}  # of the perplexity
-        return Rows(ids=np.arange(len(sums["masked_tokens"])), sums=sums)
-
-
-def score(*, out: Path, name: str, model: str, overrides: list[str]) -> Result:
-    """Score a model and write its results and rows into ``out``."""
+def held_out_job(*, out: Path, model: str, overrides: list[str]) -> Job:
+    """Build a job of ``distilkit.train`` whose student is the model, without callbacks and loggers."""
     with initialize_config_module("distilkit.conf.train", version_base="1.3"):
         own = ["student=hf", f"student.name={model}", f"output_dir={out}", "logger=none"]
         cfg = compose("train", [*overrides, *own])
     cfg.callbacks = {}
+    return build(cfg)
+
+
+def score(*, out: Path, name: str, model: str, overrides: list[str]) -> Result:
+    """Score a model and write its results and rows into ``out``."""
     keep_large_buffers()
     with quiet():
-        job = build(cfg)
-        sums = BlockSums()
-        job.trainer.callbacks.append(sums)  # type: ignore[attr-defined]  # set by one of its connectors
+        job = held_out_job(out=out, model=model, overrides=overrides)
         job.trainer.validate(job.module, datamodule=job.data, verbose=False)
-    module, rows = job.module, sums.rows()
-    scores = measure(METRICS, rows) | {"agreement": module.after["val/agreement"]}
+    blocks = {name: sums.numpy() for name, sums in job.module.after_blocks.items()}  # (blocks,) each
+    sums = {f"masked_{name}": blocks[key] for name, key in _SUMS.items()}
+    sums |= {name: blocks[name] for name in ("nll", "tokens")}  # of the perplexity
+    rows = Rows(ids=blocks["ids"], sums=sums)
+    scores = measure(METRICS, rows) | {"agreement": job.module.after["val/agreement"]}
     result = Result(
         name=name,
         model=model,
         sha256=weights_id(model, revision="main"),
-        **described(module.student),
+        **described(job.module.student),
         task=TASK,
         kind="language_model",
         seed=None,  # the masks are the same for all
-        settings={"packing": cfg.data.packing, "block_size": cfg.data.block_size, "masked": len(rows)},
+        settings={"packing": job.cfg.data.packing, "block_size": job.cfg.data.block_size, "blocks": len(rows)},
         scores=scores,
         score=scores[METRICS[0]],
         higher_is_better=False,
-        details={"rows": {"text": len(rows)}, "tokens": int(rows.sums["masked_tokens"].sum())},
+        details={"rows": {"text": len(rows)}, "tokens": int(blocks["tokens"].sum())},
     )
     write_rows(out, "text", rows)
     write_results(out, [result])

@@ -193,7 +193,9 @@ def tables(experiment: Experiment, records: Sequence[Record]) -> list[Table]:
     built = []
     for name, every in columns.items():
         shown = {key: column for key, column in every.items() if key in filled}
-        if len(shown) > 1 and (table := tabulate(name, titles[name], records, shown, *notes[name], cells=cells)):
+        if len(shown) > 1 and (
+            table := tabulate(name, titles[name], records, shown, *notes[name], cells=cells[name == "differences" :])
+        ):  # the teacher is first
             built.append(table)
     return built
 
