@@ -481,6 +481,48 @@ def test_vectors_are_not_decayed_and_matrices_are(tokenizer: PreTrainedTokenizer
     )
 
 
+RELATIONS = {**dict.fromkeys(DISTILBERT, 0.0), "alpha_rel": 1.0, "relation_heads": 4}
+
+
+@pytest.mark.parametrize("model_type", ["bert", "gpt2"])
+def test_accumulation_changes_neither_relations_nor_their_gradient(
+    model_type: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    fields = NO_DROPOUT if model_type == "bert" else NO_GPT2_DROPOUT
+    teacher = build_teacher(model_type, num_layers=2, **fields)
+    results = []
+    for micro_batch_size in (32, 5):
+        module = build_module(tokenizer, teacher=teacher, alphas=RELATIONS | {"teacher_layer": 1})
+        gradients = Gradients()
+        steps = [uneven_step(lm=teacher.lm)]
+        trainer = fit(module, steps, micro_batch_size=micro_batch_size, callbacks=[gradients])
+        results.append((trainer.callback_metrics["train/loss_rel"], gradients.steps[0]))
+    assert results[0][0] > 0.01
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-6)
+
+
+def test_relations_alone_freeze_what_comes_after_them_so_that_no_rank_waits_for_its_gradient(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    teacher = build_teacher("bert", num_layers=4, **NO_DROPOUT)
+    module = build_module(tokenizer, teacher=teacher, alphas=RELATIONS | {"student_layer": 0})
+    gradients = Gradients()
+    fit(module, [uneven_step(lm="mlm")], micro_batch_size=32, callbacks=[gradients])
+    trained = {name for name, parameter in module.student.named_parameters() if parameter.requires_grad}
+    assert trained == gradients.steps[0].keys()
+    assert {name.partition(".weight")[0].partition(".bias")[0] for name in trained} == {
+        *(f"distilbert.embeddings.{name}" for name in ("word_embeddings", "position_embeddings", "LayerNorm")),
+        *(f"distilbert.transformer.layer.0.attention.{name}_lin" for name in "qkv"),
+    }
+
+
+def test_relations_alone_are_refused_with_sharded_models(tokenizer: PreTrainedTokenizerBase) -> None:
+    trainer: Any = SimpleNamespace(strategy=FSDPStrategy(), precision="32-true")
+    with pytest.raises(UserError, match=r"alpha_rel alone need no layer's output, .* waits for; set trainer=ddp, or"):
+        build_module(tokenizer, alphas=RELATIONS).check_precision(trainer)
+    build_module(tokenizer, alphas=RELATIONS | {"alpha_mlm": 1.0}).check_precision(trainer)
+
+
 def test_a_head_that_no_term_reads_is_frozen_so_that_no_rank_waits_for_its_gradient(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:

@@ -224,6 +224,15 @@ def test_logits_are_made_for_the_rows_that_count(soft_targets: str, rows: int) -
             {"alpha_ce": 1.0, "temperature": [[0, 2], [1, 1]]},
             r"objective.temperature=\[\[0, 2\], \[1, 1\]\], but it must be",
         ),
+        (
+            {"alpha_rel": 1.0, "relation_heads": 0},
+            r"objective.relation_heads=0, .* null or a whole number of at least 1",
+        ),
+        (
+            {"alpha_rel": 1.0, "student_layer": -1},
+            r"objective.student_layer=-1, .* null or a whole number of at least 0",
+        ),
+        ({"alpha_rel": 1.0, "teacher_layer": 2.0}, r"objective.teacher_layer=2.0, .* a whole number of at least 0"),
         ({"alpha_ce": 1.0, "implementation": "fast"}, r"implementation is 'fast'; it takes fused or reference"),
     ],
 )
@@ -363,3 +372,36 @@ def test_a_share_of_a_causal_models_tokens_is_an_error() -> None:
     ):
         objective(alpha_ce=1.0, soft_targets=0.3).check_models(student=gpt2, teacher=gpt2, lm="clm")
     objective(alpha_clm=1.0, soft_targets=0.3).check_models(student=gpt2, teacher=None, lm="clm")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"teacher_layer": 3},
+            r"objective.teacher_layer=3, but the teacher has layers 0 to 2; set it within that range",
+        ),
+        (
+            {"student_layer": 1},
+            r"objective.student_layer=1, but the student has layers 0 to 0; set it within that range",
+        ),
+        ({"relation_heads": 5}, r"heads=5 do not divide the widths \[24, 32\] of .*; set one of 1, 2, 4, 8"),
+        ({"relation_heads": 16}, r"heads=16 do not divide the widths \[24, 32\]"),
+    ],
+)
+def test_relations_that_do_not_fit_the_models_are_an_error(changes: dict[str, Any], message: str) -> None:
+    student, teacher = build_model("bert", num_layers=1, hidden_size=24), build_model("bert", num_layers=3)
+    with pytest.raises(UserError, match=message):
+        objective(alpha_rel=1.0, **changes).check_models(student=student, teacher=teacher, lm="mlm")
+    with pytest.raises(UserError, match=r"objective.alpha_rel=1.0 need a teacher, but teacher=none"):
+        objective(alpha_rel=1.0).check_models(student=student, teacher=None, lm="mlm")
+
+
+@pytest.mark.parametrize("depth, layer", [(1, 0), (6, 5), (12, 11), (16, 13), (24, 20), (32, 27)])
+def test_the_teachers_layer_is_the_last_or_an_upper_middle_one(depth: int, layer: int) -> None:
+    student, teacher = build_model("bert", num_layers=2), build_model("bert", num_layers=1, hidden_size=768)
+    teacher.config.num_hidden_layers = depth
+    chosen = objective(alpha_rel=1.0)
+    assert chosen.relation_layers(student, teacher) == (1, layer)
+    assert objective(alpha_rel=1.0, teacher_layer=0, student_layer=0).relation_layers(student, teacher) == (0, 0)
+    assert (chosen.num_relation_heads(teacher), chosen.num_relation_heads(student)) == (48, 2)  # the paper's for 768

@@ -7,6 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from distilkit.throughput import forward_cost, peak_flops, step_flops
+from test_objective import objective
 from tiny import build_model, build_objective, full_batch
 
 VOCABULARY = 4000  # wide enough that each of the vocabulary's products is a tenth of the whole and more
@@ -40,6 +41,22 @@ def test_the_flops_of_a_step_are_those_that_torch_counts(family: str, soft_targe
             objective.loss(student, teacher, batch, lm=lm, denominators=counts)[0].backward()
         expected = step_flops(objective, forward_cost(student), forward_cost(teacher), batch, lm=lm)
         assert counter.get_total_flops() == pytest.approx(expected, rel=0.05), implementation
+
+
+@pytest.mark.parametrize("others", [{}, {"alpha_mlm": 1.0}], ids=["relations alone", "with masked LM"])
+def test_relations_and_the_shorter_forwards_before_them_count(others: dict[str, float]) -> None:
+    student = build_model("bert", seed=1, num_layers=3, **SHAPES["bert"]).train()
+    teacher = build_model("bert", num_layers=5, **SHAPES["bert"]).requires_grad_(False)
+    chosen, batch = objective(alpha_rel=1.0, teacher_layer=2, **others), full_batch(lm="mlm", blocks=2, length=60)
+    counts = chosen.denominators(num_tokens=torch.tensor(120), num_labels=torch.tensor(20), lm="mlm")
+    layers = chosen.relation_layers(student, teacher)
+    costs = forward_cost(student, layers[0]), forward_cost(teacher, layers[1])
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops})
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        chosen.loss(student, teacher, batch, lm="mlm", denominators=counts)[0].backward()
+    expected = step_flops(chosen, *costs, batch, lm="mlm")
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.05)
+    assert step_flops(chosen, forward_cost(student, 2), forward_cost(teacher, 3), batch, lm="mlm") > 1.05 * expected
 
 
 def test_the_heads_count_for_the_rows_that_are_read() -> None:

@@ -410,6 +410,35 @@ def test_a_teacher_is_trained_from_nothing_with_a_tokenizer_of_its_own(tokenizer
     assert json.loads((again / "summary.json").read_text("utf-8"))["layers"] == [0]
 
 
+@pytest.mark.parametrize("teacher, kind", [("bert", "bert"), ("modernbert", "bert"), ("gpt2", "gpt2")])
+def test_relations_train_a_student_of_another_width_depth_and_number_of_heads(
+    train: Train, save_teacher: Callable[..., Path], teacher: str, kind: str
+) -> None:
+    shape = "hidden_size: 24, num_attention_heads: 3, num_hidden_layers: 2, intermediate_size: 48"
+    if kind == "gpt2":
+        shape = "n_embd: 24, n_head: 3, n_layer: 2, n_positions: 64"
+    folder = train(
+        "teacher=hf",
+        f"teacher.name={save_teacher(teacher)}",
+        "student=new",
+        f"student.model_type={kind}",
+        f"student.config={{{shape}}}",
+        "objective=minilm",
+        "objective.relation_heads=4",
+        "trainer.max_steps=12",
+        "optimizer.lr=0.01",
+    )
+    summary = json.loads((folder / "summary.json").read_text("utf-8"))
+    layers = {"relation_heads": 4, "student_layer": 1, "teacher_layer": 5}
+    assert summary["objective"] == {"alpha_rel": 1.0, **layers}
+    assert summary["after"]["val/loss_rel"] < 0.9 * summary["before"]["val/loss_rel"]
+    card = (folder / "student" / "README.md").read_text("utf-8")
+    assert "by the method of [MiniLMv2](https://arxiv.org/abs/2012.15828)" in card and "relation_heads 4" in card
+    auto = AutoModelForCausalLM if kind == "gpt2" else AutoModelForMaskedLM
+    model = auto.from_pretrained(folder / "student")
+    assert (model.config.hidden_size, model.config.num_hidden_layers, model.config.num_attention_heads) == (24, 2, 3)
+
+
 def test_an_existing_student_is_distilled_further_from_its_own_weights(
     train: Train, run: Run, save_teacher: Callable[..., Path]
 ) -> None:
@@ -709,9 +738,13 @@ def summary_of(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("packing", ["blocks", "documents"])
-def test_two_ranks_reach_the_loss_of_one_process(deterministic: tuple[str, ...], tmp_path: Path, packing: str) -> None:
-    deterministic = (*deterministic, f"data.packing={packing}")
+@pytest.mark.parametrize(
+    "changes", [("data.packing=blocks",), ("data.packing=documents",), ("data.packing=documents", "objective=minilm")]
+)
+def test_two_ranks_reach_the_loss_of_one_process(
+    deterministic: tuple[str, ...], tmp_path: Path, changes: tuple[str, ...]
+) -> None:
+    deterministic = (*deterministic, *changes)
     one = call(distilkit.train.main, *deterministic, "hydra.run.dir=one", cwd=tmp_path)
     assert one.code == 0, one.err
     two = spawn("-m", "distilkit.train", *deterministic, *TWO_RANKS, "hydra.run.dir=two", cwd=tmp_path)
