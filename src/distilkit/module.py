@@ -336,10 +336,10 @@ class DistillationModule(LightningModule):
         # Denominators of this batch make each term a mean, which its metric weights by its tokens.
         objective = self.objective.of_validation()
         counts = objective.denominators(num_tokens=num_tokens, num_labels=num_labels, lm=self.lm)
-        # Each model runs once; loss and scores share its states (batch * length, width).
+        # Each model runs once; loss and scores share what it returns.
         models = self.student, self.teacher
-        states = objective.states(*models, batch, whole=True)
-        _, terms = objective.loss(*models, batch, lm=self.lm, denominators=counts, states=states)
+        read = objective.read(*models, batch, whole=True)
+        _, terms = objective.loss(*models, batch, lm=self.lm, denominators=counts, read=read)
         for name, mean in terms.items():
             if name not in self.val_metrics:
                 self.val_metrics[name] = MeanMetric().to(self.device)
@@ -349,7 +349,7 @@ class DistillationModule(LightningModule):
 
         targets, predictions = labels[rows], {}  # (rows,)
         by_row = {"tokens": torch.ones(len(rows), device=self.device)}  # (rows,) each
-        for prefix, model, hidden in zip(("", "teacher_"), models, states, strict=False):
+        for prefix, model, (hidden, _) in zip(("", "teacher_"), models, read, strict=True):
             if model is None or hidden is None or (prefix and not self.scores_teacher):
                 continue
             nll, predictions[prefix] = losses.score(lm_head(model, hidden[rows]), targets)  # (rows,) each

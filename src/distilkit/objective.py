@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,8 @@ _NUMBERS = {"relation_heads": 1, "teacher_layer": 0, "student_layer": 0, "teache
 _CHOICES = {"soft_targets": ("all", "masked"), "implementation": ("fused", "reference")}
 
 
-class States(NamedTuple):
-    """What the terms read of both models: last hidden states (batch * length, width), and one layer's projections."""
-
-    student: Tensor | None
-    teacher: Tensor | None
-    student_qkv: QKV | None = None
-    teacher_qkv: QKV | None = None
+# What the terms read of a model: last hidden states (batch * length, width), and one layer's projections.
+Read = tuple[Tensor | None, QKV | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,24 +217,20 @@ class Objective:
         by_term = {"ce": soft, "mse": soft, "mlm": labels, "clm": labels, "cos": tokens, "rel": tokens}
         return {name: by_term[name] for name in self.weights}
 
-    def states(
+    def read(
         self, student: PreTrainedModel, teacher: PreTrainedModel | None, batch: Batch, *, whole: bool = False
-    ) -> States:
+    ) -> tuple[Read, Read]:
         """Run each model once on a batch, only as far as a term reads it unless ``whole``."""
         layers = self.relation_layers(student, teacher) if "rel" in self.weights and teacher is not None else None
-
-        def run(model: PreTrainedModel, *, layer: int | None, to_the_end: bool) -> tuple[Tensor | None, Any]:
-            if layer is not None:
-                return projections_of(model, layer).read(batch, whole=to_the_end)
-            return token_states(model, batch) if to_the_end else None, None
-
-        ours = run(student, layer=layers[0] if layers else None, to_the_end=whole or self.reads_student_states)
-        theirs: tuple[Tensor | None, Any] = None, None
-        if teacher is not None:
-            with torch.no_grad():
-                read = layers[1] if layers else None
-                theirs = run(teacher, layer=read, to_the_end=whole or self.reads_teacher_states)
-        return States(ours[0], theirs[0], ours[1], theirs[1])
+        found: list[Read] = []
+        for model, reads_states in ((student, self.reads_student_states), (teacher, self.reads_teacher_states)):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not found):
+                to_the_end = reads_states or whole
+                if model is not None and layers is not None:
+                    found.append(projections_of(model, layers[len(found)]).read(batch, whole=to_the_end))
+                else:
+                    found.append((token_states(model, batch) if model is not None and to_the_end else None, None))
+        return found[0], found[1]
 
     def loss(
         self,
@@ -249,15 +240,15 @@ class Objective:
         *,
         lm: LM,
         denominators: Mapping[str, Tensor],
-        states: States | None = None,
+        read: tuple[Read, Read] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted loss of a batch and each term's detached contribution to its mean (nats, squared logits).
 
         The weights are plain numbers, as those of ``at``. A share of soft targets is drawn by torch's generator.
-        Each model runs once on the batch, or not at all if its ``states`` are given. If no term needs more, logits are
+        Each model runs once on the batch, or not at all if what they ``read`` is given. If no term needs more, logits are
         computed for labelled tokens only.
         """
-        ours, theirs, our_qkv, their_qkv = self.states(student, teacher, batch) if states is None else states
+        (ours, our_qkv), (theirs, their_qkv) = self.read(student, teacher, batch) if read is None else read
         real = real_rows(batch)
         rows = real if self.takes_all_rows(lm) else labelled_rows(batch)  # (rows,), or None: all tokens
         if drawn := self.num_drawn(batch):
