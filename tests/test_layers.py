@@ -152,7 +152,7 @@ def searched(
         even=list(even),
         loss_of=lambda kept: losses(tuple(kept)),
         losses_without=lambda kept: {each: losses(tuple(k for k in kept if k != each)) for each in kept},
-        check=check or (lambda _: None),
+        check=check or (lambda layers: None),
     )
 
 
@@ -185,9 +185,9 @@ def test_ties_drop_the_last_layer_and_a_loss_that_is_no_number_is_the_worst() ->
 
 
 def test_what_cannot_be_cut_is_no_candidate() -> None:
-    def check(kept: list[int]) -> None:
-        if 0 not in kept or kept == [0, 3]:
-            raise UserError(f"no student of {kept}")
+    def check(layers: list[int]) -> None:
+        if 0 not in layers or layers == [0, 3]:
+            raise UserError(f"no student of {layers}")
 
     def losses(cut: tuple[int, ...]) -> float:
         return float(sum(cut))  # layer 3 costs most, and 0 nothing
@@ -197,8 +197,8 @@ def test_what_cannot_be_cut_is_no_candidate() -> None:
     kept, _ = searched(lambda cut: -losses(cut), check=check)
     assert kept == [0, 2]  # not [0, 3] nor [2, 3]
 
-    def never(kept: list[int]) -> None:
-        raise UserError(f"no student of {kept}")
+    def never(layers: list[int]) -> None:
+        raise UserError(f"no student of {layers}")
 
     message = r"none of layers \[0, 1, 2, 3\] can be dropped: no student of \[.*\]; set student.layers=first, or give"
     with pytest.raises(UserError, match=message):

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 Method = Literal["greedy", "influence"]
 METHODS: tuple[Method, ...] = get_args(Method)
-Check = Callable[[list[int]], object]  # raises a UserError where no student has these layers
+Check = Callable[..., object]  # of layers; raises a UserError where no student has them
 Seen = dict[int, tuple[Tensor, Any]]
 
 
@@ -116,34 +116,41 @@ def _nll(model: PreTrainedModel, batch: Batch) -> float:
     return float(nll.cpu().double().sum())
 
 
-def _num_labels(batches: Sequence[Batch]) -> int:
-    return max(1, sum(len(labelled_rows(batch)) for batch in batches))
+def _measured(of: Callable[..., Any]) -> Callable[..., Any]:
+    """Run the model on the device of the batches, and bring it home, where it can be cut."""
+
+    @functools.wraps(of)
+    def moved(model: PreTrainedModel, batches: Sequence[Batch], *kept: Sequence[int]) -> Any:
+        home = model.device
+        try:
+            return of(model.eval().to(batches[0]["input_ids"].device), batches, *kept)
+        finally:
+            model.to(home)  # type: ignore[arg-type]  # transformers hides this form
+
+    return torch.no_grad()(moved)
 
 
-@torch.no_grad()
+@_measured
 def loss_of(model: PreTrainedModel, batches: Sequence[Batch], kept: Sequence[int]) -> float:
     """Return the cross-entropy of a model with these layers alone, in nats per labelled token."""
     with without_layers(model, kept):
-        return sum(_nll(model, batch) for batch in batches) / _num_labels(batches)
+        return sum(_nll(model, batch) for batch in batches) / max(1, sum(len(labelled_rows(each)) for each in batches))
 
 
-@torch.no_grad()
+@_measured
 def losses_without(model: PreTrainedModel, batches: Sequence[Batch], kept: Sequence[int]) -> dict[int, float]:
-    """Return the cross-entropy of a model of ``kept`` but one layer, for each of them.
-
-    Layers before the missing one are computed once for all.
-    """
-    sums = dict.fromkeys(kept, 0.0)
+    """Return the cross-entropy of ``kept`` but one layer, for each; layers before it are computed once for all."""
+    sums, count = dict.fromkeys(kept, 0.0), max(1, sum(len(labelled_rows(batch)) for batch in batches))
     for batch in batches:
         with without_layers(model, kept) as seen:
             token_states(model, batch)
         for layer in kept:
             with _going_on_after(layer, model, kept=kept, seen=seen):
-                sums[layer] += _nll(model, batch)
-    return {layer: total / _num_labels(batches) for layer, total in sums.items()}
+                sums[layer] += _nll(model, batch) / count
+    return sums
 
 
-@torch.no_grad()
+@_measured
 def influences(model: PreTrainedModel, batches: Sequence[Batch]) -> dict[int, float]:
     """Return each layer's mean of 1 - cosine(input, output) over real tokens (ShortGPT, arXiv 2403.03853, section 3)."""
     sums, tokens = dict.fromkeys(range(model.config.num_hidden_layers), 0.0), 0
@@ -162,7 +169,7 @@ def influences(model: PreTrainedModel, batches: Sequence[Batch]) -> dict[int, fl
 
 def _refusal(check: Check, layers: list[int]) -> str:
     try:
-        check(layers)
+        check(layers=layers)
     except UserError as error:
         return str(error)
     return ""
@@ -170,7 +177,6 @@ def _refusal(check: Check, layers: list[int]) -> str:
 
 def _drop(kept: list[int], scores: Mapping[int, float], check: Check) -> int:
     """Remove the layer of the lowest score without which a student can be built, of equal ones the last."""
-    reason = ""
     for layer in sorted(kept, key=lambda each: (not math.isfinite(scores[each]), scores[each], -each)):
         if not (reason := _refusal(check, [each for each in kept if each != layer])):
             kept.remove(layer)
@@ -179,12 +185,7 @@ def _drop(kept: list[int], scores: Mapping[int, float], check: Check) -> int:
 
 
 def drop_greedily(
-    *,
-    depth: int,
-    even: list[int],
-    loss_of: Callable[[list[int]], float],
-    losses_without: Callable[[list[int]], Mapping[int, float]],
-    check: Check,
+    *, depth: int, even: list[int], loss_of: Callable[..., float], losses_without: Callable[..., Any], check: Check
 ) -> tuple[list[int], list[dict[str, Any]]]:
     """Drop the layer whose absence raises the loss least, until as many are left as in ``even``; return the table, too.
 
@@ -207,40 +208,27 @@ def drop_greedily(
 def measure(
     model: PreTrainedModel, batches: Sequence[Batch], *, method: Method, even: list[int], check: Check
 ) -> Choice:
-    """Choose as many layers of a model as ``even`` has, on the device of the batches; ``check`` refuses a cut.
+    """Choose as many layers of a model as ``even`` has, on the device of the batches; ``check(layers=)`` refuses a cut.
 
     The cost is logged before. A loss that is not finite raises a ``UserError``.
     """
-    device, home, depth = batches[0]["input_ids"].device, model.device, model.config.num_hidden_layers
+    depth, sizes = model.config.num_hidden_layers, [batch["input_ids"].numel() for batch in batches]
     num_blocks = sum(len(batch["input_ids"]) for batch in batches)
     evaluations = sum(range(len(even) + 1, depth + 1)) if method == "greedy" else 1
     passes = evaluations + (depth - len(even) + 2 if method == "greedy" else 0)
-
-    def there(measured: Callable[..., Any], *args: Any) -> Any:  # ``check`` cuts the model at home
-        try:
-            return measured(model.eval().to(device), *args)
-        finally:
-            model.to(home)  # type: ignore[arg-type]  # transformers hides this form
-
-    sizes = [batch["input_ids"].numel() for batch in batches]  # documents differ in length
     for _ in range(2):  # the first warms up
         started = time.perf_counter()
-        there(loss_of, [batches[sizes.index(max(sizes))]], range(depth))
+        loss_of(model, [batches[sizes.index(max(sizes))]], range(depth))
     minutes = (time.perf_counter() - started) * sum(sizes) / max(sizes) * passes / 60
     cost = f"{evaluations} evaluation{'s' * (evaluations != 1)} of {num_blocks} blocks, at most about {minutes:.1f} minutes"
     log.info("student.layers=%s: %s", method, cost)
     if method == "greedy":
-        layers, table = drop_greedily(
-            depth=depth,
-            even=even,
-            loss_of=functools.partial(there, loss_of, batches),
-            losses_without=functools.partial(there, losses_without, batches),
-            check=check,
-        )
+        one, each = (functools.partial(measured, model, batches) for measured in (loss_of, losses_without))
+        layers, table = drop_greedily(depth=depth, even=even, loss_of=one, losses_without=each, check=check)
         if not all(math.isfinite(row["loss"]) for row in table):
             raise UserError("the loss of the cut teacher is not finite; set trainer.precision=32-true")
     else:
-        scores, layers = there(influences, batches), list(range(depth))
+        scores, layers = influences(model, batches), list(range(depth))
         while len(layers) > len(even):
             _drop(layers, scores, check)
         table = [{"layer": layer, "influence": scores[layer], "kept": layer in layers} for layer in scores]

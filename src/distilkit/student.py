@@ -5,6 +5,7 @@ and renumbers layers, and strict loading checks the result.
 """
 
 import copy
+import functools
 import json
 import re
 from collections import defaultdict
@@ -76,41 +77,37 @@ def choose_layers(num_teacher_layers: int, num_student_layers: int) -> list[int]
     return [round(i * step) for i in range(num_student_layers)]
 
 
-def _depth_of(teacher: Teacher | None, tokenizer: PreTrainedTokenizerBase) -> int:
+def _depth_of(teacher: Teacher | None, tokenizer: PreTrainedTokenizerBase) -> tuple[Teacher, int]:
+    """Check that layers can be taken of a teacher, and return it with the number of its layers."""
     if teacher is None:
         raise UserError("a student cannot be cut from teacher=none; set student=new, or choose a teacher")
     check_vocabulary(teacher.model, tokenizer, name=teacher.name)
-    depth: int | None = getattr(teacher.model.config, "num_hidden_layers", None)
+    depth = getattr(teacher.model.config, "num_hidden_layers", None)
     if depth is None:
         found = f"the config of {teacher.name} ({teacher.model.config.model_type}) has no num_hidden_layers"
         raise UserError(f"{found}; choose a teacher whose config has it, as a model of text alone")
-    return depth
+    return teacher, depth
 
 
 def _resolve_layers(layers: Layers, *, num_layers: int | None, depth: int, name: str) -> list[int]:
     """Convert a name or an explicit list to valid layer indices; a measured name gives layers at equal distances."""
-    if isinstance(layers, str) and layers in _NAMES:
-        count = max(1, depth // (3 if layers == "third" else 2))
-    elif isinstance(layers, str) or not isinstance(layers, Sequence):
+    named = isinstance(layers, str)
+    if (named and layers not in _NAMES) or not isinstance(layers, Sequence):
         raise UserError(f"student.layers is {layers!r}; it takes {', '.join(_NAMES)} or a list such as [0,2,4]")
-    else:
-        count = len(_checked_list(layers, last=depth - 1, name=name))
+    count = max(1, depth // (3 if layers == "third" else 2)) if named else len(layers)
     if num_layers is not None and (type(num_layers) is not int or not 1 <= num_layers <= depth):
         raise UserError(f"student.num_layers={num_layers}, but it must be from 1 to {depth}, the layers of {name}")
-    if num_layers not in (None, count) and (layers in ("half", "third") or not isinstance(layers, str)):
+    if num_layers not in (None, count) and (layers in ("half", "third") or not named):
         found = f"student.num_layers={num_layers}, but student.layers={layers} keeps {count}"
         raise UserError(
             f"{found}; leave student.num_layers out, or set student.layers=first, last, greedy or influence"
         )
-    if not isinstance(layers, str):
-        return list(layers)
-    count = num_layers or count
-    named = {"first": list(range(count)), "last": list(range(depth - count, depth))}
-    return named.get(layers) or choose_layers(depth, count)
-
-
-def _checked_list(layers: Sequence[Any], *, last: int, name: str) -> list[int]:
-    chosen = list(layers)
+    if named:
+        count = num_layers or count
+        ends = {"first": list(range(count)), "last": list(range(depth - count, depth))}
+        return ends.get(str(layers)) or choose_layers(depth, count)
+    chosen: list[Any] = list(layers)
+    last = depth - 1
     if not chosen:
         raise UserError(f"student.layers is empty, but a student keeps at least one of layers 0 to {last} of {name}")
     for layer in chosen:
@@ -139,8 +136,7 @@ def measure_layers(
     at equal distances. ``influence`` keeps the layers that change their input most. Layers that ``cut_student`` refuses
     are no choice. ``num_layers=None`` is half of the teacher's. A student of fresh weights has nothing to choose.
     """
-    depth = _depth_of(teacher, tokenizer)
-    assert teacher is not None
+    teacher, depth = _depth_of(teacher, tokenizer)
     even = _resolve_layers(layers, num_layers=num_layers, depth=depth, name=teacher.name)
     if type(num_blocks) is not int or num_blocks < 1:
         raise UserError(f"student.num_blocks={num_blocks}, but it must be a whole number of at least 1")
@@ -153,10 +149,7 @@ def measure_layers(
     if draw is None:
         found = f"student.layers={layers} measures the teacher on blocks of text, and none are given"
         raise UserError(f"{found}; call cut_student with draw=DistillationDataModule(...).draw, or distilkit.distill")
-
-    def check(kept: list[int]) -> None:
-        cut_student(teacher=teacher, tokenizer=tokenizer, layers=kept, bert_class="same")
-
+    check = functools.partial(cut_student, teacher=teacher, tokenizer=tokenizer, bert_class="same")
     return measure(teacher.model, draw(num_blocks), method=layers, even=even, check=check)
 
 
@@ -345,8 +338,7 @@ def cut_student(
     ``init=random`` gives the same shape with fresh weights (the ablation of DistilBERT, table 4). Layers that the
     teacher does not have, and a tokenizer with more ids than the teacher, raise a ``UserError``.
     """
-    depth = _depth_of(teacher, tokenizer)
-    assert teacher is not None
+    teacher, depth = _depth_of(teacher, tokenizer)
     if bert_class not in ("distilbert", "same"):
         raise UserError(f"student.bert_class is {bert_class!r}; it takes distilbert or same")
     chosen, source = _resolve_layers(layers, num_layers=num_layers, depth=depth, name=teacher.name), teacher.model

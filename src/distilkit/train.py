@@ -14,7 +14,7 @@ from omegaconf.errors import InterpolationResolutionError
 from pytorch_lightning import Trainer, seed_everything
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.strategies import FSDPStrategy
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from distilkit.budget import parse_budget
 from distilkit.callbacks import ValidateEvery
@@ -80,10 +80,10 @@ def build(cfg: DictConfig) -> Job:
     objective = instantiate(cfg.objective)
     tokenizer = instantiate(cfg.tokenizer)
     teacher = instantiate(cfg.teacher, needs_head=objective.reads_teacher_logits)
-    trainer = _build_trainer(cfg)
-    choice = _measured_layers(cfg, teacher=teacher, tokenizer=tokenizer, trainer=trainer, checkpoint=checkpoint)
-    student = instantiate(cfg.student)(teacher=teacher, tokenizer=tokenizer)
-    _check_models(cfg, teacher=teacher, student=student, tokenizer=tokenizer)
+    trainer, models = _build_trainer(cfg), {"teacher": teacher, "tokenizer": tokenizer}
+    choice = _measured_layers(cfg, models, trainer=trainer, checkpoint=checkpoint)
+    student = instantiate(cfg.student)(**models)
+    _check_models(cfg, models, student=student)
     _apply_options(cfg, teacher=teacher, student=student)
     lm = teacher.lm if teacher else lm_of_model(student)
     data = instantiate(cfg.data, tokenizer=tokenizer, lm=lm)
@@ -200,12 +200,7 @@ def _budget(cfg: DictConfig) -> float | None:
 
 
 def _measured_layers(
-    cfg: DictConfig,
-    *,
-    teacher: Teacher | None,
-    tokenizer: PreTrainedTokenizerBase,
-    trainer: Trainer,
-    checkpoint: Path | None,
+    cfg: DictConfig, models: dict[str, Any], *, trainer: Trainer, checkpoint: Path | None
 ) -> dict[str, Any] | None:
     """Measure which layers the student keeps, or read it from the checkpoint; None where nothing is to be measured.
 
@@ -220,33 +215,29 @@ def _measured_layers(
             found = f"student.layers={method}, but the student of {checkpoint} has layers {record['layers']}"
             raise UserError(f"{found}, chosen in another way; resume with the same settings")
     else:
-        # What is refused is refused before hours of measuring.
-        trial = instantiate(cfg.student)(teacher=teacher, tokenizer=tokenizer, layers="first")
-        _check_models(cfg, teacher=teacher, student=trial, tokenizer=tokenizer)
-        assert teacher is not None
-        data = instantiate(cfg.data, tokenizer=tokenizer, lm=teacher.lm)
-        strategy = trainer.strategy
-        forks = getattr(strategy.launcher, "is_interactive_compatible", False)  # which CUDA does not survive
-        device = torch.device("cpu") if forks else strategy.root_device
-        keys: Any = {key: cfg.student[key] for key in ("layers", "num_layers", "num_blocks", "init")}
+        trial = instantiate(cfg.student)(**models, layers="first")  # what is refused is refused before it is measured
+        _check_models(cfg, models, student=trial)
+        data = instantiate(cfg.data, tokenizer=models["tokenizer"], lm=models["teacher"].lm)
+        place, keys = (
+            trainer.strategy,
+            {key: cfg.student[key] for key in ("layers", "num_layers", "num_blocks", "init")},
+        )
+        forks = getattr(place.launcher, "is_interactive_compatible", False)  # which CUDA does not survive
+        device = torch.device("cpu") if forks else place.root_device
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=str(trainer.precision).startswith("bf16")):
             measured = measure_layers(
-                teacher=teacher,
-                tokenizer=tokenizer,
-                draw=lambda count: [strategy.batch_to_device(batch, device) for batch in data.draw(count)],
-                **keys,
+                **models, **keys, draw=lambda count: [place.batch_to_device(each, device) for each in data.draw(count)]
             )
         choice = asdict(measured)
     cfg.student.layers = choice["layers"]
     return choice
 
 
-def _check_models(
-    cfg: DictConfig, *, teacher: Teacher | None, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def _check_models(cfg: DictConfig, models: dict[str, Any], *, student: PreTrainedModel) -> None:
     """Check that training may assume of both models what it does, and that the blocks fit them."""
     apart = cfg.data.packing == "blocks" and not cfg.data.attend_across_documents
-    probe(student=student, teacher=teacher, tokenizer=tokenizer, apart=apart, max_length=cfg.data.block_size)
+    probe(**models, student=student, apart=apart, max_length=cfg.data.block_size)
+    teacher: Teacher | None = models["teacher"]
     for model, name in [(student, "the student"), *([(teacher.model, teacher.name)] if teacher else [])]:
         check_positions(model, cfg.data.block_size, key="data.block_size", name=name)
 
