@@ -167,6 +167,7 @@ def test_held_out_blocks_have_the_sums_of_a_plain_loop(
     with torch.inference_mode():
         for batch in job.data.val_dataloader():
             for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+                ids, labels = ids[ids != 0], labels[ids != 0]  # the last block is padded
                 logits, wanted = student(ids[None]).logits[0].double(), labels >= 0
                 nll = F.cross_entropy(logits, labels, reduction="sum", ignore_index=-100).item()
                 expected.append([nll, float((logits.argmax(-1) == labels)[wanted].sum()), float(wanted.sum())])

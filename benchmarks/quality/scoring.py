@@ -21,7 +21,7 @@ def held_out(experiment: Experiment, name: str, model: Path | str, folder: Path)
         )
     )
     (result,) = read_file(folder / FILE)
-    return float(result.score or 0)
+    return result.scores["masked_cross_entropy"]
 
 
 def score_tasks(experiment: Experiment) -> None:
