@@ -164,6 +164,8 @@ def test_the_summary_has_every_field_and_counts_right(run: Run, save_teacher: Ca
         "tokens_seen",
         "tokens_per_second",
         "wall_seconds",
+        "training_seconds",
+        "budget_seconds",
         "peak_memory_mb",
         "input_forms",
         "before",
@@ -180,6 +182,8 @@ def test_the_summary_has_every_field_and_counts_right(run: Run, save_teacher: Ca
     assert (summary["optimizer_steps"], summary["tokens_seen"]) == (6, 6 * 16 * 32)
     assert summary["tokens_per_second"] > 0
     assert summary["wall_seconds"] > 0
+    assert 0 < summary["training_seconds"] <= summary["wall_seconds"] + 0.1
+    assert summary["budget_seconds"] is None
     assert summary["peak_memory_mb"]["host"] > 100
     assert summary["versions"]["torch"] == torch.__version__
     assert summary["input_forms"]["sequences"] > 8
