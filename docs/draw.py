@@ -4,6 +4,7 @@ Writes ``pipeline.png`` and ``demo.png`` next to this file. The figures of the d
 the ``comparison.json`` that ``make demo`` leaves in ``outputs/demo/<time>/``.
 """
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -98,7 +99,7 @@ def read_table(page: Path) -> list[Run]:
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.read_text("utf-8").splitlines()]
     start = next(number for number, cells in enumerate(table) if {"run", "cross-entropy"} <= set(cells))
     runs = []
-    for cells in table[start + 2 : start + 6]:
+    for cells in itertools.takewhile(bool, table[start + 2 :]):
         row = dict(zip(table[start], cells, strict=True))
         parameters = int(row["parameters"].replace(",", ""))
         runs.append(Run(row["run"], parameters, float(row["cross-entropy"]), float(row["accuracy"])))
@@ -115,7 +116,7 @@ def read_comparison(file: Path) -> list[Run]:
 
 def draw_demo(runs: list[Run], out: Path) -> None:
     """Draw cross-entropy, accuracy and parameters of the demo's runs as bars."""
-    figure = Figure(figsize=(16, 4.1), facecolor="white", layout="constrained")
+    figure = Figure(figsize=(16, 1 + 0.78 * len(runs)), facecolor="white", layout="constrained")
     names = [run.name.replace(", ", "\n", 1) for run in runs]
     colors = [TEACHER if name.startswith("teacher") else STUDENT for name in names]
     for axis, title, values, form in zip(

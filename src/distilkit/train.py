@@ -65,6 +65,7 @@ class Job:
 def build(cfg: DictConfig) -> Job:
     """Check the config and build models, data and trainer from it; write nothing into the run's folder."""
     _check_config(cfg)
+    _apply_row(cfg)
     budget = _budget(cfg)
     out = Path(cfg.output_dir).resolve()
     if (out / "student").exists():
@@ -197,6 +198,15 @@ def _budget(cfg: DictConfig) -> float | None:
             cure = f"drop one of the two: set trainer.{name}={'null' if none is None else none}, or budget=null"
             raise UserError(f"budget={given} and trainer.{name}={value} would both end the training; {cure}")
     return seconds
+
+
+def _apply_row(cfg: DictConfig) -> None:
+    """Set what a sweep's row asks for, which wins over the command line."""
+    try:
+        row: Any = OmegaConf.to_container(cfg.row, resolve=True) if cfg.row else {}
+    except InterpolationResolutionError as error:  # the run that the row reads has failed
+        raise UserError(str(error).splitlines()[0].rpartition("interpolation: ")[2]) from error
+    cfg.merge_with({**row, "row": row or None})
 
 
 def _measured_layers(

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import inspect
+import json
 import re
 import shlex
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ import distilkit
 import distilkit.train
 from distilkit.data.batches import DistillationDataModule
 from distilkit.data.text_files import TextFiles
+from distilkit.errors import UserError
 from distilkit.objective import Objective
 from distilkit.teacher import Teacher
 from jobs import QUIET, SMALL, call, only
@@ -560,16 +562,128 @@ def test_the_ablation_goes_with_an_experiment() -> None:
     assert changed(row, base) == {"objective.alpha_cos": 0.0}
 
 
-def test_the_demo_trains_a_teacher_and_three_students_that_differ_in_one_thing_each() -> None:
-    cfg = composed("experiment=demo", "stage=teacher")
+def row_of(name: str, *overrides: str) -> DictConfig:
+    """Compose a job of sweep=versus, and let its row win over the command line as a run does."""
+    cfg = composed("sweep=versus", f"+sweep/versus={name}", *overrides)
+    distilkit.train._apply_row(cfg)
+    return cfg
+
+
+def finished(folder: Path, **summary: Any) -> str:
+    """Write the summary of a distilled job below a sweep's folder; return that folder as an override."""
+    (folder / "distilled").mkdir()
+    (folder / "distilled" / "summary.json").write_text(json.dumps(summary), "utf-8")
+    return f"hydra.sweep.dir={folder}"
+
+
+def test_equal_rows_are_four_jobs_in_folders_named_after_them() -> None:
+    cfg = composed("sweep=versus")
+    assert cfg.hydra.mode.name == "MULTIRUN"
+    assert cfg.hydra.sweeper.params == {"+sweep/versus": "cut,distilled,baseline,baseline_time"}
+    rows = cfg.hydra.sweeper.params["+sweep/versus"].split(",")
+    assert [composed("sweep=versus", f"+sweep/versus={row}").hydra.sweep.subdir for row in rows] == rows
+    assert sorted(file.stem for file in (CONF / "sweep/versus").glob("*.yaml")) == sorted(rows)
+
+
+def test_a_row_changes_only_what_makes_it_that_row(tmp_path: Path) -> None:
+    sweep = finished(tmp_path, optimizer_steps=30, training_seconds=61.5)
+    base = row_of("distilled", sweep)
+    assert changed(base, composed("sweep=versus", sweep)) == {}
+    alone = {"objective.alpha_ce": 0.0, "objective.alpha_cos": 0.0, "objective.alpha_mlm": 1.0}
+    rows = {name: changed(row_of(name, sweep), base) for name in ("cut", "baseline", "baseline_time")}
+    found = {
+        name: {key: value for key, value in row.items() if key.split(".")[0] != "row"} for name, row in rows.items()
+    }
+    assert found == {
+        "cut": {"trainer.max_steps": 0},
+        "baseline": alone,
+        "baseline_time": alone | {"budget": 61.5, "trainer.max_epochs": -1},
+    }
+
+
+@pytest.mark.parametrize("row", ["baseline", "baseline_time"])
+@pytest.mark.parametrize(
+    ("preset", "lm"),
+    [
+        *(("distilbert", "mlm"), ("mlm", "mlm"), ("distilgpt2", "clm"), ("clm", "clm")),
+        *(("minilm", "mlm"), ("minilm", "clm")),
+    ],
+)
+def test_a_baseline_has_the_lm_loss_of_its_teacher_alone(
+    preset: str, lm: str, row: str, save_teacher: Callable[..., Path], tmp_path: Path
+) -> None:
+    given = ["teacher=hf", f"teacher.name={save_teacher('bert' if lm == 'mlm' else 'gpt2')}", f"objective={preset}"]
+    given += ["objective.alpha_mse=3", finished(tmp_path, training_seconds=61.5)]
+    cfg = row_of(row, *given)
+    assert instantiate(cfg.objective).weights == {lm: 1.0}
+
+
+def test_weights_that_change_over_training_are_the_distilled_rows_own(tmp_path: Path) -> None:
+    given = ["objective.alpha_mlm=[[0,0],[1,2]]", "objective.alpha_ce=[[0,5],[1,0]]"]
+    assert instantiate(row_of("baseline", *given).objective).weights == {"mlm": 1.0}
+    assert row_of("distilled", *given).objective.alpha_mlm == [[0, 0], [1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("end", "expected"),
+    [
+        (
+            ["trainer.max_steps=300"],
+            {"cut": (None, 0, -1), "baseline": (None, 300, -1), "baseline_time": (61.5, -1, -1)},
+        ),
+        (["trainer.max_epochs=2"], {"cut": (None, 0, 2), "baseline": (None, -1, 2), "baseline_time": (61.5, -1, -1)}),
+        (["budget=1m"], {"cut": (None, 0, -1), "baseline": (None, 30, -1), "baseline_time": (61.5, -1, -1)}),
+    ],
+)
+def test_a_row_ends_at_equal_tokens_or_time_whatever_ends_the_command(
+    end: list[str], expected: dict[str, Any], tmp_path: Path
+) -> None:
+    sweep = finished(tmp_path, optimizer_steps=30, training_seconds=61.5)
+    for name, ends in expected.items():
+        cfg = row_of(name, sweep, *end)
+        assert (cfg.budget, cfg.trainer.max_steps, cfg.trainer.max_epochs) == ends, name
+
+
+@pytest.mark.parametrize(("row", "end"), [("baseline_time", "trainer.max_steps=9"), ("baseline", "budget=1m")])
+def test_a_row_that_reads_a_distilled_job_that_failed_is_refused_in_one_line(
+    row: str, end: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=rf"^{tmp_path}/distilled/summary.json does not exist; .*[^\n]$"):
+        row_of(row, end, f"hydra.sweep.dir={tmp_path}")
+    assert row_of("baseline", "trainer.max_steps=9", f"hydra.sweep.dir={tmp_path}").trainer.max_steps == 9
+
+
+def test_the_baselines_take_the_learning_rate_of_the_command_or_their_own(tmp_path: Path) -> None:
+    sweep = finished(tmp_path, training_seconds=61.5)
+    for given, rates in (
+        (["optimizer.lr=1e-3"], (1e-3, 1e-3)),
+        (["optimizer.lr=1e-3", "versus.baseline_lr=2e-4"], (1e-3, 2e-4)),
+    ):
+        found = [row_of(name, sweep, *given).optimizer.lr for name in ("distilled", "baseline", "baseline_time")]
+        assert found == [rates[0], rates[1], rates[1]]
+
+
+def test_equal_rows_go_with_an_experiment() -> None:
+    cfg = row_of("baseline", "experiment=distilgpt2")
+    assert (cfg.teacher.name, instantiate(cfg.objective).weights) == ("openai-community/gpt2", {"clm": 1.0})
+
+
+DEMO = ("teacher", "cut", "distilled", "baseline", "baseline_time", "random_init")
+
+
+@pytest.mark.parametrize("more", [(), ("sweep=versus",)])
+def test_the_demo_runs_its_teacher_and_the_equal_rows(more: tuple[str, ...]) -> None:
+    cfg = composed("experiment=demo", "stage=teacher", *more)
     assert cfg.hydra.mode.name == "MULTIRUN"
     assert cfg.hydra.callbacks.sweep_report.measure_latency is True
-    assert cfg.hydra.sweeper.params == {"+experiment/demo": "teacher,distilled,baseline,random_init"}
+    assert cfg.hydra.sweeper.params == {"+sweep/versus": "[]", "+experiment/demo": ",".join(DEMO)}
     assert OmegaConf.to_container(cfg.hydra.sweep, resolve=False)["subdir"] == "${stage}"
-    stages = {
-        name: composed("experiment=demo", f"+experiment/demo={name}")
-        for name in cfg.hydra.sweeper.params["+experiment/demo"].split(",")
-    }
+    assert cfg.versus.tasks == []  # and any can be given
+
+
+def test_the_students_of_the_demo_differ_in_one_thing_each(tmp_path: Path) -> None:
+    sweep = finished(tmp_path, training_seconds=61.5)
+    stages = {name: composed("experiment=demo", "+sweep/versus=[]", f"+experiment/demo={name}", sweep) for name in DEMO}
     assert {name: stage.stage for name, stage in stages.items()} == {name: name for name in stages}
     assert {stage.name for stage in stages.values()} == {"demo"}
     teacher, distilled = stages["teacher"], stages["distilled"]
@@ -580,9 +694,7 @@ def test_the_demo_trains_a_teacher_and_three_students_that_differ_in_one_thing_e
     assert instantiate(distilled.objective).weights == {"ce": 5.0, "mlm": 2.0, "cos": 1.0}
     assert distilled.student.layers == "half"
     assert changed(stages["random_init"], distilled) == {"stage": "random_init", "student.init": "random"}
-    assert changed(stages["baseline"], distilled) == {
-        "stage": "baseline",
-        "objective.alpha_ce": 0.0,
-        "objective.alpha_cos": 0.0,
-        "objective.alpha_mlm": 1.0,
-    }
+    for name in ("cut", "baseline", "baseline_time"):
+        own = composed("sweep=versus", f"+sweep/versus={name}").row
+        assert OmegaConf.to_container(stages[name].row) == OmegaConf.to_container(own)
+        assert {key.split(".")[0] for key in changed(stages[name], distilled)} == {"stage", "row"}

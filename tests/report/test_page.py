@@ -16,6 +16,18 @@ def test_brackets_in_a_printed_table_are_no_markup() -> None:
         assert text in shown
 
 
+def test_a_table_that_is_too_wide_has_less_between_its_columns_and_names_on_two_lines() -> None:
+    names, values = ["run", "baseline_time", "random_init"], ["cross-entropy", "1,234,567", "7,654,321"]
+    printed = {}
+    for width in (80, 36):
+        console = Console(file=io.StringIO(), width=width)
+        page.print_table("runs", names, [values], console=console)
+        printed[width] = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert "┃ run           ┃ baseline_time ┃ random_init ┃" in printed[80]
+    assert [line.split() for line in printed[36][2:4]] == [["baseline_", "random_"], ["run", "time", "init"]]
+    assert printed[36][5].split() == values  # none is broken
+
+
 def test_columns_are_aligned_by_the_type_of_the_records_whatever_their_text() -> None:
     records = [{"model": "6 layers", "layers": "1 2", "score": 1.5}, {"model": "9%", "layers": "-", "score": None}]
     columns = {"model": "{}", "layers": "{}", "score": "{:.1f}", "latency": "ms {}"}

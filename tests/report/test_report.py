@@ -322,7 +322,7 @@ def test_tables_without_anything_to_show_are_left_out() -> None:
     none = gather([])
     made = [quality.quality_table(none), retention.retention_table(none), quality.metrics_table(none)]
     made += [published.published_table(none), *speed_tables(none)]
-    made += [ablation.ablation_table(none, []), runs.training_table([]), runs.cost_table(none)]
+    made += [ablation.ablation_table(none, []), runs.training_table([], none), runs.cost_table(none)]
     assert made == [None] * len(made)
 
 

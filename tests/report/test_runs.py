@@ -32,15 +32,15 @@ def test_training_runs_show_what_they_took_and_reached() -> None:
         tokens_per_second=1234.5,
         peak_memory_mb={"host": 900.0, "device": 1200.5},
     )
-    distilled["after"] |= {"val/agreement": 0.5, "val/teacher_nll": 4.25}
-    rows = by_row(runs.training_table([distilled, run("teacher", 4.25)]))
+    distilled["after"] |= {"val/agreement": 0.5, "val/accuracy": 0.25, "val/teacher_nll": 4.25}
+    rows = by_row(runs.training_table([distilled, run("teacher", 4.25)], gathered([])))
     assert list(rows["distilled"].values()) == [
-        *("distilled", "9.000", "4.500", "4.250", "0.500"),  # what one looks for stands first
+        *("distilled", "9.000", "4.500", "4.250", "0.250", "0.500"),  # what one looks for stands first
         *("teacher", "0 2", "64", "1.50", "1,234", "ce 5.0, mlm 2.0, temperature 2.0"),
     ]
-    assert list(rows["teacher"].values())[5:7] == ["none", "-"]
+    assert list(rows["teacher"].values())[6:8] == ["none", "-"]
     beside = run("beside", 4.25, teacher=teacher, objective={"alpha_mlm": 2.0})  # it was scored beside one
-    assert by_row(runs.training_table([beside]))["beside"]["teacher"] == "none"
+    assert by_row(runs.training_table([beside], gathered([])))["beside"]["teacher"] == "none"
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_a_random_init_is_one_that_the_config_of_the_run_asks_for(
 ) -> None:
     (tmp_path / "full" / ".hydra").mkdir(parents=True)
     (tmp_path / "full" / ".hydra" / "config.yaml").write_text(json.dumps({"student": student}), "utf-8")
-    assert by_row(runs.training_table([run("full", 4.0, folder=str(tmp_path))]))["full"]["layers"] == said
+    assert by_row(runs.training_table([run("full", 4.0, folder=str(tmp_path))], gathered([])))["full"]["layers"] == said
 
 
 def test_the_cost_of_scoring_is_summed_over_seeds_and_settings() -> None:
@@ -84,7 +84,7 @@ def test_curves_are_drawn_over_tokens(outputs: Path) -> None:
 def test_the_table_has_the_numbers_of_each_run(tmp_path: Path) -> None:
     write_run(tmp_path, "0", ["x=a"], order=0)
     write_run(tmp_path, "1", ["x=b"], order=1, tokens_seen=8192, after={**AFTER, "val/nll": 1.9996})
-    header, rows = runs.comparison_table(read_runs(tmp_path))
+    header, rows = runs.comparison_table(read_runs(tmp_path), gathered([]))
     assert header == [
         "run",
         "parameters",
@@ -105,7 +105,7 @@ def test_a_column_that_no_run_fills_is_left_out_and_one_that_some_fill_has_dashe
     alone = {"val/loss": 3.0, "val/nll": 2.5, "val/accuracy": 0.4}
     write_run(tmp_path, "0", ["x=a"], order=0, before={}, after=alone, tokens_per_second=None)
     write_run(tmp_path, "1", ["x=b"], order=1, before={}, tokens_per_second=None, latency_ms=12.34)
-    header, rows = runs.comparison_table(read_runs(tmp_path))
+    header, rows = runs.comparison_table(read_runs(tmp_path), gathered([]))
     assert header == ["run", "parameters", "tokens seen", "cross-entropy", "accuracy", "agreement", "latency ms"]
     assert [row[-2:] for row in rows] == [["-", "-"], ["0.500", "12.3"]]
     assert {len(row) for row in rows} == {len(header)}
@@ -113,7 +113,9 @@ def test_a_column_that_no_run_fills_is_left_out_and_one_that_some_fill_has_dashe
 
 def test_a_metric_of_zero_is_a_number_and_no_dash() -> None:
     one = {"label": "a", "before": {"val/nll": 0.0}, "after": {"val/accuracy": 0.0}}
-    header, rows = runs.comparison_table([one, {"label": "b", "before": {}, "after": {"val/agreement": 0.5}}])
+    header, rows = runs.comparison_table(
+        [one, {"label": "b", "before": {}, "after": {"val/agreement": 0.5}}], gathered([])
+    )
     assert header == ["run", "accuracy", "agreement", "untrained"]
     assert rows == [["a", "0.000", "-", "0.000"], ["b", "-", "0.500", "-"]]
 

@@ -69,7 +69,7 @@ def sections(scores: Scores, trained: Sequence[Run]) -> list[Block]:
         *(quality.quality_table(scores), retention.retention_plot(scores), quality.size_plot(scores)),
         *(retention.fidelity_table(scores), *speed.speed_tables(scores), speed.latency_plot(scores)),
         *(published.published_table(scores), published.published_speed(scores)),
-        *(ablation.ablation_table(scores, trained), runs.training_table(trained), runs.loss_plot(trained)),
+        *(ablation.ablation_table(scores, trained), runs.training_table(trained, scores), runs.loss_plot(trained)),
         *(quality.finetuning_table(scores), quality.metrics_table(scores), runs.cost_table(scores)),
     ]
     return [block for block in blocks if block is not None]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import rich.box
 import rich.table
 from jinja2 import Environment, PackageLoader
 from rich.console import Console
@@ -102,7 +103,13 @@ def print_table(title: str, header: Sequence[str], rows: Rows, *, console: Conso
         table.add_column(Text(column), justify="right" if index else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
-    (console or Console()).print(table)
+    console = console or Console()
+    needed = console.measure(table, options=console.options.update(max_width=1000)).maximum
+    if needed > console.width:  # less between columns, and names on two lines
+        table.box, table.padding = rich.box.SIMPLE, (0, 0)
+        for each in table.columns[1:]:
+            each.header = Text(str(each.header).replace("_", "_\n"))
+    console.print(table)
 
 
 def markdown_page(title: str, about: str, blocks: Sequence[Block]) -> str:

@@ -1,5 +1,7 @@
 """The training runs: how each was trained, its loss curve, what scoring cost, and the comparison of a sweep."""
 
+import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,13 +14,14 @@ from matplotlib.ticker import EngFormatter
 from omegaconf import DictConfig, OmegaConf
 
 from distilkit.cli import failures, quiet
-from distilkit.records import read_metrics, read_runs, write_json
+from distilkit.records import read_metrics, read_results, read_runs, write_json
 from distilkit.report.ablation import Run
 from distilkit.report.drawing import COLOURS, WIDTH, finish, plain, png
-from distilkit.report.frame import Scores, task_label
+from distilkit.report.frame import Scores, gather, task_label
 from distilkit.report.page import Plot, Table, markdown, markdown_table, print_table, tabulate
+from distilkit.report.versus import equal_rows, task_columns, training_seconds, with_teacher
 
-_REACHED = ("nll", "teacher_nll", "agreement")  # of a training run, on held-out documents
+_REACHED = ("nll", "teacher_nll", "accuracy", "agreement")  # of a training run, on held-out documents
 
 
 def teacher_label(teacher: Mapping[str, Any] | None) -> str:
@@ -47,28 +50,32 @@ def _layers(run: Run) -> str:
     return "random init" if fresh else "-"
 
 
-def training_table(runs: Sequence[Run]) -> Table | None:
-    """Build the table of how each student was trained, at what cost, and its held-out cross-entropy."""
+def training_table(runs: Sequence[Run], scores: Scores) -> Table | None:
+    """Build the table of how each student was trained, at what cost, and what it reached on held-out text and tasks."""
     columns = {"run": "{}", **dict.fromkeys(("before", "after"), "{:.3f}"), "teacher_cross_entropy": "teacher's {:.3f}"}
-    columns |= {"agreement": "{:.3f}", "teacher": "{}", "layers": "{}", "tokens": "{:,}", "hours": "{:.2f}"}
+    columns |= {"accuracy": "{:.3f}", "agreement": "{:.3f}"}
+    columns |= {"teacher": "{}", "layers": "{}", "tokens": "{:,}", "hours": "{:.2f}"}
     columns |= {"tokens_per_second": "tokens/s {:,.0f}", "objective": "{}"}
-    records = []
-    for label, run in zip(run_labels(runs), runs, strict=True):
+    records, (tasks, reached) = [], task_columns(scores, runs)
+    for label, run, own in zip(run_labels(runs), runs, reached, strict=True):
         objective = run.get("objective") or {}
         terms = [f"{name.removeprefix('alpha_')} {value}" for name, value in objective.items()]
         taught = not objective or any(objective.get(f"alpha_{name}") for name in ("ce", "cos", "mse"))
-        hours = None if run.get("wall_seconds") is None else run["wall_seconds"] / 3600
+        seconds = training_seconds(run)
+        hours = None if seconds is None else seconds / 3600
         memory = max((run.get("peak_memory_mb") or {}).values(), default=None)
         values = [label, run["before"].get("val/nll"), *(run["after"].get(f"val/{name}") for name in _REACHED)]
         values += [teacher_label(run.get("teacher") if taught else None), _layers(run), run["tokens_seen"], hours]
         record = dict(zip(columns, [*values, run.get("tokens_per_second"), ", ".join(terms)], strict=True))
         more = {"parameters": run["student_parameters"], "peak_memory_mb": memory, "folder": run["folder"]}
-        records.append(record | more)
+        records.append(record | more | own)
     note = (
         "Before, after and teacher's: cross-entropy in nats per labelled token on held-out documents. Agreement: share "
         "of labelled tokens for which student and teacher predict the same. Hours are of training without validation."
     )
-    return tabulate("training", "Training runs", records, columns, note)
+    sweeps = itertools.groupby(runs, key=lambda run: PurePath(run["folder"]).parent)
+    said = [line for _, sweep in sweeps for line in equal_rows([*sweep], scores)]
+    return tabulate("training", "Training runs", records, columns | tasks, note, *said)
 
 
 def cost_table(scores: Scores) -> Table | None:
@@ -150,13 +157,23 @@ def measure_latency(folders: Sequence[str], *, block_size: int, rounds: int = 15
         return [latency(seconds)["latency_ms"] for seconds in seconds_in_turn(passes, warm_up=3, rounds=rounds)]
 
 
-def comparison_table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows of the comparison of a sweep's runs; columns that no run fills are left out."""
+def comparison_table(runs: Sequence[Run], scores: Scores) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of the comparison of a sweep's runs; columns that no run fills are left out.
+
+    The teacher is a row too, where all runs have the same one.
+    """
+    runs = with_teacher(runs)
+    seconds = [training_seconds(run) for run in runs]
+    unit, size = ("hours", 3600) if max((each or 0 for each in seconds), default=0) > 7200 else ("minutes", 60)
     columns = {"label": "run {}", "student_parameters": "parameters {:,.0f}", "tokens_seen": "{:,.0f}"}
-    columns |= {"tokens_per_second": "tokens/s {:,.0f}", "val/nll": "cross-entropy {:.3f}"}
+    columns |= {"tokens_per_second": "tokens/s {:,.0f}", "time": f"{unit} {{:.2f}}", "val/nll": "cross-entropy {:.3f}"}
     columns |= {"val/accuracy": "accuracy {:.3f}", "val/agreement": "agreement {:.3f}"}
     columns |= {"before": "untrained {:.3f}", "latency_ms": "latency ms {:.1f}"}
+    tasks, reached = task_columns(scores, runs)
+    columns |= tasks
     records = [{**run["after"], **run, "before": run["before"].get("val/nll")} for run in runs]
+    for record, each, own in zip(records, seconds, reached, strict=True):
+        record |= {"time": None if each is None else each / size, **own}
     filled = {"label"} | {key for record in records for key, value in record.items() if value is not None}
     columns = {key: form for key, form in columns.items() if key in filled}
     table = tabulate("comparison", "Comparison", records, columns)
@@ -184,7 +201,10 @@ def plot_runs(runs: Sequence[Run], out: Path) -> None:
 
 
 def compare(sweep: Path, *, latency: bool, failed: Sequence[str] = ()) -> None:
-    """Print the table of a sweep, and write comparison.json, .md and .png into its folder; ``failed`` are its notes."""
+    """Print the table of a sweep, and write comparison.json, .md and .png into its folder; ``failed`` are its notes.
+
+    Scores of the sweep's students on tasks, which lie in its folder ``scores``, join the table.
+    """
     notes = "".join(f"\n{markdown(failure)}\n" for failure in failed)
     runs = read_runs(sweep)
     if not runs:
@@ -196,12 +216,18 @@ def compare(sweep: Path, *, latency: bool, failed: Sequence[str] = ()) -> None:
         with quiet():
             measured = measure_latency([f"{run['folder']}/student" for run in runs], block_size=block_size)
         runs = [{**run, "latency_ms": milliseconds} for run, milliseconds in zip(runs, measured, strict=True)]
-    header, rows = comparison_table(runs)
+    scores = gather(read_results([sweep / "scores"]) if (sweep / "scores").is_dir() else [])
+    if "teacher" in scores.rows:
+        scores = dataclasses.replace(scores, teacher="teacher")
+    header, rows = comparison_table(runs, scores)
+    said = equal_rows(runs, scores)
     # A table of few runs fits better on its side.
     first, *others = [header, *rows] if len(rows) > len(header) else zip(header, *rows, strict=True)
     print_table(f"runs of {sweep.name}, on held-out documents", first, others)
-    write_json(sweep / "comparison.json", {"runs": runs, "failed": list(failed)})
-    (sweep / "comparison.md").write_text(markdown_table(header, rows) + notes, "utf-8")
+    print(*said, sep="\n", end="\n" * bool(said))
+    write_json(sweep / "comparison.json", {"runs": runs, "failed": list(failed), "verdict": said})
+    about = "".join(f"\n{markdown(line)}\n" for line in said)
+    (sweep / "comparison.md").write_text(markdown_table(header, rows) + about + notes, "utf-8")
     plot_runs(runs, sweep / "comparison.png")
     folders = [f"{run['label']}: {run['folder']}/student" for run in runs]
     print(f"table and plot: {sweep / 'comparison'}.md, .json, .png", *folders, sep="\n")
