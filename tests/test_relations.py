@@ -96,6 +96,7 @@ def test_no_more_than_a_chunk_of_relations_is_in_memory() -> None:
             student, teacher, heads=heads, causal=False, documents=torch.zeros(batch, length), chunk=2
         ).backward()
     assert watch.largest == 2 * length**2
+    assert watch.waits == []
     with Watch() as watch:  # what the chunks avoid is there to be seen
         relation_loss(student, teacher, heads=heads, causal=False, chunk=100).backward()
     assert watch.largest == batch * heads * length**2

@@ -57,14 +57,11 @@ class Projections:
             module.register_forward_hook(self._keep)
         with _probing(model), torch.no_grad():
             states = self.read(_sequences(model, 2, 3), whole=False)[1] if self.parts else ()
-        if not states or any(
-            each is None or each.shape[:2] != (2, 3) for each in states
-        ):  # Longformer's are transposed
-            missing = (
-                f"layer {layer} of a {model.config.model_type} has no queries, keys and values that are recognised"
-            )
+        # Longformer's are (length, batch, width).
+        if not states or any(each is None or each.shape[:2] != (2, 3) for each in states):
+            found_none = f"layer {layer} of a {model.config.model_type} has no queries, keys and values that are known"
             cure = "set objective.alpha_rel=0, or choose another layer or model"
-            raise UserError(f"objective.alpha_rel is above 0, but {missing}; {cure}")
+            raise UserError(f"objective.alpha_rel is above 0, but {found_none}; {cure}")
         self.widths = [each.shape[-1] for each in states]
 
     def _keep(self, module: nn.Module, _: Any, output: Any) -> None:

@@ -189,6 +189,34 @@ def test_a_setting_out_of_range_is_refused(
     refused(*overrides, facts=facts)
 
 
+NARROW = "{hidden_size: 24, num_attention_heads: 3, num_hidden_layers: 2, intermediate_size: 48}"
+
+
+@pytest.mark.parametrize(
+    "overrides, facts",
+    [
+        ([], ["objective.alpha_cos=1.0", "the student is 24 wide and the teacher 32", "set objective=minilm"]),
+        (["objective=minilm", "objective.relation_heads=6"], ["relation_heads=6", "[24, 32]", "set one of 1, 2, 4, 8"]),
+        (["objective=minilm", "objective.student_layer=2"], ["student_layer=2", "layers 0 to 1", "set it within"]),
+        (["objective=minilm", "objective.teacher_layer=-1"], ["teacher_layer=-1", "null or a whole number"]),
+    ],
+)
+def test_relations_and_cosines_that_do_not_fit_the_models_are_refused(
+    overrides: list[str], facts: list[str], refused: Callable[..., None]
+) -> None:
+    refused("student=new", "student.model_type=bert", f"student.config={NARROW}", *overrides, facts=facts)
+
+
+def test_a_student_that_is_larger_than_its_teacher_gets_a_warning(settings: tuple[str, ...], tmp_path: Path) -> None:
+    wide = "{hidden_size: 40, num_attention_heads: 4, num_hidden_layers: 6, intermediate_size: 90}"
+    student = "student=new", "student.model_type=bert", f"student.config={wide}"
+    done = call(
+        distilkit.train.main, *settings, *student, "objective=minilm", "objective.relation_heads=4", cwd=tmp_path
+    )
+    assert done.code == 0, done.err
+    assert "the student has more parameters than its teacher" in done.out + done.err
+
+
 def test_a_causal_teacher_refuses_a_masked_lm_weight(
     refused: Callable[..., None], save_teacher: Callable[..., Path]
 ) -> None:
