@@ -99,7 +99,8 @@ class DistillationModule(LightningModule):
         self.after_blocks: dict[str, Tensor] = {}
         self.start = weight_sample(student.state_dict())
         theirs = weight_sample(teacher.model.state_dict()) if teacher else {}
-        same = self.start.keys() == theirs.keys() and relative_change(self.start, theirs) == 0
+        shapes = ({name: part.shape for name, part in sample.items()} for sample in (self.start, theirs))
+        same = next(shapes) == next(shapes) and relative_change(self.start, theirs) == 0
         depth = getattr(teacher.model.config, "num_hidden_layers", None) if teacher else None
         self.copied = same or (depth is not None and record.get("layers") == list(range(depth)))
         self.verdict: Verdict | None = None  # of the finished run, on the first rank
