@@ -877,6 +877,7 @@ def test_the_demo_runs_from_nothing_to_the_table(tmp_path: Path) -> None:
         "-m",
         "distilkit.train",
         "experiment=demo",
+        "sweep=versus",
         "data.corpus.packages=[transformers.utils]",
         "data.val_share=0.2",
         "data.block_size=32",
@@ -885,13 +886,13 @@ def test_the_demo_runs_from_nothing_to_the_table(tmp_path: Path) -> None:
         "data.max_val_blocks=8",
         "tokenizer.vocab_size=500",
         "trainer=cpu",
-        "trainer.max_steps=3",
+        "trainer.max_steps=30",  # the baseline of equal time needs ten
         f"cache_dir={tmp_path}/cache",
         cwd=tmp_path,
     )
     assert done.code == 0, done.err
     demo = only(tmp_path, "outputs/demo/*")
-    stages = ["teacher", "distilled", "baseline", "random_init"]
+    stages = ["teacher", "cut", "distilled", "baseline", "baseline_time", "random_init"]
     runs = {stage: summary_of(demo / stage) for stage in stages}
     assert runs["teacher"]["teacher"] is None
     assert {tmp_path / runs[stage]["teacher"]["name"] for stage in stages[1:]} == {demo / "teacher" / "student"}
@@ -899,9 +900,14 @@ def test_the_demo_runs_from_nothing_to_the_table(tmp_path: Path) -> None:
     assert runs["distilled"]["teacher_parameters"] == runs["teacher"]["student_parameters"]
     assert runs["distilled"]["layers"] == runs["baseline"]["layers"] == [0, 3]
     assert runs["random_init"]["layers"] is None
-    assert len({runs[stage]["tokens_seen"] for stage in stages[1:]}) == 1
+    assert runs["distilled"]["tokens_seen"] == runs["baseline"]["tokens_seen"] == runs["random_init"]["tokens_seen"]
+    assert runs["cut"]["tokens_seen"] == 0
+    assert runs["baseline_time"]["budget_seconds"] == pytest.approx(runs["distilled"]["training_seconds"])
+    assert runs["cut"]["after"]["val/nll"] == runs["distilled"]["before"]["val/nll"]
     assert runs["distilled"]["before"]["val/nll"] == runs["baseline"]["before"]["val/nll"]
-    header, _, *rows = (demo / "comparison.md").read_text("utf-8").splitlines()
+    table, _, said = (demo / "comparison.md").read_text("utf-8").partition("\n\n")
+    assert "At equal tokens, " in said
+    header, _, *rows = table.splitlines()
     assert [row.split("|")[1].strip() for row in rows] == stages
     assert "latency ms" in header
     assert (demo / "comparison.png").is_file()

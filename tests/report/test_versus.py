@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from distilkit.records import read_runs
+from distilkit.records import Rows, read_runs, write_rows
 from distilkit.report import runs, versus
 from scores import by_row, gathered, perplexity, result, run, said, with_rows, write_run
 
@@ -45,6 +47,28 @@ def test_a_baseline_that_wins_is_named_first() -> None:
     assert versus.equal_rows(some, gathered([]))[0] == (
         "At equal time (30.0 min), baseline_time is better than distilled by 0.100 nats of held-out cross-entropy."
     )
+
+
+def test_a_difference_has_an_interval_over_the_held_out_blocks_of_both_rows(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    tokens, noise = rng.integers(5, 20, 400).astype(float), rng.normal(size=400)
+    some = rows()
+    for row in some:
+        row["folder"] = str(tmp_path / row["label"])
+        sums = {"tokens": tokens, "nll": tokens * row["after"]["val/nll"] + noise * len(row["label"])}
+        write_rows(Path(row["folder"]), "val", Rows(ids=np.arange(400), sums=sums))
+    draws = rng.integers(0, 400, (4000, 400))  # a bootstrap over blocks
+    names = len("baseline_time") - len("distilled")
+    gaps = (tokens * 0.125 + noise * names)[draws].sum(axis=1) / tokens[draws].sum(axis=1)
+    half = (np.quantile(gaps, 0.975) - np.quantile(gaps, 0.025)) / 2
+    assert versus._margin(some[1], some[3]) == pytest.approx(half, rel=0.06)
+    first, second, _ = versus.equal_rows(some, gathered([]))
+    assert re.search(r"by 0\.125 ± 0\.03\d nats of held-out cross-entropy\.$", first)
+    assert "by 0.250 ± 0.00" in second
+    some[3]["after"]["val/nll"] = 4.51
+    assert versus.equal_rows(some, gathered([]))[0].endswith("nats of held-out cross-entropy (no clear difference).")
+    write_rows(tmp_path / "distilled", "val", Rows(ids=np.arange(1, 401), sums=sums))  # on other text
+    assert versus._margin(some[1], some[3]) is None
 
 
 def test_times_that_differ_give_no_verdict_at_equal_time() -> None:
