@@ -106,22 +106,18 @@ class Clock:
             self.later += seconds
         if self.budget is None:
             return
-        unsure = self.steps <= (_UNSURE if self.before else 1)  # the pace of the part before is a better one
+        resumed = self.before > 0
+        unsure = self.steps <= (_UNSURE if resumed else 1)  # the pace of the part before is a better one
         if not unsure and (agree is None or self.steps <= _FIRST or self.steps % _APART == 0):
             mine = [self.seconds, statistics.median(self.recent)]
             self.used, self.pace = agree(mine) if agree else mine
         else:
             self.used += self.pace
-        if not self.before and self.steps <= _UNSURE:
+        if not resumed and self.steps <= _UNSURE:
             return
         self.done = self._is_done()
         short = self.pace * _FEWEST
-        if (
-            not self.before
-            and self.steps < _FEWEST
-            and (self.done or self.steps == _UNSURE + 1)
-            and self.budget < short
-        ):
+        if not resumed and self.steps < _FEWEST and self.budget < short:
             raise UserError(
                 f"budget={self.budget:g} seconds is shorter than {_FEWEST} optimizer steps of {self.pace:.3g} seconds; "
                 f"set budget={math.ceil(short)}s or more, or a smaller data.global_batch_size"
