@@ -112,9 +112,13 @@ def _compared(scores: Scores, name: str, tasks: Sequence[str]) -> Record:
 
 
 def verdict(records: Sequence[Record]) -> str:
-    """Say which rows beat both baselines, on held-out cross-entropy and on the mean of the tasks, beyond the intervals."""
+    """Say which rows beat both baselines, on held-out cross-entropy and on the mean of the tasks, beyond the intervals.
+
+    The student that is only cut, without a step of training, is not judged.
+    """
     reached, unknown = [], []
-    for record in [each for each in records if each["row"] not in (TEACHER, *BASELINES)]:
+    rivals = [each for each in records if each["row"] not in (TEACHER, *BASELINES) and each.get("optimizer_steps") != 0]
+    for record in rivals:
         pairs = [(record.get(f"nll_less_{other}"), record.get(f"mean_less_{other}")) for other in BASELINES]
         if None in [each for pair in pairs for each in pair]:
             unknown.append(record["row"])
