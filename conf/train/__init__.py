@@ -58,7 +58,14 @@ def _equal_steps(folder: str, *, _root_: Any) -> dict[str, int]:
     return {"max_steps": _summary(folder)["optimizer_steps"], "max_epochs": -1}
 
 
+def _same_layers(folder: str) -> dict[str, list[int]]:
+    """Return the layers that the run in ``folder`` has chosen by measurement, so that they are not measured again."""
+    found = _summary(folder) if (Path(folder) / "summary.json").is_file() else {}
+    return {"layers": found["layers"]} if found.get("layer_choice") else {}
+
+
 OmegaConf.register_new_resolver("unless_steps", _unless_steps, replace=True)
 OmegaConf.register_new_resolver("training_seconds", _training_seconds, replace=True)
 OmegaConf.register_new_resolver("lm_alone", _lm_alone, replace=True)
 OmegaConf.register_new_resolver("equal_steps", _equal_steps, replace=True)
+OmegaConf.register_new_resolver("same_layers", _same_layers, replace=True)

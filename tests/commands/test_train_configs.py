@@ -663,6 +663,16 @@ def test_the_baselines_take_the_learning_rate_of_the_command_or_their_own(tmp_pa
         assert found == [rates[0], rates[1], rates[1]]
 
 
+@pytest.mark.parametrize("row", ["baseline", "baseline_time"])
+def test_a_baseline_takes_the_layers_that_the_distilled_row_has_measured(row: str, tmp_path: Path) -> None:
+    given = "student=layers", "student.layers=greedy", "student.num_layers=3"
+    sweep = finished(tmp_path, training_seconds=61.5, layers=[0, 4, 5], layer_choice={"method": "greedy"})
+    cfg = row_of(row, sweep, *given)
+    assert (cfg.student.layers, cfg.student.num_layers) == ([0, 4, 5], 3)
+    (tmp_path / "distilled/summary.json").write_text('{"training_seconds": 61.5, "layers": [0, 4, 5]}', "utf-8")
+    assert row_of(row, sweep, *given).student.layers == "greedy"
+
+
 def test_equal_rows_go_with_an_experiment() -> None:
     cfg = row_of("baseline", "experiment=distilgpt2")
     assert (cfg.teacher.name, instantiate(cfg.objective).weights) == ("openai-community/gpt2", {"clm": 1.0})
