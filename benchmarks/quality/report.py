@@ -156,7 +156,7 @@ def tables(experiment: Experiment, records: Sequence[Record]) -> list[Table]:
             "rate": f"{record['learning_rate']:g}{tried}" if "learning_rate" in record else None,
             "nll": ranged(record[NLL], record[f"{NLL}_interval"], "{:.3f}"),
             "accuracy": ranged(_percent(record[ACCURACY]), _points(record[f"{ACCURACY}_interval"]), "{:.1f}"),
-            "agreement": ranged(_percent(record["agreement"]), None, "{:.1f}"),
+            "agreement": None if record["row"] == TEACHER else ranged(_percent(record["agreement"]), None, "{:.1f}"),
         }
         for task in (COSINE, *own.tasks, "mean"):
             cell[task] = ranged(_percent(record[task]), _points(record[f"{task}_interval"]), "{:.1f}")
@@ -187,10 +187,10 @@ def tables(experiment: Experiment, records: Sequence[Record]) -> list[Table]:
     ]
     columns = {"training": training, "tasks": scored, "differences": {"row": "{}", **against}}
     titles = {"training": "Training and held-out text", "tasks": "Tasks", "differences": "Differences to the baselines"}
-    seeds = len(own.task_seeds)
+    seeds = f"{len(own.task_seeds)} seed{'s' * (len(own.task_seeds) != 1)}"
     notes = {
         "training": about,
-        "tasks": [f"Percent; medians of {seeds} seeds. ±: half of a 95 % interval, over rows and seeds."],
+        "tasks": [f"Percent; medians of {seeds}. ±: half of a 95 % interval, over rows and seeds."],
         "differences": ["95 % intervals: nats for the cross-entropy, points for the tasks. Paired by blocks or rows."],
     }
     filled = {key for cell in cells for key, value in cell.items() if value is not None}
@@ -264,10 +264,9 @@ def report(experiment: Experiment) -> Path:
         print_table(table.title, table.header, table.rows)
     lines = [verdict(records), *([partial] if (partial := missing(experiment, records)) else [])]
     print(*lines, sep="\n")
-    about = (
-        f"Teacher {own.teacher}; {own.budget} a row by clock={own.clock}; {own.threads} threads of {processor('cpu')}; "
-    )
-    about += f"seed {own.seed} of trainings, {', '.join(map(str, own.task_seeds))} of tasks; {own.precision}."
+    about = f"Teacher {own.teacher}; {own.budget} a row by clock={own.clock}; "
+    about += f"{own.threads} thread{'s' * (own.threads != 1)} of {processor('cpu')}; {own.precision}; "
+    about += f"seed {own.seed} of trainings, {', '.join(map(str, own.task_seeds))} of tasks."
     write_json(experiment.out / "table.json", {"rows": records, "curve": curve})
     file = experiment.out / "table.md"
     file.write_text(markdown_page("Quality", about, [*lines, *built]), "utf-8")
