@@ -120,6 +120,28 @@ def test_an_added_key_that_another_reads_is_taken(settings: tuple[str, ...], tmp
             ["objective.alpha_ce=0", "objective.alpha_mlm=0", "objective.alpha_cos=0"],
             ["all alphas of the objective are 0", "set at least one above 0"],
         ),
+        (
+            ["objective.alpha_ce=[[0,5],[0.5,1]]"],
+            ["objective.alpha_ce=[[0, 5], [0.5, 1]]", "do not rise from 0 to 1", "give"],
+        ),
+        (
+            ["objective.soft_targets=1.5"],
+            ["objective.soft_targets is 1.5", "all or masked, or a share between 0 and 1"],
+        ),
+        (["objective=mlm", "objective.teacher_every=0"], ["objective.teacher_every=0", "a whole number of at least 1"]),
+        (
+            ["objective.alpha_mlm=0", "objective.teacher_every=2"],
+            ["objective.teacher_every=2 leaves steps without the teacher", "set objective.alpha_mlm"],
+        ),
+        (
+            ["data.masking.mlm_probability=[[0,0.3],[1,0]]"],
+            ["data.masking.mlm_probability=[[0, 0.3], [1, 0]]", "each value must be between 0 and 1"],
+        ),
+        (
+            ["scheduler.name=piecewise", "+scheduler.kwargs.points=[[0,1]]"],
+            ["scheduler.kwargs.points=[[0, 1]]", "do not rise from 0 to 1"],
+        ),
+        (["scheduler.name=wsd"], ["scheduler.name=wsd needs decay_share; add +scheduler.kwargs.decay_share=..."]),
         (["objective.alpha_clm=1"], ["alpha_mlm=2.0 and objective.alpha_clm=1", "set one of them to 0"]),
         (["objective=distilgpt2"], ["objective.alpha_clm=2.0 on a masked language model", "objective=distilbert"]),
         (["student.layers=[0,9]"], ["keeps layer 9", "has layers 0 to 5", "set student.layers"]),

@@ -716,6 +716,52 @@ def test_wandb_groups_the_runs_of_a_sweep_and_keeps_them_apart(sweep: Run) -> No
         assert "finishing run" in (file.parent / "logs" / "debug.log").read_text("utf-8")  # by its job, not after it
 
 
+# ------------------------------------------------------------------------------ what changes over a training
+
+
+def test_a_run_follows_the_points_of_its_command_and_says_so(train: Train, save_teacher: Callable[..., Path]) -> None:
+    run = train(
+        "teacher=hf",
+        f"teacher.name={save_teacher('bert')}",
+        "trainer.max_steps=8",
+        "objective.alpha_ce=[[0,5],[0.5,0],[1,0]]",
+        "objective.alpha_mlm=[[0,1],[1,3]]",
+        "objective.soft_targets=0.3",
+        "objective.teacher_every=2",
+        "data.masking.mlm_probability=[[0,0.3],[1,0.15]]",
+        "scheduler.name=piecewise",
+        "+scheduler.kwargs.points=[[0,0],[0.25,1],[0.5,1],[1,0]]",
+        "optimizer.lr=0.01",
+        "logger=csv",
+    )
+    weights = {"alpha_ce": "5 at 0% → 0 at 50% → 0 at 100%", "alpha_mlm": "1 at 0% → 3 at 100%", "alpha_cos": 1.0}
+    assert summary_of(run)["objective"] == {**weights, "temperature": 2.0, "soft_targets": 0.3, "teacher_every": 2}
+    card = (run / "student" / "README.md").read_text("utf-8")
+    assert "alpha_ce 5 at 0% → 0 at 50% → 0 at 100%, alpha_mlm 1 at 0% → 3 at 100%, alpha_cos 1.0, temperature" in card
+    curves = read_metrics(run / "metrics.csv")
+    rates = [rate for _, rate in curves["train/lr"]]
+    assert rates == pytest.approx([0, 0.005, 0.01, 0.01, 0.01, 0.0075, 0.005, 0.0025])
+    assert [step for step, _ in curves["train/loss_ce"]] == [step for step, _ in curves["train/loss_mlm"]][:4]
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 8
+
+
+@pytest.mark.parametrize(
+    ("overrides", "last"),
+    [
+        (["scheduler.name=cosine_with_min_lr", "+scheduler.kwargs.min_lr_rate=0.1"], 0.1 + 0.9 * 0.5),
+        (["scheduler.name=wsd", "+scheduler.kwargs.decay_share=0.4"], 0.5),
+    ],
+)
+def test_a_schedule_with_arguments_is_that_of_its_command(
+    train: Train, save_teacher: Callable[..., Path], overrides: list[str], last: float
+) -> None:
+    teacher = "teacher=hf", f"teacher.name={save_teacher('bert')}"
+    length = ["trainer.max_steps=2"] if "cosine" in overrides[0] else ["trainer.max_steps=5"]
+    run = train(*teacher, *overrides, *length, "scheduler.warmup_share=0", "optimizer.lr=1.0e-3", "logger=csv")
+    rates = [rate for _, rate in read_metrics(run / "metrics.csv")["train/lr"]]
+    assert rates == pytest.approx([1e-3] * (len(rates) - 1) + [last * 1e-3])
+
+
 # ------------------------------------------------------------------------------ two ranks
 
 TWO_RANKS = "trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp"
@@ -743,12 +789,24 @@ def summary_of(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "changes", [("data.packing=blocks",), ("data.packing=documents",), ("data.packing=documents", "objective=minilm")]
+    "settings",
+    [
+        ["data.packing=blocks"],
+        ["data.packing=documents"],
+        ["data.packing=documents", "objective=minilm"],
+        [  # the first two steps do not read the head
+            "objective.alpha_mlm=[[0,0],[0.5,0],[0.5,2],[1,2]]",
+            "objective.alpha_ce=[[0,0],[0.5,0],[1,5]]",
+            "data.masking.mlm_probability=[[0,0.4],[1,0.15]]",
+        ],
+        ["objective.teacher_every=2"],
+    ],
+    ids=["blocks", "documents", "minilm", "changing", "every second step"],
 )
 def test_two_ranks_reach_the_loss_of_one_process(
-    deterministic: tuple[str, ...], tmp_path: Path, changes: tuple[str, ...]
+    deterministic: tuple[str, ...], tmp_path: Path, settings: list[str]
 ) -> None:
-    deterministic = (*deterministic, *changes)
+    deterministic = (*deterministic, *settings)
     one = call(distilkit.train.main, *deterministic, "hydra.run.dir=one", cwd=tmp_path)
     assert one.code == 0, one.err
     two = spawn("-m", "distilkit.train", *deterministic, *TWO_RANKS, "hydra.run.dir=two", cwd=tmp_path)
