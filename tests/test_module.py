@@ -257,6 +257,24 @@ def test_what_only_some_steps_read_has_a_gradient_of_zero_in_the_others(tokenize
     assert totals[3] > 0
 
 
+def test_weights_follow_the_clock_of_a_budget(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, found = build_module(tokenizer, alphas=CHANGING, optimizer=FROZEN, budget=1000.0), []
+
+    class Weights(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+            module.clock.used = 250.0 * trainer.global_step
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            found.append(module.step_objective.alpha_mlm)
+            assert module.progress_at(99) == module.progress
+
+    monkeypatch.setattr(module.clock, "end_step", lambda agree=None: None)
+    fit(module, [uneven_step(lm="mlm", size=4)] * 10, micro_batch_size=4, callbacks=[Weights()], max_steps=4)
+    assert found == [1.0, 1.5, 2.0, 2.5]
+
+
 class Logged(DummyLogger):
     """Keep what each step logs."""
 

@@ -116,13 +116,13 @@ class DistillationModule(LightningModule):
     @property
     def progress(self) -> float:
         """The share of the training that is done, from 0 to 1: of its steps or its budget; 0 before it is known."""
-        if self.clock.budget is not None:
-            return self.clock.progress
-        return min(1.0, self.trainer.global_step / self.num_steps) if self.num_steps else 0.0
+        return self.progress_at(self.trainer.global_step if self.num_steps else 0)
 
     def progress_at(self, step: int) -> float:
         """Return the progress before an optimizer step that may lie ahead; with a budget it is that of now."""
-        return min(1.0, step / self.num_steps) if self.num_steps else self.progress
+        if self.clock.budget is not None:
+            return self.clock.progress
+        return min(1.0, step / self.num_steps) if self.num_steps else 0.0
 
     @property
     def tokens_seen(self) -> int:
