@@ -202,7 +202,7 @@ def test_logits_are_made_for_the_rows_that_count(soft_targets: str, rows: int) -
         ),
         (
             {"alpha_ce": 1.0, "alpha_mlm": [[0, 1], [0.5, 0], [1, 1]], "teacher_every": 2},
-            r"objective.teacher_every=2 leaves steps without the teacher, where the LM loss weighs 0 at 50% of the tr",
+            r"objective.teacher_every=2 leaves steps where the LM loss alone counts, and it weighs 0 at 50% of the tr",
         ),
         (
             {"alpha_ce": [[0, 1], [1, -1]]},

@@ -146,7 +146,6 @@ def test_points_are_shown_with_their_shares() -> None:
         ([[0.1, 2], [1, 2]], "its shares of the training do not rise"),
         ([[0, 2], [0.9, 2]], "its shares of the training do not rise"),
         ([[0, 2], [0.6, 2], [0.5, 2], [1, 2]], "its shares of the training do not rise"),
-        ([[0, 2], [0.5, 2], [0.5, 3], [0.5, 4], [1, 2]], "a share stands more than twice"),
         ([[0, 2], [1, 0]], r"key=\[\[0, 2\], \[1, 0\]\]: each value must be at least 1"),
     ],
 )

@@ -84,13 +84,16 @@ class Objective:
     def _check_terms(self) -> None:
         """Check that each step has a term; weights are linear, so that their sum is 0 at one of the points or nowhere."""
         for share in sorted({0.0, *(at for points in self.weights.values() for at, _ in as_points(points))}):
-            found = f"0 at {share:.0%} of the training, so the loss has no term"
+            zero = f"0 at {share:.0%} of the training, so the loss has no term"
             if not any(self._alphas(progress=share, step=0).values()):
-                raise UserError(f"all alphas of the objective are {found}; set at least one above 0")
-            if self.teacher_every > 1 and not any(self._alphas(progress=share, step=1).values()):
-                cure = "set objective.alpha_mlm, or alpha_clm of a causal model, above 0"
-                every = f"objective.teacher_every={self.teacher_every}"
-                raise UserError(f"{every} leaves steps without the teacher, where the LM loss weighs {found}; {cure}")
+                raise UserError(f"all alphas of the objective are {zero}; set at least one above 0")
+            if not any(self._alphas(progress=share, step=1).values()):
+                found = (
+                    f"objective.teacher_every={self.teacher_every} leaves steps where the LM loss alone counts, and it"
+                )
+                raise UserError(
+                    f"{found} weighs {zero}; set objective.alpha_mlm, or alpha_clm of a causal model, above 0"
+                )
 
     @property
     def weights(self) -> dict[str, Points]:

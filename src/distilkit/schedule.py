@@ -1,6 +1,5 @@
 """What changes over a training: values that are linear between points, and the schedule of the learning rate."""
 
-import bisect
 import functools
 import inspect
 import math
@@ -8,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import SchedulerType, get_scheduler
@@ -25,13 +25,8 @@ def as_points(points: Points) -> list[list[float]]:
 
 def piecewise(points: Points, progress: float) -> float:
     """Return the value at ``progress`` (0 to 1), linear between points; at a share that repeats it is the latter."""
-    if isinstance(points, int | float):
-        return points
-    after = bisect.bisect_right(points, progress, key=lambda point: point[0])
-    if after == len(points):
-        return points[-1][1]
-    (begin, low), (end, high) = points[after - 1], points[after]
-    return low + (high - low) * (progress - begin) / (end - begin)
+    shares, values = zip(*as_points(points), strict=True)
+    return float(np.interp(progress, shares, values))
 
 
 def check_points(value: Any, *, key: str, limit: str, holds: Callable[[float], bool]) -> Points:
@@ -41,8 +36,7 @@ def check_points(value: Any, *, key: str, limit: str, holds: Callable[[float], b
         return isinstance(each, int | float) and not isinstance(each, bool) and math.isfinite(each)
 
     if is_number(value) and holds(value):
-        number: float = value
-        return number
+        return float(value)
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise UserError(f"{key}={value}, but it must be {limit}")
     points = [list(point) if isinstance(point, Sequence) else [] for point in value]
@@ -52,8 +46,6 @@ def check_points(value: Any, *, key: str, limit: str, holds: Callable[[float], b
         found = "an entry is no pair of numbers"
     elif not shares or (shares[0], shares[-1]) != (0, 1) or any(share > later for share, later in pairwise(shares)):
         found = "its shares of the training do not rise from 0 to 1"
-    elif any(shares.count(share) > 2 for share in shares):
-        found = "a share stands more than twice"
     elif not all(holds(each) for _, each in points):
         found = f"each value must be {limit}"
     else:

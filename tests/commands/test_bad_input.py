@@ -131,7 +131,7 @@ def test_an_added_key_that_another_reads_is_taken(settings: tuple[str, ...], tmp
         (["objective=mlm", "objective.teacher_every=0"], ["objective.teacher_every=0", "a whole number of at least 1"]),
         (
             ["objective.alpha_mlm=0", "objective.teacher_every=2"],
-            ["objective.teacher_every=2 leaves steps without the teacher", "set objective.alpha_mlm"],
+            ["objective.teacher_every=2 leaves steps where the LM loss alone counts", "set objective.alpha_mlm"],
         ),
         (
             ["data.masking.mlm_probability=[[0,0.3],[1,0]]"],
