@@ -172,7 +172,7 @@ def last_fifth(curves: Mapping[str, Curve], *, steps: int) -> float | None:
     stable = [step for step, rate in rates if rate >= _STABLE * max(rate for _, rate in rates)]
     end = stable[-1] if stable and stable[-1] >= _LATE * steps else steps
     for name in ("val/nll", "train/loss_ce", "train/loss_mlm", "train/loss_clm"):
-        points = [(step, value) for step, value in curves.get(name, ()) if 0 < step <= end and np.isfinite(value)]
+        points = [(step, value) for step, value in curves.get(name, ()) if step <= end and np.isfinite(value)]
         fifths = [[value for step, value in points if n * end < 5 * step <= (n + 1) * end] for n in range(5)]
         if min(map(len, fifths)) < _POINTS:
             continue

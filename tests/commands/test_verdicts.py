@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+import distilkit.summary
 import distilkit.train
 from distilkit.errors import UserError
 from distilkit.records import read_rows
@@ -36,7 +37,10 @@ def teacher(tmp_path_factory: pytest.TempPathFactory, save_teacher: Callable[...
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the text; the runs of this file go here."""
     rng, path = random.Random(0), tmp_path_factory.mktemp("runs")
-    documents = [" ".join(rng.choices([WORDS[0], *WORDS], k=30, weights=[83, *[1] * len(WORDS)])) for _ in range(120)]
+    documents = [
+        " ".join(rng.choices([WORDS[0], *WORDS], k=rng.randint(9, 29), weights=[83, *[1] * len(WORDS)]))
+        for _ in range(120)
+    ]
     (path / "text.txt").write_text("\n\n".join(documents), "utf-8")
     return path
 
@@ -189,3 +193,27 @@ def test_a_run_that_is_not_scored_has_no_numbers(go: Go, folder: Path) -> None:
     said = summary(folder / "blind")["verdict"]
     assert {name for name, value in said.items() if value} == {"line"}
     assert read_rows(folder / "blind", "val") is None
+
+
+@pytest.mark.parametrize(("rate", "read"), [("0.15", True), ("[[0,0.3],[1,0.15]]", False)])
+def test_training_losses_under_a_masking_rate_that_changes_are_no_curve(
+    rate: str, read: bool, go: Go, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[set[str]] = []
+
+    def spy(**given: Any) -> list[str]:
+        seen.append({name for name, curve in given["curves"].items() if curve})
+        return []
+
+    monkeypatch.setattr(distilkit.summary, "find_faults", spy)
+    done = go(f"rate-{read}", f"data.masking.mlm_probability={rate}", "logger=csv", "trainer.max_steps=1")
+    assert done.code == 0, done.err
+    assert [("train/loss_ce" in names, "val/nll" in names) for names in seen] == [(read, True)]
+
+
+def test_blocks_that_ranks_share_count_once() -> None:
+    """With fewer blocks than ranks, each rank scores all of them."""
+    blocks = {"ids": torch.tensor([7, 3, 7, 3]), "nll": torch.tensor([1.0, 2.0, 1.0, 2.0], dtype=torch.float64)}
+    rows = distilkit.summary._rows(blocks)
+    assert rows is not None
+    assert (rows.ids.tolist(), rows.sums["nll"].tolist()) == ([3, 7], [2.0, 1.0])
