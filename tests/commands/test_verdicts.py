@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng, path = random.Random(0), tmp_path_factory.mktemp("runs")
     documents = [
         " ".join(rng.choices([WORDS[0], *WORDS], k=rng.randint(9, 29), weights=[83, *[1] * len(WORDS)]))
-        for _ in range(120)
+        for _ in range(200)
     ]
     (path / "text.txt").write_text("\n\n".join(documents), "utf-8")
     return path
