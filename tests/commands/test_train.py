@@ -830,6 +830,25 @@ def test_two_ranks_reach_the_loss_of_one_process(
 
 
 @pytest.mark.slow
+def test_relations_with_the_lm_loss_on_two_sharded_ranks_are_those_of_one_process(
+    deterministic: tuple[str, ...], tmp_path: Path
+) -> None:
+    sgd = "optimizer._target_=torch.optim.SGD", "~optimizer.betas", "~optimizer.eps", "optimizer.lr=0.1"
+    rel = "objective.alpha_rel=1", "objective.relation_heads=4", "objective.student_layer=1"
+    settings = *deterministic, *sgd, *rel, "data.packing=documents"
+    one = call(distilkit.train.main, *settings, "hydra.run.dir=one", cwd=tmp_path)
+    assert one.code == 0, one.err
+    sharded = "trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy={_target_: jobs.CpuFSDP}"
+    environment = {"PYTHONPATH": str(CHECKOUT / "tests")}
+    command = "-m", "distilkit.train", *settings, *sharded, "hydra.run.dir=two"
+    two = spawn(*command, cwd=tmp_path, environment=environment)
+    assert two.code == 0, two.err
+    after = [summary_of(tmp_path / name)["after"] for name in ("one", "two")]
+    assert after[1] == pytest.approx(after[0], rel=1e-4, abs=1e-4)
+    assert after[0]["val/loss_rel"] < summary_of(tmp_path / "one")["before"]["val/loss_rel"]
+
+
+@pytest.mark.slow
 def test_a_sweep_on_two_ranks_trains_both_ranks_on_the_same_job_and_finishes_both(
     deterministic: tuple[str, ...], tmp_path: Path
 ) -> None:
