@@ -20,7 +20,14 @@ from distilkit.records import write_json
 HERE = Path(__file__).parent
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 _FREE = {"stage", "rows", "rows_file", "tasks", "similarity", "task_seeds", "data_dir", "curve", "curve_rows", "jobs"}
-_FREE |= {"out", "threads", "extensions", "learning_rates", "speed_runs"}  # what may change from one call to the next
+_FREE |= {
+    "out",
+    "threads",
+    "extensions",
+    "learning_rates",
+    "speed_runs",
+    "speed_steps",
+}  # what may change from one call to the next
 _KEYS = {"overrides", "train", "like", "best_of", "tune_only", "select", "tuned_as"}
 
 
