@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import matplotlib.image
 import numpy as np
 import pytest
 
@@ -177,6 +178,8 @@ def test_the_comparison_of_equal_rows_is_printed_and_written(
     assert cells["RTE"] == ["85.0", "60.0", "80.0", "-", "72.0"]
     assert cells["kept,"] == ["%", "100.0", "70.6", "94.1", "-", "84.7"]
     assert "distilled keeps 94.1 % of teacher" in printed
+    picture = (matplotlib.image.imread(tmp_path / "comparison.png")[..., :3] * 255).round()
+    assert np.all(picture == [127, 127, 127], axis=-1).sum() > 1000  # the teacher's bars
     written = (tmp_path / "comparison.md").read_text("utf-8")
     assert "| baseline_time | 1,234,567 |" in written
     assert written.index("At equal time (30.0 min), distilled is better") < written.index("job 2 failed: x")

@@ -228,7 +228,7 @@ def compare(sweep: Path, *, latency: bool, failed: Sequence[str] = ()) -> None:
     write_json(sweep / "comparison.json", {"runs": runs, "failed": list(failed), "verdict": said})
     about = "".join(f"\n{markdown(line)}\n" for line in said)
     (sweep / "comparison.md").write_text(markdown_table(header, rows) + about + notes, "utf-8")
-    plot_runs(runs, sweep / "comparison.png")
+    plot_runs(with_teacher(runs), sweep / "comparison.png")
     folders = [f"{run['label']}: {run['folder']}/student" for run in runs]
     print(f"table and plot: {sweep / 'comparison'}.md, .json, .png", *folders, sep="\n")
 
