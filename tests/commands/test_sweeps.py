@@ -40,7 +40,7 @@ def test_a_refused_job_of_a_sweep_leaves_the_others_and_the_table(
     finished = [json.loads((tmp_path / f"sweep/{job}/summary.json").read_text("utf-8")) for job in (0, 2)]
     assert [each["objective"]["temperature"] for each in finished] == [2, 4]
     failure = (
-        "job 1 (objective.temperature=0) failed: objective.temperature=0, but it must be above 0; the paper uses 2"
+        "job 1 (objective.temperature=0) failed: objective.temperature=0.0, but it must be above 0; the paper uses 2"
     )
     table, _, last = done.out.rpartition("1 failed:\n")
     assert last.strip() == failure
@@ -50,7 +50,7 @@ def test_a_refused_job_of_a_sweep_leaves_the_others_and_the_table(
     *rows, _, note = (tmp_path / "sweep/comparison.md").read_text("utf-8").splitlines()
     names = [row.split("|")[1].strip() for row in rows[2:]]
     assert names == ["teacher", "objective.temperature=2", "objective.temperature=4"]
-    assert note.startswith("job 1 (objective.temperature=0) failed: objective.temperature=0, but")
+    assert note.startswith("job 1 (objective.temperature=0) failed: objective.temperature=0.0, but")
     assert json.loads((tmp_path / "sweep/comparison.json").read_text("utf-8"))["failed"] == [failure]
 
 
