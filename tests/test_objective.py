@@ -217,7 +217,7 @@ def test_logits_are_made_for_the_rows_that_count(soft_targets: str, rows: int) -
         ({"alpha_ce": [[0, 5], [1, 0]]}, r"all alphas of the objective are 0 at 100% of the training"),
         (
             {"alpha_ce": [[0, 5], [0.5, 0], [1, 0]], "alpha_mlm": [[0, 0], [0.5, 0], [1, 2]]},
-            r"all alphas of the objective are 0 at 50% of the training, so the loss has no term; set at least one above",
+            r"all alphas of the objective are 0 at 50% of the training, so the loss has no term; set at least one ab",
         ),
         ({"alpha_mlm": [[0, 0], [1, 1]], "alpha_clm": [[0, 1], [1, 0]]}, r"both set.*set one of them to 0"),
         (

@@ -82,7 +82,7 @@ class Objective:
         self._check_terms()
 
     def _check_terms(self) -> None:
-        """Check that each step has a term; weights are linear, so that their sum is 0 at one of the points or nowhere."""
+        """Check that each step has a term; the sum of linear weights is 0 at one of their points, if at all."""
         for share in sorted({0.0, *(at for points in self.weights.values() for at, _ in as_points(points))}):
             zero = f"0 at {share:.0%} of the training, so the loss has no term"
             if not any(self._alphas(progress=share, step=0).values()):
@@ -247,7 +247,7 @@ class Objective:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted loss of a batch and each term's detached contribution to its mean (nats, squared logits).
 
-        The weights are plain numbers, as those of ``at``. A share of soft targets is drawn by torch's generator.
+        The weights are plain numbers, as of ``at``. A share of soft targets is drawn by torch's generator.
         Each model runs once on the batch, or not at all if what they ``read`` is given. If no term needs more, logits are
         computed for labelled tokens only.
         """
