@@ -404,4 +404,13 @@ def test_the_teachers_layer_is_the_last_or_an_upper_middle_one(depth: int, layer
     chosen = objective(alpha_rel=1.0)
     assert chosen.relation_layers(student, teacher) == (1, layer)
     assert objective(alpha_rel=1.0, teacher_layer=0, student_layer=0).relation_layers(student, teacher) == (0, 0)
-    assert (chosen.num_relation_heads(teacher), chosen.num_relation_heads(student)) == (48, 2)  # the paper's for 768
+
+
+@pytest.mark.parametrize(
+    "widths, heads", [((384, 768), 48), ((256, 384), 16), ((768, 768), 48), ((24, 32), 2), ((8, 8), 1)]
+)
+def test_relation_heads_are_the_papers_or_the_most_that_divide_both_widths(widths: tuple[int, int], heads: int) -> None:
+    student, teacher = (build_model("bert", num_layers=1, hidden_size=width) for width in widths)
+    chosen = objective(alpha_rel=1.0)
+    assert chosen.num_relation_heads(student, teacher) == heads
+    chosen.check_models(student=student, teacher=teacher, lm="mlm")

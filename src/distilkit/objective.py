@@ -150,11 +150,24 @@ class Objective:
         depths = student.config.num_hidden_layers, teacher.config.num_hidden_layers
         upper = depths[1] if depths[1] <= 12 else round(depths[1] * 21 / 24)
         ours, theirs = self.student_layer, self.teacher_layer
+        for name, layer, depth in zip(("student", "teacher"), (ours, theirs), depths, strict=True):
+            if layer is not None and layer >= depth:
+                found = f"objective.{name}_layer={layer}, but the {name} has layers 0 to {depth - 1}"
+                raise UserError(f"{found}; set it within that range, or to null")
         return depths[0] - 1 if ours is None else ours, upper - 1 if theirs is None else theirs
 
-    def num_relation_heads(self, teacher: PreTrainedModel) -> int:
-        """Return the relation heads: by default one per 16 of the teacher's width, as the paper's 48 and 64."""
-        return self.relation_heads or max(1, teacher.config.hidden_size // 16)
+    def _relation_widths(self, student: PreTrainedModel, teacher: PreTrainedModel) -> set[int]:
+        """Return the widths of queries, keys and values of both models."""
+        pairs = zip((student, teacher), self.relation_layers(student, teacher), strict=True)
+        return {width for model, layer in pairs for width in projections_of(model, layer).widths}
+
+    def num_relation_heads(self, student: PreTrainedModel, teacher: PreTrainedModel) -> int:
+        """Return the relation heads: by default the most that divide all widths, up to the teacher's width / 16.
+
+        Those are the paper's 48 and 64 for teachers 768 and 1,024 wide and students half as wide (section 4).
+        """
+        common, most = math.gcd(*self._relation_widths(student, teacher)), max(1, teacher.config.hidden_size // 16)
+        return self.relation_heads or max(each for each in range(1, most + 1) if common % each == 0)
 
     def unread_parameters(self, student: PreTrainedModel) -> set[nn.Parameter]:
         """Return the student's parameters that no term reads: the head, and with relations alone the upper layers."""
@@ -197,15 +210,9 @@ class Objective:
             self._check_relations(student, teacher)
 
     def _check_relations(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-        """Check that both models have the layers, and that the relation heads divide their widths."""
-        widths: set[int] = set()
-        named = (("student", student), ("teacher", teacher))
-        for (of, model), layer in zip(named, self.relation_layers(student, teacher), strict=True):
-            if layer >= (depth := model.config.num_hidden_layers):
-                found = f"objective.{of}_layer={layer}, but the {of} has layers 0 to {depth - 1}"
-                raise UserError(f"{found}; set it within that range, or to null")
-            widths |= set(projections_of(model, layer).widths)
-        heads, common = self.num_relation_heads(teacher), math.gcd(*widths)
+        """Check that the relation heads divide the widths of both models."""
+        widths = self._relation_widths(student, teacher)
+        heads, common = self.num_relation_heads(student, teacher), math.gcd(*widths)
         if common % heads:
             fitting = ", ".join(str(each) for each in range(1, common + 1) if common % each == 0)
             found = f"objective.relation_heads={heads} do not divide the widths {sorted(widths)} of queries, keys and "
@@ -286,7 +293,7 @@ class Objective:
             summed = relation_loss(
                 our_qkv,
                 their_qkv,
-                heads=self.num_relation_heads(teacher),
+                heads=self.num_relation_heads(student, teacher),
                 causal=lm == "clm",
                 real=batch.get("attention_mask"),
                 documents=batch.get("document_ids"),

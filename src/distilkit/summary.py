@@ -115,7 +115,7 @@ def describe(
     if objective.teacher_every > 1:
         terms["teacher_every"] = objective.teacher_every
     if teacher is not None and "rel" in objective.weights:
-        terms["relation_heads"] = objective.num_relation_heads(teacher.model)
+        terms["relation_heads"] = objective.num_relation_heads(student, teacher.model)
         terms["student_layer"], terms["teacher_layer"] = objective.relation_layers(student, teacher.model)
     return {
         "name": cfg.name,

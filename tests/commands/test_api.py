@@ -147,7 +147,7 @@ def test_a_model_is_trained_without_a_teacher(distill: Callable[..., Distilled],
         ([], {"student": "tiny"}, r"Could not find 'student/tiny'"),
         (["objective.temprature=1"], {}, r"Could not override 'objective.temprature'"),
         (["objective.temperature=1,2"], {}, r"Ambiguous value for argument 'objective.temperature=1,2'"),
-        (["objective.temperature=0"], {}, r"objective.temperature=0, but it must be above 0"),
+        (["objective.temperature=0"], {}, r"objective.temperature=0.0, but it must be above 0"),
         (["sweep=temperature"], {}, r"sweep= needs python -m distilkit.train; from Python, call distill once for each"),
     ],
 )
