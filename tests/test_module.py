@@ -523,7 +523,8 @@ def test_relations_alone_freeze_what_comes_after_them_so_that_no_rank_waits_for_
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     teacher = build_teacher("bert", num_layers=4, **NO_DROPOUT)
-    module = build_module(tokenizer, teacher=teacher, alphas=RELATIONS | {"student_layer": 0})
+    alphas = RELATIONS | {"student_layer": 0, "teacher_layer": 3}  # the student has two layers
+    module = build_module(tokenizer, teacher=teacher, alphas=alphas)
     gradients = Gradients()
     fit(module, [uneven_step(lm="mlm")], micro_batch_size=32, callbacks=[gradients])
     trained = {name for name, parameter in module.student.named_parameters() if parameter.requires_grad}

@@ -172,7 +172,8 @@ class Objective:
     def unread_parameters(self, student: PreTrainedModel) -> set[nn.Parameter]:
         """Return the student's parameters that no term reads: the head, and with relations alone the upper layers."""
         if not self.reads_student_states:
-            return projections_of(student, self.relation_layers(student, student)[0]).unread
+            alone = replace(self, teacher_layer=None)  # the teacher may have more layers
+            return projections_of(student, alone.relation_layers(student, student)[0]).unread
         return set() if self.reads_student_logits else set(student.parameters()) - set(student.base_model.parameters())
 
     def takes_all_rows(self, lm: LM) -> bool:
