@@ -42,7 +42,7 @@ from distilkit.language_model import (
 from distilkit.layers import METHODS
 from distilkit.module import DistillationModule
 from distilkit.probe import probe
-from distilkit.records import write_json
+from distilkit.records import read_rows, write_json
 from distilkit.student import measure_layers
 from distilkit.summary import describe, finish, print_result
 from distilkit.teacher import Teacher
@@ -148,11 +148,13 @@ def find_checkpoint(ckpt_path: str | None, out: Path, *, in_sweep: bool = False)
             raise UserError(f"ckpt_path=last, but no run below {out.parent} has a checkpoint; start without ckpt_path")
         file = found[-1]
     else:
-        file = Path(ckpt_path).expanduser()
+        file = Path(str(ckpt_path)).expanduser()
         if not file.is_file():
             raise UserError(f"ckpt_path={ckpt_path} is no file; give a .ckpt below outputs/.../checkpoints, or last")
-    read_checkpoint(file)  # a damaged one is reported before anything is loaded
-    return file.resolve()
+    if read_checkpoint(file)["global_step"]:  # a damaged one is reported before anything is loaded
+        return file.resolve()
+    log.info("%s has no steps to resume, so that the run starts from the beginning", file)  # trainer.max_steps=0
+    return None
 
 
 def find_baseline(baseline: str | None, out: Path, *, in_sweep: bool = False) -> str | None:
@@ -162,11 +164,14 @@ def find_baseline(baseline: str | None, out: Path, *, in_sweep: bool = False) ->
     """
     if baseline is None:
         return None
-    folder = Path(baseline).expanduser().resolve()
+    folder = Path(str(baseline)).expanduser().resolve()
     folder = folder.parent if folder.name == "summary.json" else folder
     missing = [name for name in ("summary.json", "rows-val.npz") if not (folder / name).is_file()]
-    if folder == out or not missing:
-        return None if folder == out else str(folder)
+    if folder == out:
+        return None
+    if not missing:
+        read_rows(folder, "val")  # damaged ones are reported before training
+        return str(folder)
     found = f"baseline={baseline} has no {missing[0]}"
     if not in_sweep:
         raise UserError(f"{found}; give the folder of a finished run of this version, or baseline=null")

@@ -87,6 +87,20 @@ def test_a_run_of_no_steps_scores_the_student_and_writes_it_as_it_was_cut(
         assert (folder / "loss_curves.png").is_file()
 
 
+def test_a_run_that_resumes_a_student_without_training_is_one_from_the_beginning(
+    given: tuple[str, ...], tmp_path: Path
+) -> None:
+    cut = f"{tmp_path}/cut/checkpoints/last.ckpt"
+    for run, more in (("cut", ["trainer.max_steps=0"]), ("on", [f"ckpt_path={cut}"]), ("whole", [])):
+        steps = [] if run == "cut" else ["trainer.max_steps=2"]
+        done = call(distilkit.train.main, *given, *QUIET, *more, *steps, f"hydra.run.dir={run}", cwd=tmp_path)
+        assert done.code == 0, done.err
+        assert (f"{cut} has no steps to resume, so that the run starts from the beginning" in done.out) == (run == "on")
+    on, whole = (summary_of(tmp_path / run) for run in ("on", "whole"))
+    assert on["optimizer_steps"] == 2
+    assert on["after"] == whole["after"] != on["before"] == whole["before"]
+
+
 def test_a_sweep_compares_a_student_without_training_with_one_that_was_trained(
     given: tuple[str, ...], tmp_path: Path
 ) -> None:

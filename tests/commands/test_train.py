@@ -531,7 +531,7 @@ def test_the_last_checkpoint_is_that_of_the_newest_run_of_the_name(tmp_path: Pat
     for index, name in enumerate(("2026-01-02", "2026-01-01")):  # the newest by time, not by name
         file = tmp_path / name / "checkpoints" / "last.ckpt"
         file.parent.mkdir(parents=True)
-        torch.save({"distilkit": {}}, file)
+        torch.save({"distilkit": {}, "global_step": 1}, file)
         os.utime(file, (index, index))
     found = distilkit.train.find_checkpoint("last", tmp_path / "new")
     assert found == (tmp_path / "2026-01-01" / "checkpoints" / "last.ckpt").resolve()

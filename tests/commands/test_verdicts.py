@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,23 @@ def test_a_baseline_that_is_no_finished_run_is_refused_before_training(
     expected = f"error: baseline={tmp_path} has {missing}; give the folder of a finished run of this version, or "
     assert expected + "baseline=null" in done.err
     assert not (tmp_path / "refused" / "config.yaml").exists()
+
+
+def test_a_baseline_with_damaged_scores_is_refused_before_training(go: Go, base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "base")
+    file = tmp_path / "base" / "rows-val.npz"
+    file.write_bytes(file.read_bytes()[:99])
+    done = go(f"{tmp_path}/refused", f"baseline={tmp_path}/base")
+    assert done.code == 1
+    assert f"error: {file} is damaged (" in done.err
+    assert not (tmp_path / "refused" / "config.yaml").exists()
+
+
+def test_a_number_as_a_path_is_the_name_of_a_folder(go: Go) -> None:
+    for key, found in (("baseline", "has no summary.json"), ("ckpt_path", "is no file")):
+        done = go("number", f"{key}=2026")
+        assert done.code == 1
+        assert f"error: {key}=2026 {found}" in done.err
 
 
 def test_a_sweep_goes_on_without_the_baseline_of_a_failed_job(
