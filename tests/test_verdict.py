@@ -183,7 +183,7 @@ def test_a_few_blocks_that_only_one_run_has_do_not_count() -> None:
 def faults(**given: Any) -> list[str]:
     settings: dict[str, Any] = {"lm": "mlm", "steps": 150, "rows": rows(), "curves": {}, "moved": 0.1, "copied": False}
     settings |= {"before": {"val/loss_ce": 0.232}, "after": {"val/loss_ce": 0.070}}
-    return find_faults(**{**settings, "reads_teacher": True, "packing": "blocks", **given})
+    return find_faults(**{**settings, "reads_teacher": True, "reads_logits": True, "packing": "blocks", **given})
 
 
 @pytest.mark.parametrize(
@@ -207,6 +207,14 @@ def faults(**given: Any) -> list[str]:
             id="a tiny learning rate",
         ),
         pytest.param({"moved": 0.0, "steps": 0, "after": {"val/loss_ce": 0.232}}, [], id="no training"),
+        pytest.param(
+            {"reads_logits": False, "lm": "clm"},
+            [
+                "no term of the loss reads the student's predictions, so that accuracy and cross-entropy say little; "
+                "compare on tasks, or add objective.alpha_clm=1"
+            ],
+            id="relations alone",
+        ),
         pytest.param(
             {"after": {"val/loss_ce": 0.231}},
             [
@@ -280,7 +288,7 @@ def test_a_loss_that_still_falls_is_told_from_one_that_has_settled(name: str, no
             share = last_fifth({name: curve(form, noise=noise, seed=seed)}, steps=2000)
             assert share is None or share <= 0.2, (label, share)
     assert (
-        "the loss still falls: the last fifth of the steps brought 25% of its fall; train longer, by trainer.max_steps"
+        "the loss still falls: the last fifth of the steps brought 25% of its fall; train longer, by budget, trainer.max_steps"
         in (faults(steps=2000, curves={name: curve(FALLING["a straight line"])})[0])
     )
 

@@ -166,6 +166,7 @@ def _judge(module: DistillationModule, *, out: Path, steps: int, baseline: str |
         moved=relative_change(module.start, end),
         copied=module.copied,
         reads_teacher=module.objective.reads_teacher,
+        reads_logits=module.objective.reads_student_logits,
         packing=module.record["packing"],
     )
     for fault in faults:

@@ -129,12 +129,14 @@ def find_faults(
     moved: float,
     copied: bool,
     reads_teacher: bool,
+    reads_logits: bool,
     packing: str,
 ) -> list[str]:
     """Return what went wrong in a training, one sentence with a cure each.
 
     ``before`` and ``after`` are held-out metrics, ``rows`` the scores of ``judge``, ``curves`` what was logged.
-    ``moved`` is the relative change of the weights. A student that was ``copied`` began as its teacher.
+    ``moved`` is the relative change of the weights. A student that was ``copied`` began as its teacher. With
+    ``reads_logits`` a term reads the student's predictions.
     """
     faults = []
     if copied and reads_teacher:
@@ -143,13 +145,16 @@ def find_faults(
     if steps and moved < _MOVED:
         found = f"the student hardly moved: its weights changed by {moved:.1g} of their size"
         return [*faults, f"{found}; raise optimizer.lr, or train longer"]
+    if steps and not reads_logits:
+        found = "no term of the loss reads the student's predictions, so that accuracy and cross-entropy say little"
+        faults.append(f"{found}; compare on tasks, or add objective.alpha_{lm}=1")
     name = "val/loss_ce"
     if steps >= _STEPS and not copied and name in before and after.get(name, 0.0) > (1 - _FALL) * before[name]:
         found = f"the soft-target KL is flat: {before[name]:.4g} before training, {after[name]:.4g} after it"
         faults.append(f"{found}; change optimizer.lr or objective.temperature, or train on text like the teacher's")
     if (share := last_fifth(curves, steps=steps)) is not None and share > _LAST:
         found = f"the loss still falls: the last fifth of the steps brought {share:.0%} of its fall"
-        faults.append(f"{found}; train longer, by trainer.max_steps or trainer.max_epochs")
+        faults.append(f"{found}; train longer, by budget, trainer.max_steps or trainer.max_epochs")
     if reads_teacher and rows is not None and "teacher_nll" in rows.sums:
         excess, margin = _ratio(rows.sums["teacher_nll"] - rows.sums["nll"], rows.sums["tokens"])
         if margin is not None and excess > margin:
