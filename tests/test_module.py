@@ -844,6 +844,11 @@ def test_weights_that_change_resume_with_the_same_points_only(
         resume(build_module(tokenizer, alphas={**CHANGING, "alpha_mlm": [[0, 1], [1, 2]]}), file)
     with pytest.raises(UserError, match=r"objective.teacher_every=1, this run has 2; resume with the same"):
         resume(build_module(tokenizer, alphas=CHANGING, teacher_every=2), file)
+    del saved["distilkit"]["objective"]["teacher_every"]  # as of earlier versions, which had its default
+    torch.save(saved, file)
+    resume(build_module(tokenizer, alphas=CHANGING), file)
+    with pytest.raises(UserError, match=r"objective.teacher_every=1, this run has 2; resume with the same"):
+        resume(build_module(tokenizer, alphas=CHANGING, teacher_every=2), file)
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

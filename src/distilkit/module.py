@@ -422,7 +422,10 @@ class DistillationModule(LightningModule):
             raise UserError("the checkpoint was not written by distilkit; give ckpt_path of a run of distilkit.train")
         cure = "resume with the same settings, or start again with student=hf student.name=<exported student>"
         for name, value in vars(self.objective).items():
-            if name != "implementation" and (was := saved["objective"].get(name, value)) != value:
+            if (
+                name != "implementation"
+                and (was := saved["objective"].get(name, getattr(Objective, name, None))) != value
+            ):
                 raise UserError(f"the checkpoint was trained with objective.{name}={was}, this run has {value}; {cure}")
         if saved["teacher"]["sha256"] != self.teacher_sha256:
             found = f"the checkpoint was distilled from teacher {saved['teacher']['name']!r}"

@@ -429,12 +429,14 @@ class DistillationDataModule(LightningDataModule):
             self.setup()
         assert self.train_blocks is not None
         drawn = np.random.default_rng(self.seed % 2**64).permutation(len(self.train_blocks))[:num_blocks]
-        drawn = (
-            drawn[np.argsort(self.train_blocks.sizes[drawn], kind="stable")] if self.packing == "documents" else drawn
-        )
-        begins = range(0, len(drawn), self.micro_batch_size)
-        draws = [(VALIDATION_EPOCH, drawn[begin : begin + self.micro_batch_size]) for begin in begins]
-        return [_whole_step(self.train_blocks[draw]) for draw in draws]
+        return [_whole_step(self.train_blocks[draw]) for draw in self._in_micro_batches(self.train_blocks, drawn)]
+
+    def _in_micro_batches(self, blocks: Blocks, chosen: Ids) -> list[Draw]:
+        """Split blocks (chosen,) that are only scored into micro-batches, with the same masks each time."""
+        if self.packing == "documents":  # those of like length in one batch
+            chosen = chosen[np.argsort(blocks.sizes[chosen], kind="stable")]
+        begins = range(0, len(chosen), self.micro_batch_size)
+        return [(VALIDATION_EPOCH, chosen[begin : begin + self.micro_batch_size]) for begin in begins]
 
     def decoded_sample(self) -> str:
         """Decode the first training block with its masks, for inspection."""
@@ -516,10 +518,7 @@ class DistillationDataModule(LightningDataModule):
         mine = np.linspace(0, len(self.val_blocks) - 1, count).round().astype(np.int64)
         if count >= world_size:
             mine = mine[: count - count % world_size][rank::world_size]
-        if self.packing == "documents":  # those of like length in one batch
-            mine = mine[np.argsort(self.val_blocks.sizes[mine], kind="stable")]
-        begins = range(0, len(mine), self.micro_batch_size)
-        draws = [(VALIDATION_EPOCH, mine[begin : begin + self.micro_batch_size]) for begin in begins]
+        draws = self._in_micro_batches(self.val_blocks, mine)
         return DataLoader(self.val_blocks, sampler=draws, batch_size=None, collate_fn=_whole_step)
 
     def _process(self) -> tuple[int, int, bool]:
