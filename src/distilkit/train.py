@@ -41,6 +41,7 @@ from distilkit.language_model import (
 )
 from distilkit.layers import METHODS
 from distilkit.module import DistillationModule
+from distilkit.objective import Objective
 from distilkit.probe import probe
 from distilkit.records import read_rows, write_json
 from distilkit.student import measure_layers
@@ -82,7 +83,7 @@ def build(cfg: DictConfig) -> Job:
     tokenizer = instantiate(cfg.tokenizer)
     teacher = instantiate(cfg.teacher, needs_head=objective.reads_teacher_logits)
     trainer, models = _build_trainer(cfg), {"teacher": teacher, "tokenizer": tokenizer}
-    choice = _measured_layers(cfg, models, trainer=trainer, checkpoint=checkpoint)
+    choice = _measured_layers(cfg, models, objective=objective, trainer=trainer, checkpoint=checkpoint)
     student = instantiate(cfg.student)(**models)
     _check_models(cfg, models, student=student)
     _apply_options(cfg, teacher=teacher, student=student)
@@ -215,7 +216,7 @@ def _apply_row(cfg: DictConfig) -> None:
 
 
 def _measured_layers(
-    cfg: DictConfig, models: dict[str, Any], *, trainer: Trainer, checkpoint: Path | None
+    cfg: DictConfig, models: dict[str, Any], *, objective: Objective, trainer: Trainer, checkpoint: Path | None
 ) -> dict[str, Any] | None:
     """Measure which layers the student keeps, or read it from the checkpoint; None where nothing is to be measured.
 
@@ -232,16 +233,16 @@ def _measured_layers(
     else:
         trial = instantiate(cfg.student)(**models, layers="first")  # what is refused is refused before it is measured
         _check_models(cfg, models, student=trial)
+        objective.check_models(student=trial, teacher=models["teacher"].model, lm=models["teacher"].lm)
         data = instantiate(cfg.data, tokenizer=models["tokenizer"], lm=models["teacher"].lm)
-        place, keys = (
-            trainer.strategy,
-            {key: cfg.student[key] for key in ("layers", "num_layers", "num_blocks", "init")},
-        )
+        place, names = trainer.strategy, ("layers", "num_layers", "num_blocks", "init")
         forks = getattr(place.launcher, "is_interactive_compatible", False)  # which CUDA does not survive
         device = torch.device("cpu") if forks else place.root_device
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=str(trainer.precision).startswith("bf16")):
             measured = measure_layers(
-                **models, **keys, draw=lambda count: [place.batch_to_device(each, device) for each in data.draw(count)]
+                **models,
+                **{name: cfg.student[name] for name in names},
+                draw=lambda count: [place.batch_to_device(each, device) for each in data.draw(count)],
             )
         choice = asdict(measured)
     cfg.student.layers = choice["layers"]

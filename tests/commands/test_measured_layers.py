@@ -140,6 +140,15 @@ def test_a_teacher_that_cannot_be_cut_is_refused_before_it_is_measured(
     assert "but the teacher has 'silu'; set student.bert_class=same" in done.err
 
 
+def test_an_objective_that_does_not_fit_is_refused_before_it_is_measured(
+    given: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distilkit.train, "measure_layers", refuse_to_measure)
+    done = train(*given, *GREEDY, "objective=minilm", "objective.relation_heads=5", "hydra.run.dir=run", cwd=tmp_path)
+    assert done.code == 1
+    assert "objective.relation_heads=5 do not divide the widths" in done.err
+
+
 def test_a_run_in_bfloat16_is_measured_in_bfloat16(
     given: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

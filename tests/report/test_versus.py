@@ -38,7 +38,7 @@ def test_the_better_row_is_named_at_equal_time_and_at_equal_tokens_and_the_tasks
         "At equal time (30.0 min), distilled is better than baseline_time by 0.125 nats of held-out cross-entropy.",
         "At equal tokens, distilled is better than baseline by 0.250 nats of held-out cross-entropy; "
         "distilled took 1.5 times as long.",
-        "Held-out scores of the LM loss alone do not decide, tasks do: set versus.tasks=[rte].",
+        "Held-out scores of the LM loss alone do not decide, tasks do: none is scored; set versus.tasks=[rte].",
     ]
 
 
@@ -75,6 +75,15 @@ def test_a_difference_has_an_interval_over_the_held_out_blocks_of_both_rows(tmp_
 def test_times_that_differ_give_no_verdict_at_equal_time() -> None:
     first, *_ = versus.equal_rows(rows(baseline_time=7300.0), gathered([]))
     assert first == ("There is no verdict at equal time: distilled trained for 30.0 min, baseline_time for 2.03 h.")
+
+
+def test_tokens_that_differ_give_no_verdict_at_equal_tokens() -> None:
+    some = rows()
+    some[1]["tokens_seen"] = 1_000_000
+    some[2]["tokens_seen"] = 1_200_000
+    assert versus.equal_rows(some, gathered([]))[1] == (
+        "There is no verdict at equal tokens: one row was trained on 1,000,000, the other on 1,200,000."
+    )
 
 
 @pytest.mark.parametrize("missing", [["distilled"], ["baseline", "baseline_time"]])

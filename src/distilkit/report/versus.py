@@ -70,7 +70,7 @@ def equal_rows(runs: Sequence[Run], scores: Scores) -> list[str]:
     tasks = verdicts(dataclasses.replace(three, teacher="teacher", baseline="baseline_time")) or [
         "they show nothing, for a row is missing or the teacher at chance."
         if scores.tasks
-        else "set versus.tasks=[rte]."
+        else "none is scored; set versus.tasks=[rte]."
     ]
     return [*said, f"Held-out scores of the LM loss alone do not decide, tasks do: {' '.join(tasks)}"]
 
@@ -87,6 +87,8 @@ def _compare(rows: Mapping[str, Any], other: str) -> str:
     if ours is None or theirs is None:
         return f"{by[0].upper()}{by[1:]}."
     if other == "baseline":
+        if len(seen := {rows[name]["tokens_seen"] for name in nll}) > 1:
+            return f"There is no verdict at equal tokens: one row was trained on {min(seen):,}, the other on {max(seen):,}."
         return f"At equal tokens, {by}; distilled took {ours / max(theirs, 1e-9):.1f} times as long."
     if abs(ours - theirs) > _UNLIKE * ours:
         return f"There is no verdict at equal time: distilled trained for {duration(ours)}, {other} for {duration(theirs)}."
