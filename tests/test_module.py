@@ -672,6 +672,15 @@ def test_validation_metrics_are_the_plain_formulas_over_all_tokens(tokenizer: Pr
     assert got["val/loss"] == pytest.approx(weighted, rel=1e-5)
 
 
+def test_a_run_in_double_precision_is_scored(tokenizer: PreTrainedTokenizerBase) -> None:
+    step, scores = uneven_step(lm="mlm"), []
+    for precision in ("32-true", "64-true"):
+        module = build_module(tokenizer, optimizer=FROZEN)
+        trainer = fit(module, [step], micro_batch_size=8, precision=precision)
+        scores += trainer.validate(module, DataLoader([step], batch_size=None), verbose=False)
+    assert scores[1] == pytest.approx(scores[0], rel=1e-4)
+
+
 def test_held_out_text_is_scored_by_the_weights_of_the_end_on_all_rows(tokenizer: PreTrainedTokenizerBase) -> None:
     step = uneven_step(lm="mlm", size=8)
     scores = []
@@ -861,6 +870,9 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, tokenizer: PreTr
         UserError, match=r"distilled from teacher 'tiny-bert', this run has 'tiny-bert' or other weights"
     ):
         resume(build_module(tokenizer, teacher=build_teacher("bert", num_layers=2, seed=7, **NO_DROPOUT)), file)
+    torch.save({**saved, "epoch": 9}, file)
+    with pytest.raises(UserError, match=r"the checkpoint has 9 epochs, more than trainer.max_epochs=\d; set"):
+        resume(build_module(tokenizer), file)
     saved["distilkit"]["shapes"]["vocab_projector.bias"] = [3]
     torch.save(saved, file)
     with pytest.raises(UserError, match=r"the checkpoint has another student: vocab_projector.bias differs"):

@@ -443,6 +443,28 @@ def test_a_wrong_new_model_is_an_error(
         new_student(teacher=None, tokenizer=tokenizer, model_type=model_type, config=config)
 
 
+@pytest.mark.parametrize(
+    ("teacher", "model_type", "message"),
+    [
+        (
+            "bert",
+            "gpt2",
+            r"student.model_type='gpt2' does not make a masked language model, as tiny-bert is one; try bert",
+        ),
+        (
+            "gpt2",
+            "bert",
+            r"student.model_type='bert' does not make a causal language model, as tiny-gpt2 is one; try gpt2",
+        ),
+    ],
+)
+def test_a_new_model_is_masked_or_causal_as_its_teacher(
+    teacher: str, model_type: str, message: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    with pytest.raises(UserError, match=message):
+        new_student(teacher=build_teacher(teacher), tokenizer=tokenizer, model_type=model_type)
+
+
 def test_a_new_model_has_a_row_for_the_highest_id_of_a_tokenizer_that_skips_ids() -> None:
     backend = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "b": 40}, unk_token="[UNK]"))
     skipping = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")

@@ -355,12 +355,12 @@ class DistillationModule(LightningModule):
                 continue
             nll, predictions[prefix] = losses.score(lm_head(model, hidden[rows]), targets)  # (rows,) each
             self.all_finite = self.all_finite.to(nll.device) & nll.isfinite().all()
-            by_row |= {f"{prefix}nll": nll.float(), f"{prefix}accuracy": (predictions[prefix] == targets).float()}
+            by_row |= {f"{prefix}nll": nll, f"{prefix}accuracy": predictions[prefix] == targets}
         if "teacher_" in predictions:
-            by_row["agreement"] = (predictions[""] == predictions["teacher_"]).float()
+            by_row["agreement"] = predictions[""] == predictions["teacher_"]
         num_blocks, length = batch["labels"].shape
         zeros = torch.zeros(num_blocks, device=self.device)
-        sums = {name: zeros.index_add(0, rows // length, values) for name, values in by_row.items()}
+        sums = {name: zeros.index_add(0, rows // length, values.to(zeros)) for name, values in by_row.items()}
         self.val_blocks.append({"ids": block_ids(batch), **sums})
 
     def on_validation_epoch_end(self) -> None:
@@ -433,6 +433,10 @@ class DistillationModule(LightningModule):
         for name in sorted(saved["shapes"] | self.shapes):
             if saved["shapes"].get(name) != self.shapes.get(name):
                 raise UserError(f"the checkpoint has another student: {name} differs; {cure}")
+        most, done = self.trainer.max_epochs, checkpoint["epoch"]
+        if most is not None and 0 <= most < done:
+            cure = "set trainer.max_epochs, trainer.max_steps or budget above what it has"
+            raise UserError(f"the checkpoint has {done} epochs, more than trainer.max_epochs={most}; {cure}")
         self.tokens = torch.tensor(saved["tokens_seen"])
         self.before, self.before_blocks = saved.get("before", {}), saved.get("before_blocks", {})
         # Earlier versions kept the seconds with a callback.

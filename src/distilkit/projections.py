@@ -64,16 +64,13 @@ class Projections:
             raise UserError(f"objective.alpha_rel is above 0, but {found_none}; {cure}")
         self.widths = [each.shape[-1] for each in states]
 
-    def _keep(self, module: nn.Module, _: Any, output: Any) -> None:
+    def _keep(self, module: nn.Module, __: Any, output: Any) -> None:
         if not self.active:
             return
         outputs: Tensor = output[0] if isinstance(output, tuple) else output
-        for i, (of, columns) in enumerate(self.parts):
+        for i, (of, _) in enumerate(self.parts):
             if of is module and self.found[i] is None:  # DeBERTa projects its distances after its tokens
-                if columns is not None and columns.device != outputs.device:
-                    columns = columns.to(outputs.device)
-                    self.parts[i] = _Part(of, columns)
-                self.found[i] = outputs if columns is None else outputs.index_select(-1, columns)
+                self.found[i] = outputs
         if self.stops and all(each is not None for each in self.found):
             raise _StopForward
 
@@ -94,6 +91,13 @@ class Projections:
             pass
         finally:
             found, self.found, self.active = self.found, [], False
+        # Here, because what is computed again in backward must not have other operations than forward.
+        for i, ((of, columns), outputs) in enumerate(zip(self.parts, found, strict=True)):
+            if columns is not None and outputs is not None:
+                if columns.device != outputs.device:
+                    columns = columns.to(outputs.device)
+                    self.parts[i] = _Part(of, columns)
+                found[i] = outputs.index_select(-1, columns)
         return (states if whole else None), QKV(*cast(list[Tensor], found))
 
     @property
