@@ -209,3 +209,15 @@ def test_the_section_on_training_runs_has_the_tasks_of_each_row(tmp_path: Path) 
     table = by_row(runs.training_table(rows(), gathered(results, teacher="teacher")))
     assert [table["distilled"][name] for name in ("RTE", "STS-B", "kept, %")] == ["80.0", "80.0", "94.1"]
     assert table["cut"]["RTE"] == "-"
+
+
+def test_what_several_sweeps_show_is_told_apart_without_tasks_whose_rows_are_not_known(tmp_path: Path) -> None:
+    results = scored(tmp_path, {"teacher": 0.85, "distilled": 0.8, "baseline_time": 0.72})
+    both = [{**row, "folder": f"outputs/{sweep}/{row['label']}"} for sweep in ("one", "two") for row in rows()]
+    section = runs.training_table(both, gathered(results, teacher="teacher"))
+    assert section is not None
+    starts = [line.partition(",")[0] for line in section.notes[1:5]]
+    assert starts == [
+        f"{name}: {said}" for name in ("one", "two") for said in ("At equal time (30.0 min)", "At equal tokens")
+    ]
+    assert not any("tasks do" in line for line in section.notes)

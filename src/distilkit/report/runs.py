@@ -74,8 +74,11 @@ def training_table(runs: Sequence[Run], scores: Scores) -> Table | None:
         "of labelled tokens for which student and teacher predict the same. Hours are of training without validation."
     )
     sweeps = itertools.groupby(runs, key=lambda run: PurePath(run["folder"]).parent)
-    said = [line for _, sweep in sweeps for line in equal_rows([*sweep], scores)]
-    return tabulate("training", "Training runs", records, columns | tasks, note, *said)
+    said = {folder: lines for folder, sweep in sweeps if (lines := equal_rows([*sweep], scores))}
+    of_each = [line for lines in said.values() for line in lines]
+    if len(said) > 1:  # whose scores on tasks are whose is not known
+        of_each = [f"{folder.name}: {line}" for folder, lines in said.items() for line in lines[:-1]]
+    return tabulate("training", "Training runs", records, columns | tasks, note, *of_each)
 
 
 def cost_table(scores: Scores) -> Table | None:
