@@ -942,8 +942,9 @@ def test_a_resumed_run_counts_tokens_and_seconds_of_both_parts(
     trainer = fit(module, [uneven_step(lm="mlm")], micro_batch_size=32)
     module.clock.later = module.clock.wall = 1000.0
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    again = build_module(tokenizer)
-    resume(again, tmp_path / "a.ckpt")
+    again, throughput = build_module(tokenizer), Throughput()
+    resume(again, tmp_path / "a.ckpt", throughput)
+    assert throughput.window_began == 1000
     assert again.tokens_seen == 2 * module.tokens_seen > 0
     assert again.clock.seconds > 1000
     assert again.clock.wall > 1000

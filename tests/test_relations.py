@@ -226,6 +226,11 @@ def test_parts_of_a_fused_projection_are_those_of_the_models_code(name: str) -> 
         torch.testing.assert_close(recorded, expected)
 
 
+def test_a_projection_that_also_reads_distances_is_recorded_for_its_tokens() -> None:
+    found, batch = projections_of(build_family("deberta-v2"), 2), full_batch(lm="mlm", blocks=2, length=5)
+    torch.testing.assert_close(found.read(batch, whole=True)[1], found.read(batch, whole=False)[1])
+
+
 def count_calls(model: PreTrainedModel, called: list[str], prefix: str) -> None:
     for name, module in model.named_modules():
         module.register_forward_pre_hook(lambda *_, name=name: called.append(f"{prefix}.{name}"))

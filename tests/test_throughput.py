@@ -45,8 +45,9 @@ def test_the_flops_of_a_step_are_those_that_torch_counts(family: str, soft_targe
 
 @pytest.mark.parametrize("others", [{}, {"alpha_mlm": 1.0}], ids=["relations alone", "with masked LM"])
 def test_relations_and_the_shorter_forwards_before_them_count(others: dict[str, float]) -> None:
-    student = build_model("bert", seed=1, num_layers=3, **SHAPES["bert"]).train()
-    teacher = build_model("bert", num_layers=5, **SHAPES["bert"]).requires_grad_(False)
+    shape = {**SHAPES["bert"], "attention_probs_dropout_prob": 0.0}  # with it, attention is computed again in backward
+    student = build_model("bert", seed=1, num_layers=3, **shape).train()
+    teacher = build_model("bert", num_layers=5, **shape).requires_grad_(False)
     chosen, batch = objective(alpha_rel=1.0, teacher_layer=2, **others), full_batch(lm="mlm", blocks=2, length=60)
     counts = chosen.denominators(num_tokens=torch.tensor(120), num_labels=torch.tensor(20), lm="mlm")
     layers = chosen.relation_layers(student, teacher)
@@ -55,7 +56,7 @@ def test_relations_and_the_shorter_forwards_before_them_count(others: dict[str, 
     with sdpa_kernel(SDPBackend.MATH), counter:
         chosen.loss(student, teacher, batch, lm="mlm", denominators=counts)[0].backward()
     expected = step_flops(chosen, *costs, batch, lm="mlm")
-    assert counter.get_total_flops() == pytest.approx(expected, rel=0.05)
+    assert counter.get_total_flops() == pytest.approx(expected, rel=2e-3)
     assert step_flops(chosen, forward_cost(student, 2), forward_cost(teacher, 3), batch, lm="mlm") > 1.05 * expected
 
 
