@@ -178,3 +178,5 @@ def test_a_schedule_in_shares_fits_any_number_of_steps(num_steps: int) -> None:
     points = build_schedule(optimizer(), name="piecewise", kwargs={"points": [[0, 1], [1, 0]]}, **shares)
     assert wsd.lr_lambdas[0](num_steps) == points.lr_lambdas[0](num_steps) == 0
     assert points.lr_lambdas[0](num_steps / 2) == 0.5
+    halves: dict[str, Any] = {"warmup_share": 0.5, "kwargs": {"decay_share": 0.5}}  # of 3 steps both round up
+    assert build_schedule(optimizer(), name="wsd", num_steps=num_steps, **halves).lr_lambdas[0](num_steps) == 0
