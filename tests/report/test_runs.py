@@ -41,6 +41,8 @@ def test_training_runs_show_what_they_took_and_reached() -> None:
     assert list(rows["teacher"].values())[6:8] == ["none", "-"]
     beside = run("beside", 4.25, teacher=teacher, objective={"alpha_mlm": 2.0})  # it was scored beside one
     assert by_row(runs.training_table([beside], gathered([])))["beside"]["teacher"] == "none"
+    relations = run("relations", 4.25, teacher=teacher, objective={"alpha_rel": 1.0})
+    assert by_row(runs.training_table([relations], gathered([])))["relations"]["teacher"] == "teacher"
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,12 @@ class SweepTasks(Callback):
         """Read the data of each task once, so that an error in it shows before hours of training."""
         known = (*_KEYS, "baseline_lr") if self.group == "versus" else _KEYS
         check_names(config[self.group], known, path=self.group)
+        for key in ("tasks", "seeds", "overrides"):
+            value = config[self.group][key]
+            if not OmegaConf.is_list(value) and (key, value) != ("tasks", None):
+                raise UserError(
+                    f"{self.group}.{key}={value} is no list; set it in brackets, as {self.group}.{key}=[...]"
+                )
         for name in config[self.group].tasks or []:
             cfg = evaluation(config, name, group=self.group, model="a student", seed=0)
             check_settings(cfg)

@@ -60,7 +60,7 @@ def training_table(runs: Sequence[Run], scores: Scores) -> Table | None:
     for label, run, own in zip(run_labels(runs), runs, reached, strict=True):
         objective = run.get("objective") or {}
         terms = [f"{name.removeprefix('alpha_')} {value}" for name, value in objective.items()]
-        taught = not objective or any(objective.get(f"alpha_{name}") for name in ("ce", "cos", "mse"))
+        taught = not objective or any(objective.get(f"alpha_{name}") for name in ("ce", "cos", "mse", "rel"))
         seconds = training_seconds(run)
         hours = None if seconds is None else seconds / 3600
         memory = max((run.get("peak_memory_mb") or {}).values(), default=None)
