@@ -433,8 +433,7 @@ class DistillationModule(LightningModule):
         for name in sorted(saved["shapes"] | self.shapes):
             if saved["shapes"].get(name) != self.shapes.get(name):
                 raise UserError(f"the checkpoint has another student: {name} differs; {cure}")
-        most, done = self.trainer.max_epochs, checkpoint["epoch"]
-        if most is not None and 0 <= most < done:
+        if 0 < (most := self.trainer.max_epochs or 0) < (done := checkpoint["epoch"]):
             cure = "set trainer.max_epochs, trainer.max_steps or budget above what it has"
             raise UserError(f"the checkpoint has {done} epochs, more than trainer.max_epochs={most}; {cure}")
         self.tokens = torch.tensor(saved["tokens_seen"])

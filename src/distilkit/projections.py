@@ -92,12 +92,9 @@ class Projections:
         finally:
             found, self.found, self.active = self.found, [], False
         # Here, because what is computed again in backward must not have other operations than forward.
-        for i, ((of, columns), outputs) in enumerate(zip(self.parts, found, strict=True)):
+        for i, ((_, columns), outputs) in enumerate(zip(self.parts, found, strict=True)):
             if columns is not None and outputs is not None:
-                if columns.device != outputs.device:
-                    columns = columns.to(outputs.device)
-                    self.parts[i] = _Part(of, columns)
-                found[i] = outputs.index_select(-1, columns)
+                found[i] = outputs.index_select(-1, columns.to(outputs.device))
         return (states if whole else None), QKV(*cast(list[Tensor], found))
 
     @property

@@ -27,14 +27,7 @@ from transformers.configuration_utils import PretrainedConfig
 
 from distilkit.data.tokenizer import load_tokenizer, num_ids
 from distilkit.errors import UserError
-from distilkit.language_model import (
-    Batch,
-    build_from_config,
-    check_split,
-    lm_of_model,
-    load_language_model,
-    num_embeddings,
-)
+from distilkit.language_model import Batch, build_from_config, check_split, lm_of, load_language_model, num_embeddings
 from distilkit.layers import METHODS, Choice, Method, measure
 from distilkit.teacher import Teacher
 
@@ -413,7 +406,7 @@ def new_student(
     except (ValueError, TypeError, StrictDataclassError) as error:  # of transformers' own checks
         found = f"student.config={dict(config or {})} makes no {model_type}: {' '.join(str(error).split())}"
         raise UserError(f"{found}; change student.config") from error
-    if teacher is not None and lm_of_model(student) != teacher.lm:
+    if teacher is not None and lm_of(model_type) != teacher.lm:
         kind, types = ("masked", "bert or roberta") if teacher.lm == "mlm" else ("causal", "gpt2")
         found = f"student.{model_type=} does not make a {kind} language model, as {teacher.name} is one"
         raise UserError(f"{found}; try {types}")
