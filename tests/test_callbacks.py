@@ -144,7 +144,13 @@ def test_the_bar_counts_micro_batches_and_no_epochs_where_steps_alone_end_the_ru
     progress = SimpleNamespace(batch_progress=SimpleNamespace(current=SimpleNamespace(completed=0)))
     given: Any = {"max_steps": 3, "num_training_batches": 10, "global_step": 0, "accumulate_grad_batches": 2}
     bar: Any = ProgressBar()
-    bar._trainer = SimpleNamespace(max_epochs=-1, fit_loop=SimpleNamespace(epoch_loop=progress), **given)
+    clock = SimpleNamespace(budget=None, pace=2.0, left=7.0)
+    given |= {"fit_loop": SimpleNamespace(epoch_loop=progress), "lightning_module": SimpleNamespace(clock=clock)}
+    bar._trainer = SimpleNamespace(max_epochs=-1, **given)
     assert (bar.total_train_batches, bar._get_train_description(0)) == (6, "Epoch 0")
     bar._trainer.max_epochs = 3
     assert (bar.total_train_batches, bar._get_train_description(0).strip()) == (6, "Epoch 0/2")
+    bar._trainer.max_steps, clock.budget = -1, 20.0
+    assert bar.total_train_batches == 8  # four steps of 2 seconds, of two micro-batches each
+    clock.pace = 0.0  # of no step yet
+    assert bar.total_train_batches == 10

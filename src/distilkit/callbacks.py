@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -156,18 +156,20 @@ class CompareForms(Callback):
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's rich bar, with a total that respects ``max_steps``."""
+    """Lightning's rich bar, with a total that respects ``max_steps`` and a budget."""
 
     @property
     def total_train_batches(self) -> int | float:
         """Return the number of micro-batches of this epoch that will be trained."""
         total: int | float = self.trainer.num_training_batches  # Lightning's own takes optimizer steps for batches
-        max_steps = self.trainer.max_steps
-        if max_steps < 0:
+        module = cast(DistillationModule, self.trainer.lightning_module)
+        steps = self.trainer.max_steps - self.trainer.global_step  # left
+        if module.clock.budget is not None and module.clock.pace:
+            steps = math.ceil(module.clock.left / module.clock.pace)
+        elif self.trainer.max_steps < 0:
             return total
         progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        left = (max_steps - self.trainer.global_step) * self.trainer.accumulate_grad_batches
-        return min(total, progress.completed + left)
+        return min(total, progress.completed + steps * self.trainer.accumulate_grad_batches)
 
     def _get_train_description(self, current_epoch: int) -> str:
         endless = self.trainer.max_epochs in (None, -1)  # max_steps alone ends the run

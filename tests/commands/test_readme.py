@@ -38,7 +38,7 @@ def test_the_tree_names_every_file() -> None:
 )
 def test_commands_compose(name: str, arguments: list[str]) -> None:
     overrides = [each for each in arguments if each != "-m"]
-    overrides = [re.sub(r"^([^\[]+=[^,\[]+),.*", r"\1", each) for each in overrides]  # the first value of a sweep
+    overrides = [re.sub(r"^([^\[{]+=[^,\[{]+),.*", r"\1", each) for each in overrides]  # the first value of a sweep
     room = "evaluate" if name in ("evaluate", "report") else "train"
     with initialize_config_module(f"distilkit.conf.{room}", version_base="1.3"):
         compose(name, overrides=overrides)
