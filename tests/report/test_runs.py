@@ -43,6 +43,9 @@ def test_training_runs_show_what_they_took_and_reached() -> None:
     assert by_row(runs.training_table([beside], gathered([])))["beside"]["teacher"] == "none"
     relations = run("relations", 4.25, teacher=teacher, objective={"alpha_rel": 1.0})
     assert by_row(runs.training_table([relations], gathered([])))["relations"]["teacher"] == "teacher"
+    cut = run("cut", 5.0, teacher=teacher, objective={"alpha_ce": 5.0}, optimizer_steps=0)
+    row = by_row(runs.training_table([cut], gathered([])))["cut"]
+    assert (row["teacher"], row["objective"]) == ("none", "-")
 
 
 @pytest.mark.parametrize(

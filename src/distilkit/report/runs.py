@@ -58,15 +58,17 @@ def training_table(runs: Sequence[Run], scores: Scores) -> Table | None:
     columns |= {"tokens_per_second": "tokens/s {:,.0f}", "objective": "{}"}
     records, (tasks, reached) = [], task_columns(scores, runs)
     for label, run, own in zip(run_labels(runs), runs, reached, strict=True):
-        objective = run.get("objective") or {}
+        untrained = run.get("optimizer_steps") == 0  # as it was cut
+        objective = {} if untrained else run.get("objective") or {}
         terms = [f"{name.removeprefix('alpha_')} {value}" for name, value in objective.items()]
-        taught = not objective or any(objective.get(f"alpha_{name}") for name in ("ce", "cos", "mse", "rel"))
+        read = any(objective.get(f"alpha_{name}") for name in ("ce", "cos", "mse", "rel"))
+        taught = (not objective or read) and not untrained
         seconds = training_seconds(run)
         hours = None if seconds is None else seconds / 3600
         memory = max((run.get("peak_memory_mb") or {}).values(), default=None)
         values = [label, run["before"].get("val/nll"), *(run["after"].get(f"val/{name}") for name in _REACHED)]
         values += [teacher_label(run.get("teacher") if taught else None), _layers(run), run["tokens_seen"], hours]
-        record = dict(zip(columns, [*values, run.get("tokens_per_second"), ", ".join(terms)], strict=True))
+        record = dict(zip(columns, [*values, run.get("tokens_per_second"), ", ".join(terms) or "-"], strict=True))
         more = {"parameters": run["student_parameters"], "peak_memory_mb": memory, "folder": run["folder"]}
         records.append(record | more | own)
     note = (
