@@ -72,6 +72,37 @@ def test_a_reader_learns_how_the_student_was_made() -> None:
         assert fact in text
 
 
+@pytest.mark.parametrize(
+    ("objective", "tokens_seen", "facts"),
+    [
+        (
+            {"alpha_ce": 5.0},
+            0,
+            ["made from `google-bert/bert-base-uncased` (revision", ", and not trained.", "pipeline("],
+        ),
+        (
+            {"alpha_mlm": 1.0},
+            9,
+            ["trained on the LM loss alone with distilkit 1.2.3; its layers come from `google", "pipeline("],
+        ),
+        (
+            {"alpha_rel": 1.0},
+            9,
+            ["by the method of [MiniLMv2]", "AutoModel.from_pretrained(", "no term of the loss trained"],
+        ),
+        ({"alpha_rel": 1.0, "alpha_mlm": 1.0}, 9, ["by the method of [MiniLMv2]", "pipeline("]),
+        ({"alpha_cos": 1.0}, 9, ["by the method of [DistilBERT]", "AutoModel.from_pretrained("]),
+    ],
+)
+def test_a_card_claims_no_teaching_and_no_predictions_that_there_were_not(
+    objective: dict[str, float], tokens_seen: int, facts: list[str]
+) -> None:
+    text = card({"objective": objective}, tokens_seen=tokens_seen).text
+    assert [fact for fact in facts if fact not in text] == []
+    assert ("distilled from" in text) == any("method" in fact for fact in facts)
+    assert ("pipeline(" in text) == ("pipeline(" in facts)
+
+
 def test_a_causal_student_generates_and_one_without_a_teacher_has_no_base_model() -> None:
     made = card({"teacher": None, "layers": None, "metadata": {}}, lm="clm", results={})
     metadata = head(made.content)

@@ -162,10 +162,10 @@ class ProgressBar(RichProgressBar):
     def total_train_batches(self) -> int | float:
         """Return the number of micro-batches of this epoch that will be trained."""
         total: int | float = self.trainer.num_training_batches  # Lightning's own takes optimizer steps for batches
-        module = cast(DistillationModule, self.trainer.lightning_module)
+        clock = cast(DistillationModule, self.trainer.lightning_module).clock
         steps = self.trainer.max_steps - self.trainer.global_step  # left
-        if module.clock.budget is not None and module.clock.pace:
-            steps = math.ceil(module.clock.left / module.clock.pace)
+        if clock.budget is not None and clock.pace:
+            steps = math.ceil(clock.left / clock.pace)
         elif self.trainer.max_steps < 0:
             return total
         progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
@@ -180,6 +180,5 @@ class ProgressBar(RichProgressBar):
         items = super().get_metrics(trainer, pl_module)
         items.pop("v_num", None)
         assert isinstance(pl_module, DistillationModule)
-        clock = pl_module.clock
-        left = {} if clock.budget is None else {"left": str(timedelta(seconds=round(clock.left)))}
-        return items | pl_module.shown | left
+        left = timedelta(seconds=round(pl_module.clock.left if pl_module.clock.budget else 0))
+        return items | pl_module.shown | ({"left": str(left)} if pl_module.clock.budget else {})
