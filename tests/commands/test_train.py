@@ -683,7 +683,8 @@ def test_a_multirun_trains_each_temperature_in_a_folder_of_its_own(sweep: Run) -
 
 def test_a_multirun_compares_its_runs(sweep: Run) -> None:
     table = (sweep.folder / "comparison.md").read_text("utf-8").splitlines()
-    assert [line.split("|")[1].strip() for line in table[2:]] == ["objective.temperature=1", "objective.temperature=2"]
+    rows = [line.split("|")[1].strip() for line in table[2:]]
+    assert rows == ["teacher", "objective.temperature=1", "objective.temperature=2"]
     content = json.loads((sweep.folder / "comparison.json").read_text("utf-8"))
     assert [one["after"] for one in content["runs"]] == [
         json.loads((sweep.folder / job / "summary.json").read_text("utf-8"))["after"] for job in ("0", "1")
