@@ -8,9 +8,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 from distilkit.records import write_json
 
-SKIPPED = (
-    5  # steps at the start of each part of a run, in which compilation falls; they count as the mean of the others
-)
+SKIPPED = 5  # steps at the start of each part of a run, which may compile; they count as the mean of the others
 
 
 class Clock(Callback):

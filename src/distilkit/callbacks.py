@@ -180,5 +180,6 @@ class ProgressBar(RichProgressBar):
         items = super().get_metrics(trainer, pl_module)
         items.pop("v_num", None)
         assert isinstance(pl_module, DistillationModule)
-        left = timedelta(seconds=round(pl_module.clock.left if pl_module.clock.budget else 0))
-        return items | pl_module.shown | ({"left": str(left)} if pl_module.clock.budget else {})
+        clock = pl_module.clock
+        left = {} if clock.budget is None else {"left": str(timedelta(seconds=round(clock.left)))}
+        return items | pl_module.shown | left

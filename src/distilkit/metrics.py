@@ -10,11 +10,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from scipy import special
 
 from distilkit.errors import UserError
 from distilkit.records import Array, Rows
 
 OF_NUMBERS = ("pearson", "spearman")
+_FEWEST = 8  # blocks that give an interval
+_SAME_TEXT = 0.9  # of the blocks of two runs; other numbers of ranks leave out some
 OWN = ("accuracy", "f1", "matthews", *OF_NUMBERS)
 
 
@@ -191,3 +194,23 @@ def _of_the_same_rows(mine: Rows, theirs: Rows) -> bool:
     if (mine.gold is None) != (theirs.gold is None) or not np.array_equal(mine.ids, theirs.ids):
         return False
     return mine.gold is None or theirs.gold is None or np.array_equal(mine.gold, theirs.gold)
+
+
+def ratio_of_sums(values: Array, sizes: Array) -> tuple[float, float | None]:
+    """Return the ratio of two sums over blocks (blocks,), and half of its 95 % interval by linearisation."""
+    quotient, count = float(values.sum() / sizes.sum()), len(values)
+    if count < _FEWEST:
+        return quotient, None
+    error = np.sqrt(np.square(values - quotient * sizes).sum() * count / (count - 1)) / abs(sizes.sum())
+    return quotient, float(special.stdtrit(count - 1, 0.975) * error)
+
+
+def nats_below(other: Rows | None, rows: Rows) -> tuple[float, float | None] | None:
+    """Return by how many nats a token ``rows`` are below ``other``, and half of the interval; None for other blocks."""
+    if other is None:
+        return None
+    _, one, two = np.intersect1d(other.ids, rows.ids, return_indices=True)
+    first, second = other.take(one).sums, rows.take(two).sums
+    if len(one) < _SAME_TEXT * max(len(other), len(rows)) or not np.isfinite(first["nll"]).all():
+        return None
+    return ratio_of_sums(first["nll"] - second["nll"], second["tokens"])

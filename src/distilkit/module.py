@@ -27,7 +27,7 @@ from distilkit.language_model import LM, Batch, cast_parameters, lm_head
 from distilkit.objective import Objective, labelled_rows, real_rows
 from distilkit.schedule import build_schedule, piecewise
 from distilkit.teacher import Teacher
-from distilkit.verdict import Verdict, relative_change, weight_sample
+from distilkit.verdict import Verdict, weight_sample
 
 log = logging.getLogger(__name__)
 
@@ -99,8 +99,7 @@ class DistillationModule(LightningModule):
         self.after_blocks: dict[str, Tensor] = {}
         self.start = weight_sample(student.state_dict())
         theirs = weight_sample(teacher.model.state_dict()) if teacher else {}
-        shapes = ({name: part.shape for name, part in sample.items()} for sample in (self.start, theirs))
-        same = next(shapes) == next(shapes) and relative_change(self.start, theirs) == 0
+        same = self.start.keys() == theirs.keys() and all(map(torch.equal, self.start.values(), theirs.values()))
         depth = getattr(teacher.model.config, "num_hidden_layers", None) if teacher else None
         self.copied = same or (depth is not None and record.get("layers") == list(range(depth)))
         self.verdict: Verdict | None = None  # of the finished run, on the first rank
@@ -422,10 +421,8 @@ class DistillationModule(LightningModule):
             raise UserError("the checkpoint was not written by distilkit; give ckpt_path of a run of distilkit.train")
         cure = "resume with the same settings, or start again with student=hf student.name=<exported student>"
         for name, value in vars(self.objective).items():
-            if (
-                name != "implementation"
-                and (was := saved["objective"].get(name, getattr(Objective, name, None))) != value
-            ):
+            was = saved["objective"].get(name, getattr(Objective, name, None))
+            if name != "implementation" and was != value:
                 raise UserError(f"the checkpoint was trained with objective.{name}={was}, this run has {value}; {cure}")
         if saved["teacher"]["sha256"] != self.teacher_sha256:
             found = f"the checkpoint was distilled from teacher {saved['teacher']['name']!r}"

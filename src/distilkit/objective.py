@@ -67,9 +67,8 @@ class Objective:
             elif name in _NUMBERS:
                 least, null = _NUMBERS[name], "null or " * (name != "teacher_every")
                 if (value is not None or not null) and (type(value) is not int or value < least):
-                    raise UserError(
-                        f"objective.{name}={value}, but it must be {null}a whole number of at least {least}"
-                    )
+                    limit = f"{null}a whole number of at least {least}"
+                    raise UserError(f"objective.{name}={value}, but it must be {limit}")
             else:
                 limit = "a finite number of at least 0"
                 value = check_points(value, key=f"objective.{name}", limit=limit, holds=lambda each: each >= 0)
@@ -88,12 +87,9 @@ class Objective:
             if not any(self._alphas(progress=share, step=0).values()):
                 raise UserError(f"all alphas of the objective are {zero}; set at least one above 0")
             if not any(self._alphas(progress=share, step=1).values()):
-                found = (
-                    f"objective.teacher_every={self.teacher_every} leaves steps where the LM loss alone counts, and it"
-                )
-                raise UserError(
-                    f"{found} weighs {zero}; set objective.alpha_mlm, or alpha_clm of a causal model, above 0"
-                )
+                found = f"objective.teacher_every={self.teacher_every} leaves steps where the LM loss alone counts"
+                cure = "set objective.alpha_mlm, or alpha_clm of a causal model, above 0"
+                raise UserError(f"{found}, and it weighs {zero}; {cure}")
 
     @property
     def weights(self) -> dict[str, Points]:
@@ -198,15 +194,13 @@ class Objective:
             raise UserError(f"{needs} need a teacher, but teacher=none; set objective=mlm or objective=clm")
         if lm == "clm" and self.reads_teacher_logits and not isinstance(self.soft_targets, str):
             found = f"objective.soft_targets={self.soft_targets} is a share of the tokens without a label"
-            raise UserError(
-                f"{found}, but a causal model has none; set it to all, and objective.teacher_every=2 to save time"
-            )
+            cure = "set it to all, and objective.teacher_every=2 to save time"
+            raise UserError(f"{found}, but a causal model has none; {cure}")
         ours, theirs = student.config.hidden_size, teacher.config.hidden_size if teacher is not None else None
         if "cos" in self.weights and ours != theirs:
-            found = (
-                f"the student is {ours} wide and the teacher {theirs}; set objective=minilm, or objective.alpha_cos=0"
-            )
-            raise UserError(f"objective.alpha_cos={self.alpha_cos} compares hidden states, but {found}")
+            found = f"the student is {ours} wide and the teacher {theirs}"
+            cure = "set objective=minilm, or objective.alpha_cos=0"
+            raise UserError(f"objective.alpha_cos={self.alpha_cos} compares hidden states, but {found}; {cure}")
         if "rel" in self.weights and teacher is not None:
             self._check_relations(student, teacher)
 

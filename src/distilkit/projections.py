@@ -81,9 +81,8 @@ class Projections:
         nor where activations are computed again or parameters gathered.
         """
         model, states = self.model, None
-        sharded = any("_fsdp" in name for name, _ in model.named_modules())
-        compiled = model.base_model._compiled_call_impl is not None
-        self.stops = not (whole or sharded or compiled or model.is_activation_checkpointing)
+        on = whole or model.base_model._compiled_call_impl is not None or model.is_activation_checkpointing
+        self.stops = not on and not any("_fsdp" in name for name, _ in model.named_modules())
         self.active, self.found = True, [None] * 3
         try:
             states = token_states(model, batch)

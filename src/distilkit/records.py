@@ -242,9 +242,7 @@ def _overrides(folder: Path) -> list[str]:
     file = folder / ".hydra" / "overrides.yaml"
     if not file.is_file():
         return []
-    given: Any = OmegaConf.to_container(
-        OmegaConf.load(file), resolve=False
-    )  # an override may hold ${...} of its config
+    given: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)  # which may hold ${...}
     return list(map(str, given))
 
 

@@ -71,11 +71,14 @@ class _Relation(torch.autograd.Function):
                 part = slice(begin, begin + size)
                 batch = torch.arange(begin, min(begin + size, len(ours)), device=device) // heads  # (pairs,)
                 of = None if segments is None else segments[batch]
-                mask = dense_mask(of, length=length, causal=causal, reach=length, device=device)[:, 0]
+                mask = None  # in full blocks all tokens relate, and nothing is to be filled
+                if of is not None or causal:
+                    mask = dense_mask(of, length=length, causal=causal, reach=length, device=device)[:, 0]
                 weight = weights[batch].to(exact)[..., None] / heads  # (pairs, length, 1)
                 log_q, log_p = (_log_relation(each[part], mask) for each in (ours, theirs))
                 p = log_p.exp()
-                total += (weight * p * (log_p - log_q).masked_fill_(~mask, 0)).sum()
+                gaps = log_p - log_q
+                total += (weight * p * (gaps if mask is None else gaps.masked_fill_(~mask, 0))).sum()
                 if gradient is not None:
                     # The derivative by the scores is q - p, and a score is a product of two rows: it goes to both.
                     by_scores = log_q.exp_().sub_(p).mul_(weight)  # (pairs, length, length)
@@ -103,7 +106,7 @@ def _merge(states: Tensor, heads: int) -> Tensor:
     return states.view(-1, heads, *states.shape[1:]).transpose(1, 2).flatten(2)
 
 
-def _log_relation(states: Tensor, mask: Tensor) -> Tensor:
+def _log_relation(states: Tensor, mask: Tensor | None) -> Tensor:
     """Return the logarithm of the relation (pairs, length, length) of (pairs, length, d); -inf outside the mask."""
     scores = states @ states.mT / states.shape[-1] ** 0.5
-    return F.log_softmax(scores.masked_fill_(~mask, -torch.inf), dim=-1)
+    return F.log_softmax(scores if mask is None else scores.masked_fill_(~mask, -torch.inf), dim=-1)

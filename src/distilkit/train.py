@@ -167,9 +167,12 @@ def find_baseline(baseline: str | None, out: Path, *, in_sweep: bool = False) ->
         return None
     folder = Path(str(baseline)).expanduser().resolve()
     folder = folder.parent if folder.name == "summary.json" else folder
+    if folder == out:
+        return None
     missing = [name for name in ("summary.json", "rows-val.npz") if not (folder / name).is_file()]
-    if folder == out or not missing:  # damaged rows are reported before training
-        return None if folder == out or not read_rows(folder, "val") else str(folder)
+    if not missing:
+        read_rows(folder, "val")  # damaged ones are reported before training
+        return str(folder)
     found = f"baseline={baseline} has no {missing[0]}"
     if not in_sweep:
         raise UserError(f"{found}; give the folder of a finished run of this version, or baseline=null")

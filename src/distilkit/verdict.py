@@ -9,17 +9,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import special
 from torch import Tensor
 
 from distilkit.language_model import LM
-from distilkit.records import Array, Rows
+from distilkit.metrics import nats_below, ratio_of_sums
+from distilkit.records import Rows
 
 Curve = Sequence[tuple[int, float]]  # optimizer steps done, value
 
 _BY = {"mlm": "masked accuracy", "clm": "next-token accuracy"}
-_FEWEST, _HITS = 8, 20  # held-out blocks that give an interval; right predictions of a teacher to keep a share of
-_SAME_TEXT = 0.9  # of the blocks of two runs; other numbers of ranks leave out some
+_HITS = 20  # right predictions of a teacher, to keep a share of
 _SAMPLED = 256  # entries of each weight, at least, unless it has fewer
 _MOVED = 1e-4  # relative change of the weights; one step of AdamW at the default learning rate makes about 1e-2
 _STEPS, _FALL = 50, 0.02  # after so many, the soft-target KL on the same blocks has fallen by this share
@@ -77,13 +76,13 @@ def judge(
     elif right < _HITS:
         line += f" (the teacher's {right / tokens:.3f} is too low to say what is kept)"
     else:
-        kept, margin = ratios["kept"] = _ratio(after.sums["accuracy"], after.sums["teacher_accuracy"])
+        kept, margin = ratios["kept"] = ratio_of_sums(after.sums["accuracy"], after.sums["teacher_accuracy"])
         found["by"], interval = _BY[lm], "" if margin is None else f" ± {100 * margin:.1f}"
         line = f"kept {100 * kept:.1f}{interval} % of the teacher's {_BY[lm]} ({accuracy:.3f} of {right / tokens:.3f})"
     line = line if steps else f"without training: {line}"
     gains = []
     for key, name, other in (("cut", start, before if steps else None), ("baseline", "baseline", baseline)):
-        if (ratio := _gain(other, after)) is not None:
+        if (ratio := nats_below(other, after)) is not None:
             gain, margin = ratios[f"better_than_{key}"] = ratio
             interval = "" if margin is None else f" ± {margin:.3f}"
             unclear = " (no clear difference)" * (margin is not None and abs(gain) <= max(margin, _NATS))
@@ -96,26 +95,6 @@ def judge(
     margins = {name: margin for name, (_, margin) in ratios.items() if margin is not None}
     found |= {name: ratio for name, (ratio, _) in ratios.items()}
     return Verdict(line=line, margins=margins, **found)
-
-
-def _ratio(values: Array, sizes: Array) -> tuple[float, float | None]:
-    """Return the ratio of two sums over blocks (blocks,), and half of its 95 % interval by linearisation."""
-    ratio, count = float(values.sum() / sizes.sum()), len(values)
-    if count < _FEWEST:
-        return ratio, None
-    error = np.sqrt(np.square(values - ratio * sizes).sum() * count / (count - 1)) / abs(sizes.sum())
-    return ratio, float(special.stdtrit(count - 1, 0.975) * error)
-
-
-def _gain(other: Rows | None, after: Rows) -> tuple[float, float | None] | None:
-    """Return by how many nats ``after`` is below ``other``, and half of its interval; None where the blocks differ."""
-    if other is None:
-        return None
-    _, one, two = np.intersect1d(other.ids, after.ids, return_indices=True)
-    first, second = other.take(one).sums, after.take(two).sums
-    if len(one) < _SAME_TEXT * max(len(other), len(after)) or not np.isfinite(first["nll"]).all():
-        return None
-    return _ratio(first["nll"] - second["nll"], second["tokens"])
 
 
 def find_faults(
@@ -156,7 +135,7 @@ def find_faults(
         found = f"the loss still falls: the last fifth of the steps brought {share:.0%} of its fall"
         faults.append(f"{found}; train longer, by budget, trainer.max_steps or trainer.max_epochs")
     if reads_teacher and rows is not None and "teacher_nll" in rows.sums:
-        excess, margin = _ratio(rows.sums["teacher_nll"] - rows.sums["nll"], rows.sums["tokens"])
+        excess, margin = ratio_of_sums(rows.sums["teacher_nll"] - rows.sums["nll"], rows.sums["tokens"])
         if margin is not None and excess > margin:
             found = (
                 f"the teacher's held-out cross-entropy is {excess:.3f} ± {margin:.3f} nats above its student's, so that"

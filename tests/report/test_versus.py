@@ -10,7 +10,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from distilkit.records import Rows, read_runs, write_rows
+from distilkit.metrics import nats_below
+from distilkit.records import Rows, read_rows, read_runs, write_rows
 from distilkit.report import runs, versus
 from scores import by_row, gathered, perplexity, result, run, said, with_rows, write_run
 
@@ -62,14 +63,15 @@ def test_a_difference_has_an_interval_over_the_held_out_blocks_of_both_rows(tmp_
     names = len("baseline_time") - len("distilled")
     gaps = (tokens * 0.125 + noise * names)[draws].sum(axis=1) / tokens[draws].sum(axis=1)
     half = (np.quantile(gaps, 0.975) - np.quantile(gaps, 0.025)) / 2
-    assert versus._margin(some[1], some[3]) == pytest.approx(half, rel=0.06)
+    found = nats_below(*(read_rows(row["folder"], "val") for row in (some[3], some[1])))
+    assert found == pytest.approx((0.125 + noise.sum() * names / tokens.sum(), half), rel=0.06)
     first, second, _ = versus.equal_rows(some, gathered([]))
     assert re.search(r"by 0\.125 ± 0\.03\d nats of held-out cross-entropy\.$", first)
     assert "by 0.250 ± 0.00" in second
     some[3]["after"]["val/nll"] = 4.51
     assert versus.equal_rows(some, gathered([]))[0].endswith("nats of held-out cross-entropy (no clear difference).")
     write_rows(tmp_path / "distilled", "val", Rows(ids=np.arange(1, 401), sums=sums))  # on other text
-    assert versus._margin(some[1], some[3]) is None
+    assert "±" not in versus.equal_rows(some, gathered([]))[0]
 
 
 def test_times_that_differ_give_no_verdict_at_equal_time() -> None:

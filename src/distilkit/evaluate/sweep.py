@@ -25,7 +25,7 @@ from distilkit.report.__main__ import write_report
 log = logging.getLogger(__name__)
 
 _KEYS = ("tasks", "data_dir", "seeds", "overrides")
-_BASELINES = ("baseline_time", "baseline")  # the honest one first
+_BASELINES = ("baseline_time", "baseline")  # equal time before equal tokens
 
 
 @contextmanager

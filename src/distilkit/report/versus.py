@@ -5,15 +5,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import special
 
+from distilkit.metrics import nats_below
 from distilkit.records import read_rows
 from distilkit.report.ablation import Run
 from distilkit.report.frame import Scores, task_label
 from distilkit.report.retention import verdicts
 
 _UNLIKE = 0.1  # share by which two training times may differ and count as equal
-_FEWEST = 8  # held-out blocks that give an interval
 
 
 def training_seconds(run: Run) -> float | None:
@@ -79,7 +78,10 @@ def _compare(rows: Mapping[str, Any], other: str) -> str:
     """Compare the distilled row with a baseline by held-out cross-entropy."""
     nll = {name: rows[name]["after"]["val/nll"] for name in ("distilled", other)}
     best, worst = sorted(nll, key=lambda name: nll[name])
-    gap, margin = nll[worst] - nll[best], _margin(rows[best], rows[worst])
+    better, worse = (read_rows(rows[name]["folder"], "val") for name in (best, worst))
+    same = better is not None and worse is not None and np.array_equal(better.ids, worse.ids)  # held-out blocks
+    found = nats_below(worse, better) if same and better is not None else None
+    gap, margin = nll[worst] - nll[best], None if found is None else found[1]
     interval = "" if margin is None else f" ± {margin:.3f}"
     by = f"{best} is better than {worst} by {gap:.3f}{interval} nats of held-out cross-entropy"
     by += " (no clear difference)" * (margin is not None and gap <= margin)
@@ -93,13 +95,3 @@ def _compare(rows: Mapping[str, Any], other: str) -> str:
     if abs(ours - theirs) > _UNLIKE * ours:
         return f"There is no verdict at equal time: distilled trained for {duration(ours)}, {other} for {duration(theirs)}."
     return f"At equal time ({duration(ours)}), {by}."
-
-
-def _margin(ours: Run, theirs: Run) -> float | None:
-    """Return half of the 95 % interval of a difference in cross-entropy, over held-out blocks, by linearisation."""
-    mine, other = (read_rows(run["folder"], "val") for run in (ours, theirs))
-    if mine is None or other is None or len(mine) < _FEWEST or not np.array_equal(mine.ids, other.ids):
-        return None
-    gaps, tokens, count = other.sums["nll"] - mine.sums["nll"], mine.sums["tokens"], len(mine)
-    errors = gaps - tokens * gaps.sum() / tokens.sum()
-    return float(special.stdtrit(count - 1, 0.975) * errors.std() * count / np.sqrt(count - 1) / tokens.sum())
