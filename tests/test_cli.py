@@ -1,10 +1,8 @@
-import contextlib
 import io
 import platform
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from hydra.errors import InstantiationException
@@ -13,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from distilkit import cli
-from distilkit.cli import ExpandHome, check_added, check_keys, keep_large_buffers, ranks_on_config, report_errors
+from distilkit.cli import ExpandHome, check_added, check_keys, keep_large_buffers, report_errors
 from distilkit.errors import UserError
 
 # The resident memory after freeing 200 MB, with and without the raised thresholds.
@@ -39,21 +37,6 @@ def test_freed_buffers_stay_with_the_process_where_the_library_is_glibc() -> Non
         assert resident_after_freeing("keep") - resident_after_freeing("give back") > 150_000_000
     else:
         assert not keep_large_buffers()
-
-
-def test_a_failed_job_of_a_sweep_ends_its_ranks_before_lightning_ends_this_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cli, "in_sweep", lambda: True)
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    children = [child]
-    with (
-        contextlib.suppress(ValueError),
-        ranks_on_config(tmp_path / "config.yaml", launcher=SimpleNamespace(procs=children)),
-    ):
-        raise ValueError("the job failed")
-    assert child.returncode is not None
-    assert children == []  # which Lightning's thread takes for the end of all ranks
 
 
 def test_a_class_without_a_signature_is_not_checked() -> None:

@@ -1,4 +1,4 @@
-"""The parts that all commands share: config checks, one-line errors, child ranks, warnings and memory."""
+"""The parts that all commands share: config checks, one-line errors, warnings and memory."""
 
 import ctypes
 import functools
@@ -288,57 +288,3 @@ def set_matmul_precision(name: str) -> None:
     if name not in ("highest", "high", "medium"):
         raise UserError(f"matmul_precision={name}, but it takes highest, high or medium")
     torch.set_float32_matmul_precision(name)
-
-
-_RANK_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-@contextmanager
-def ranks_on_config(config_file: Path, *, launcher: Any = None) -> Iterator[None]:
-    """Let child ranks run ``config_file``, and afterwards remove all traces of the process group.
-
-    1. Lightning starts each rank with ``sys.argv``. In a multirun that is the whole sweep, so each rank would choose a
-       job. Without a Hydra command line, as in a notebook, child ranks repeat the caller's own script.
-    2. Lightning's rank variables would make the next job of a sweep a waiting child; those of torchrun and SLURM stay.
-    3. In a sweep, the ranks of a failed job are ended. Else the thread in which Lightning's ``launcher`` watches them
-       would kill this process, and with it the sweep.
-    """
-    unset = [name for name in _RANK_VARIABLES if name not in os.environ]
-    try:
-        with _command_line(config_file):
-            yield
-    except Exception:
-        children: list[Any] = getattr(launcher, "procs", []) if in_sweep() else []
-        for child in children:
-            child.kill()
-            child.wait()
-        children.clear()  # the thread reads the same list
-        raise
-    finally:
-        if "LOCAL_RANK" in unset:  # the ranks were started here
-            import torch
-
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                torch.distributed.destroy_process_group()
-            for name in unset:
-                os.environ.pop(name, None)
-
-
-@contextmanager
-def _command_line(config_file: Path) -> Iterator[None]:
-    """Point the arguments and Hydra's run folder at a config, if Hydra has started this job."""
-    if not HydraConfig.initialized():
-        yield
-        return
-    folder, arguments = str(config_file.parent.resolve()), sys.argv[1:]
-    hydra: Any = HydraConfig.get()
-    run_dir = hydra.run.dir
-    sys.argv[1:] = [f"--config-path={folder}", f"--config-name={config_file.stem}"]
-    with flag_override(hydra, "readonly", False):
-        hydra.run.dir = folder  # Lightning passes it to the children
-    try:
-        yield
-    finally:
-        sys.argv[1:] = arguments
-        with flag_override(hydra, "readonly", False):
-            hydra.run.dir = run_dir

@@ -25,7 +25,6 @@ from distilkit.cli import (
     in_sweep,
     keep_large_buffers,
     quiet,
-    ranks_on_config,
     report_errors,
     set_matmul_precision,
 )
@@ -43,6 +42,7 @@ from distilkit.layers import METHODS
 from distilkit.module import DistillationModule
 from distilkit.objective import Objective
 from distilkit.probe import probe
+from distilkit.ranks import ranks_on_config
 from distilkit.records import read_rows, write_json
 from distilkit.student import measure_layers
 from distilkit.summary import describe, finish, print_result
