@@ -10,7 +10,7 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -28,6 +28,8 @@ from distilkit.data.tokenizer import num_ids, tokenizer_hash
 from distilkit.errors import UserError
 
 log = logging.getLogger(__name__)
+
+Chunk = dict[str, tuple[int, NDArray[Any]]]  # by split: a number of documents, and their tokens (tokens,)
 
 FORMAT = 1  # increase it when the meaning of the files changes
 
@@ -86,8 +88,9 @@ def prepare(
     key = cache_key(corpus, tokenizer, val_share=val_share)
 
     def write(folder: Path) -> None:
-        batches = _batches(corpus.documents(), max_documents=batch_documents, max_characters=batch_characters)
-        _write(folder, corpus, batches, tokenizer, val_share=val_share, key=key)
+        texts = batches(corpus.documents(), max_documents=batch_documents, max_characters=batch_characters)
+        chunks = (tokenize_batch(batch, tokenizer, val_share=val_share) for batch in texts)
+        write_cache(folder, corpus, chunks, tokenizer, key=key)
 
     return make_once(Path(cache_dir).expanduser(), key, write)
 
@@ -168,7 +171,17 @@ def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase, *, dtype:
     return np.fromiter(joined, dtype=dtype)
 
 
-def _batches(documents: Iterator[str], *, max_documents: int, max_characters: int) -> Iterator[list[str]]:
+def tokenize_batch(documents: list[str], tokenizer: PreTrainedTokenizerBase, *, val_share: float) -> Chunk:
+    """Divide documents between the splits, and tokenize both."""
+    by_split: dict[str, list[str]] = {}
+    for document in documents:
+        by_split.setdefault(split_of(document, val_share=val_share), []).append(document)
+    dtype = dtype_of(tokenizer)
+    return {split: (len(texts), tokenize(texts, tokenizer, dtype=dtype)) for split, texts in by_split.items()}
+
+
+def batches(documents: Iterator[str], *, max_documents: int, max_characters: int) -> Iterator[list[str]]:
+    """Cut a stream of documents into lists, of which each but the last has reached one of the limits."""
     batch: list[str] = []
     num_characters = 0
     for document in documents:
@@ -181,17 +194,11 @@ def _batches(documents: Iterator[str], *, max_documents: int, max_characters: in
         yield batch
 
 
-def _write(
-    folder: Path,
-    corpus: Corpus,
-    batches: Iterator[list[str]],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    val_share: float,
-    key: str,
+def write_cache(
+    folder: Path, corpus: Corpus, chunks: Iterable[Chunk], tokenizer: PreTrainedTokenizerBase, *, key: str
 ) -> None:
     """Write the token files, and then meta.json."""
-    num_documents, num_tokens = _write_tokens(folder, batches, tokenizer, val_share=val_share)
+    num_documents, num_tokens = write_tokens(folder, chunks, tokenizer)
     total = sum(num_documents.values())
     if not sum(num_tokens.values()):
         found = (
@@ -203,7 +210,7 @@ def _write(
     meta = {
         "format": FORMAT,
         "key": key,
-        "dtype": _dtype(tokenizer).name,
+        "dtype": dtype_of(tokenizer).name,
         "tokenizer": tokenizer_hash(tokenizer),
         "separator": separator_id(tokenizer),
         "corpus": corpus.fingerprint(),
@@ -217,26 +224,23 @@ def _write(
     )
 
 
-def _dtype(tokenizer: PreTrainedTokenizerBase) -> np.dtype[Any]:
+def dtype_of(tokenizer: PreTrainedTokenizerBase) -> np.dtype[Any]:
+    """Return the type of the ids in a cache: two bytes, or four for a vocabulary above 65,536."""
     return np.dtype(np.uint16 if num_ids(tokenizer) <= 2**16 else np.uint32)
 
 
-def _write_tokens(
-    folder: Path, batches: Iterator[list[str]], tokenizer: PreTrainedTokenizerBase, *, val_share: float
+def write_tokens(
+    folder: Path, chunks: Iterable[Chunk], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Write train.bin, val.bin and counts.bin; return the numbers of documents and of tokens by split."""
     num_documents, num_tokens = {"train": 0, "val": 0}, {"train": 0, "val": 0}
-    counts, dtype = np.zeros(num_ids(tokenizer), dtype=np.int64), _dtype(tokenizer)  # (ids,)
+    counts = np.zeros(num_ids(tokenizer), dtype=np.int64)  # (ids,)
     with _progress() as show, (folder / "train.bin").open("wb") as train, (folder / "val.bin").open("wb") as val:
         files = {"train": train, "val": val}
-        for batch in batches:
-            by_split: dict[str, list[str]] = {}
-            for document in batch:
-                by_split.setdefault(split_of(document, val_share=val_share), []).append(document)
-            for split, documents in by_split.items():
-                ids = tokenize(documents, tokenizer, dtype=dtype)  # (tokens,)
+        for chunk in chunks:
+            for split, (documents, ids) in chunk.items():
                 files[split].write(ids.tobytes())
-                num_documents[split] += len(documents)
+                num_documents[split] += documents
                 num_tokens[split] += len(ids)
                 if split == "train":
                     counts += np.bincount(ids, minlength=len(counts))
