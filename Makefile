@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format bench bench-quick bench-gpu bench-growth verify-published clean
+.PHONY: help demo test test-slow fuzz audit lint format bench bench-quick bench-gpu bench-growth verify-published clean
 
 help:  ## show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,6 +23,15 @@ test: $(INSTALLED)  ## run the tests but the slow ones
 
 test-slow: $(INSTALLED)  ## run the slow tests: the wheel, several processes, the demo in short
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+
+fuzz: $(INSTALLED)  ## give commands and readers wrong values and damaged files, 1,500 cases (15 minutes)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow tests/fuzz
+
+audit: $(INSTALLED)  ## look up the installed packages in the list of known vulnerabilities; needs PyPI
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
+	$(VENV)/audit/bin/pip-audit --strict --skip-editable \
+	  --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 
 lint: $(INSTALLED)  ## check style and types
 	$(BIN)/ruff check .

@@ -27,6 +27,7 @@ from hydra.types import RunMode
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf, flag_override
 
+from distilkit.credentials import refuse_credentials
 from distilkit.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -197,8 +198,10 @@ _OF_HYDRA = {"_target_", "_args_", "_partial_", "_convert_", "_recursive_"}
 def check_added(cfg: DictConfig, *, config: str, overrides: Iterable[str] | None = None) -> None:
     """Check that each top-level key that ``+key=value`` has added is known to a file below conf/, or read by another.
 
+    A key or a password among the values is refused, too.
     ``overrides`` are those of Hydra's command line, if there is one, by default.
     """
+    refuse_credentials(cfg)
     if overrides is None:
         overrides = _unresolved(HydraConfig.get().overrides.task) if HydraConfig.initialized() else ()
     own: Any = OmegaConf.create(resources.files("distilkit.conf").joinpath(config).read_text("utf-8"))
