@@ -30,9 +30,10 @@ def steps_of(points: Sequence[float], *, tokens_per_step: float, decay_share: fl
 
 def schedules(leaves: int, ends: int, *, warmup: int) -> tuple[list[str], list[str]]:
     """Return the overrides of the schedule of a trunk, up to the step ``leaves``, and of its branch up to ``ends``."""
-    trunk = ["scheduler.name=constant_with_warmup", f"scheduler.warmup_share={warmup / leaves:.8f}"]
+    may = "may_change=[scheduler]"  # a checkpoint of the trunk goes on with another one
+    trunk = [may, "scheduler.name=constant_with_warmup", f"scheduler.warmup_share={warmup / leaves:.8f}"]
     decay = f"+scheduler.kwargs.decay_share={(ends - leaves) / ends:.8f}"
-    return trunk, ["scheduler.name=wsd", f"scheduler.warmup_share={warmup / ends:.8f}", decay]
+    return trunk, [may, "scheduler.name=wsd", f"scheduler.warmup_share={warmup / ends:.8f}", decay]
 
 
 def measure_curve(experiment: Experiment) -> None:

@@ -16,6 +16,7 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.strategies import FSDPStrategy
 from transformers import PreTrainedModel
 
+from distilkit import same_run
 from distilkit.budget import parse_budget
 from distilkit.callbacks import ValidateEvery
 from distilkit.cli import (
@@ -74,6 +75,8 @@ def build(cfg: DictConfig) -> Job:
             f"{out} holds a finished run; choose another hydra.run.dir (from Python: out), or delete {out / 'student'}"
         )
     checkpoint = find_checkpoint(cfg.ckpt_path, out, in_sweep=in_sweep())
+    if checkpoint:
+        same_run.check(read_checkpoint(checkpoint), cfg, file=checkpoint)
     cfg.ckpt_path = str(checkpoint) if checkpoint else None
     cfg.baseline = find_baseline(cfg.baseline, out, in_sweep=in_sweep())
     set_matmul_precision(cfg.matmul_precision)

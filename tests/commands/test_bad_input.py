@@ -430,8 +430,33 @@ def test_a_checkpoint_of_another_student_is_not_resumed(finished: Path, refused:
     refused(
         f"ckpt_path={finished}/checkpoints/last.ckpt",
         "student=third_depth",
+        "seed=7",
+        facts=[
+            f"{finished}/checkpoints/last.ckpt was trained with seed=42, this run has 7; student.layers=half, this run has third",
+            "resume with the same settings",
+            "may_change=[seed,student] lets them change on purpose",
+        ],
+    )
+
+
+def test_a_student_of_other_shapes_is_not_resumed_where_it_is_meant(
+    finished: Path, refused: Callable[..., None]
+) -> None:
+    refused(
+        f"ckpt_path={finished}/checkpoints/last.ckpt",
+        "student=third_depth",
+        "may_change=[student]",
         facts=["the checkpoint has another student", "resume with the same settings"],
     )
+
+
+def test_fewer_steps_than_the_checkpoint_has_write_no_student(finished: Path, refused: Callable[..., None]) -> None:
+    file = f"{finished}/checkpoints/last.ckpt"
+    facts = [
+        "trainer.max_steps=0, but",
+        f"has done 1 steps; set more, or export it: python -m distilkit.export ckpt={file}",
+    ]
+    refused(f"ckpt_path={file}", "trainer.max_steps=0", facts=facts)
 
 
 def test_other_batch_sizes_do_not_resume_within_an_epoch(finished: Path, refused: Callable[..., None]) -> None:

@@ -126,6 +126,9 @@ def test_a_resumed_run_keeps_its_layers_and_measures_nothing(
     for other in ("student.layers=influence", "student.num_layers=3"):
         done = train(*given, *GREEDY, other, last, "hydra.run.dir=other", cwd=tmp_path)
         assert done.code == 1
+        assert f"was trained with {other.partition('=')[0]}=" in done.err
+        done = train(*given, *GREEDY, other, last, "may_change=[student]", "hydra.run.dir=other", cwd=tmp_path)
+        assert done.code == 1
         assert f"has layers {choice['layers']}, chosen in another way; resume with the same settings" in done.err
     assert not (tmp_path / "other" / "student").exists()
 
