@@ -158,20 +158,37 @@ class StopAfter(Callback):
 
 
 class Send(Callback):
-    """Send this process a signal in the middle of a step, or in the last validation; for ``+callbacks.send``."""
+    """Send this process a signal after so many optimizer steps; for ``+callbacks.send``.
 
-    def __init__(self, *, name: str, step: int) -> None:
-        self.number, self.step = signal.Signals[name], step
+    ``at`` is step, within the next one, validation, save, setup, before the first one, or end, after the last one;
+    ``rank`` is the only rank that gets it, else all do. Of a sweep's jobs, the second alone gets it.
+    """
+
+    def __init__(self, *, name: str, step: int = 0, at: str = "step", rank: int | None = None, job: int = 1) -> None:
+        self.number, self.step, self.at, self.rank = signal.Signals[name], step if job == 1 else -1, at, rank
+
+    def _send(self, trainer: Trainer, *, at: str) -> None:
+        here = at == self.at and not trainer.sanity_checking and self.rank in (None, trainer.global_rank)
+        if here and trainer.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._send(trainer, at="setup")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step == self.step and batch["is_first"]:
-            os.kill(os.getpid(), self.number)
+        if batch["is_first"]:
+            self._send(trainer, at="step")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step == self.step == trainer.max_steps:
-            os.kill(os.getpid(), self.number)
+        self._send(trainer, at="validation")
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._send(trainer, at="save")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._send(trainer, at="end")
 
 
 class SetClock(Callback):

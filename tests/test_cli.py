@@ -8,7 +8,7 @@ import pytest
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from distilkit import cli
 from distilkit.cli import ExpandHome, check_added, check_keys, keep_large_buffers, report_errors
@@ -83,16 +83,6 @@ def test_a_command_prints_a_replacement_for_what_its_output_cannot_encode(monkey
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1", write_through=True))
     report_errors(print)("é 나는 \udcff")
     assert written.getvalue() == b"\xe9 ?? ?\n"
-
-
-def test_a_command_that_lightning_ends_at_sigterm_is_no_success() -> None:
-    @report_errors
-    def terminated() -> None:
-        raise SIGTERMException
-
-    with pytest.raises(SystemExit) as stopped:
-        terminated()
-    assert stopped.value.code == 143
 
 
 @pytest.mark.parametrize(("folder", "expanded"), [("~/a", "/home/me/a"), ("/b/~", "/b/~")])

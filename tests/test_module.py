@@ -4,11 +4,10 @@ import copy
 import dataclasses
 import functools
 import math
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ from pytorch_lightning.strategies import FSDPStrategy
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from distilkit.callbacks import StopOnSignal, ValidateEvery
+from distilkit.callbacks import ValidateEvery
 from distilkit.data.batches import split_step
 from distilkit.errors import UserError
 from distilkit.language_model import Batch, checkpoint_activations
@@ -554,36 +553,6 @@ def test_a_head_that_no_term_reads_is_frozen_so_that_no_rank_waits_for_its_gradi
         "vocab_projector.bias",
     }
     assert all(parameter.requires_grad for parameter in build_module(tokenizer).student.parameters())
-
-
-def test_several_ranks_ask_for_a_signal_once_in_ten_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
-
-    def another_rank(highest: torch.Tensor, *_: Any) -> None:
-        asked.append(trainer.global_step)
-        if trainer.global_step == 20:
-            highest.fill_(15)
-
-    monkeypatch.setattr(torch.distributed, "all_reduce", another_rank)
-    loop = SimpleNamespace(_broadcast_sigterm_tensor=lambda: asked.append(-1))
-    trainer: Any = SimpleNamespace(
-        world_size=2,
-        fit_loop=SimpleNamespace(epoch_loop=loop),
-        strategy=SimpleNamespace(root_device="cpu"),
-        save_checkpoint=lambda file, weights_only: asked.append(0),
-    )
-    stop, module = StopOnSignal(file="last.ckpt"), cast(DistillationModule, None)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    stop.on_train_start(trainer, module)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    with pytest.raises(SystemExit) as stopped:
-        for step in range(1, 40):
-            for micro_batch in range(2):
-                trainer.global_step = step - (micro_batch == 0)
-                loop._broadcast_sigterm_tensor()
-                stop.on_train_batch_end(trainer, module, None, {"is_last": micro_batch == 1}, 0)
-    assert (asked, stopped.value.code) == ([10, 20, 0], 143)
 
 
 def test_the_schedule_warms_up_and_decays_to_zero_over_the_optimizer_steps(

@@ -1,10 +1,8 @@
-"""Callbacks: validation by optimizer steps, an end at a signal, a comparison of input forms, and a progress bar."""
+"""Callbacks: validation by optimizer steps, a comparison of input forms, and a progress bar."""
 
 import logging
 import math
-import signal
 import sys
-import threading
 from datetime import timedelta
 from typing import Any, cast
 
@@ -12,7 +10,6 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import RichProgressBar
 
-from distilkit.cli import in_sweep
 from distilkit.data.batches import DistillationDataModule
 from distilkit.data.forms import Comparison, compare_forms
 from distilkit.errors import UserError
@@ -42,8 +39,13 @@ class ValidateEvery(Callback):
             self.interval = math.ceil(self.total / max(1, math.ceil(self.total / self.optimizer_steps)))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validate at once if a resumed run stopped where a validation is due."""
-        self._request(trainer, due=trainer.global_step > 0)
+        """Validate at once if a resumed run stopped after a step, before the validation that is due there."""
+        self._request(trainer, due=False)
+        loop = trainer.fit_loop.epoch_loop
+        if loop.restarted_on_train_batch_end and self._due(trainer):  # Lightning would count it as done
+            trainer.validating, loop.val_loop.restarting = True, False
+            loop.val_loop.run()
+            trainer.training = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -51,60 +53,14 @@ class ValidateEvery(Callback):
         """Request a validation after an optimizer step if one is due."""
         self._request(trainer, due=batch["is_last"])
 
+    def _due(self, trainer: Trainer) -> bool:
+        """Return whether the student is scored after as many steps as there were."""
+        return trainer.global_step % self.interval == 0 or trainer.global_step in (self.total, trainer.max_steps)
+
     def _request(self, trainer: Trainer, *, due: bool) -> None:
         """Set Lightning's interval of micro-batches so that it validates now or not yet."""
-        end = trainer.global_step in (self.total, trainer.max_steps)
-        now = due and (trainer.global_step % self.interval == 0 or end)
+        now = due and self._due(trainer)
         trainer.val_check_batch = trainer.fit_loop.total_batch_idx + 1 if now else sys.maxsize
-
-
-class StopOnSignal(Callback):
-    """End at SIGTERM or Ctrl-C: finish the optimizer step, save ``file``, and exit with 128 + the signal's number.
-
-    A second signal ends the process at once. Several ranks agree at every tenth step. This replaces Lightning's own
-    question, for which the host waits for the device at each micro-batch.
-    """
-
-    def __init__(self, *, file: str) -> None:
-        """Begin without a signal."""
-        self.file, self.received = file, 0
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen from now on; Lightning puts the former handlers back when it ends."""
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
-        if threading.current_thread() is threading.main_thread():  # Python allows it there only
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: Any) -> None:
-        self.received = number
-        signal.signal(number, signal.SIG_DFL)
-        log.warning("%s: the run ends after this optimizer step", signal.Signals(number).name)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """End after an optimizer step if any rank has received a signal."""
-        if batch["is_last"] and (trainer.world_size == 1 or trainer.global_step % 10 == 0):
-            self._end(trainer)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End also after the last step, at which a sweep would go on with its next job."""
-        self._end(trainer)
-
-    def _end(self, trainer: Trainer) -> None:
-        """Save and exit if any rank has received a signal."""
-        if trainer.world_size > 1:
-            highest = torch.tensor(self.received, device=trainer.strategy.root_device)
-            torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
-            self.received = int(highest)
-        if self.received:
-            trainer.save_checkpoint(self.file, weights_only=False)
-            found = "stopped after step %d; the same command with ckpt_path=%s goes on"
-            if in_sweep():  # one file cannot resume its jobs
-                found = "stopped after step %d, saved as %s; later jobs of the sweep have not run"
-            log.warning(found, trainer.global_step, self.file)
-            raise SystemExit(128 + self.received)
 
 
 class CompareForms(Callback):

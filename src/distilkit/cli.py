@@ -10,6 +10,7 @@ import math
 import os
 import platform
 import re
+import signal
 import sys
 import traceback
 import warnings
@@ -29,6 +30,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, flag_override
 
 from distilkit.credentials import refuse_credentials
 from distilkit.errors import UserError
+from distilkit.signals import ENDING, Stopped, command_again, first_rank, inbox, listening
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +58,11 @@ def user_cause(error: Exception) -> Exception | None:
 def in_sweep() -> bool:
     """Return whether this is a job of a multirun."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def changes_of_sweep() -> dict[str, str]:
+    """Return the overrides with which the command of this process goes on with its sweep, if it is one."""
+    return {"hydra.sweep.dir": str(Path(HydraConfig.get().sweep.dir).resolve())} if in_sweep() else {}
 
 
 def replace_unprintable() -> None:
@@ -92,18 +99,21 @@ def report_errors(entry: Callable[P, R]) -> Callable[P, R]:
         for given in args:
             if isinstance(given, DictConfig):
                 expand_home(given)
-        try:
-            return entry(*args, **kwargs)
-        except Exception as error:
-            cause = user_cause(error)
-            if cause is None or in_sweep() or os.environ.get("HYDRA_FULL_ERROR") == "1":
+        with listening(*ENDING):
+            inbox.command = [entry.__globals__["__spec__"].name.removesuffix(".__main__"), *sys.argv[1:]]
+            try:
+                return entry(*args, **kwargs)
+            except Exception as error:
+                cause = user_cause(error)
+                if cause is None or in_sweep() or os.environ.get("HYDRA_FULL_ERROR") == "1":
+                    raise
+                print(f"error: {cause}", file=sys.stderr)
+                sys.exit(1)
+            except Stopped:
+                if first_rank():
+                    name, again = signal.Signals(inbox.received).name, command_again(changes_of_sweep())
+                    log.warning("%s ended the command, which starts again with: %s", name, again)
                 raise
-            print(f"error: {cause}", file=sys.stderr)
-            sys.exit(1)
-        except SystemExit as stop:
-            if type(stop).__name__ == "SIGTERMException":  # Lightning's, with which a killed command ends as a success
-                sys.exit(143)
-            raise
 
     return wrapped
 

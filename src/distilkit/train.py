@@ -32,6 +32,7 @@ from distilkit.cli import (
 from distilkit.data import DistillationDataModule
 from distilkit.errors import UserError
 from distilkit.export import read_checkpoint
+from distilkit.interruption import StopOnSignal, note_slurm_job
 from distilkit.language_model import (
     check_positions,
     checkpoint_activations,
@@ -45,6 +46,7 @@ from distilkit.objective import Objective
 from distilkit.probe import probe
 from distilkit.ranks import ranks_on_config
 from distilkit.records import read_rows, write_json
+from distilkit.signals import ENDING, listening, release
 from distilkit.student import measure_layers
 from distilkit.summary import describe, finish, print_result
 from distilkit.teacher import Teacher
@@ -120,7 +122,8 @@ def run(job: Job) -> float:
     _record_config(job)
     if torch.cuda.is_initialized():  # by an earlier job in this process
         torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
-    with ranks_on_config(job.out / "config.yaml", launcher=trainer.strategy.launcher):
+    more = [callback.requeue for callback in trainer.callbacks if isinstance(callback, StopOnSignal)]  # type: ignore[attr-defined]
+    with listening(*ENDING, *more), ranks_on_config(job.out / "config.yaml", launcher=trainer.strategy.launcher):
         trainer.fit(module, datamodule=job.data, ckpt_path=job.checkpoint)
         trainer.save_checkpoint(job.out / "checkpoints" / "last.ckpt", weights_only=False)
         if trainer.global_step == 0:  # trainer.max_steps=0
@@ -130,6 +133,7 @@ def run(job: Job) -> float:
             _score(job)
         if trainer.is_global_zero:
             finish(trainer, module, out=job.out, baseline=job.cfg.baseline)
+        release()
     for logger in trainer.loggers:
         if module.verdict and isinstance(logger, TensorBoardLogger):
             logger.experiment.add_text("verdict", module.verdict.line)
@@ -304,6 +308,7 @@ def _record_config(job: Job) -> None:
     if job.trainer.is_global_zero:
         job.out.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(job.cfg, job.out / "config.yaml", resolve=True)
+        note_slurm_job(job.out)
         if record["layer_choice"]:
             write_json(job.out / "layer_choice.json", record["layer_choice"])
         sizes = [num_parameters(model) for model in (module.student, module.teacher) if model is not None]

@@ -498,35 +498,6 @@ def test_a_run_that_broke_off_and_was_resumed_ends_with_the_weights_of_an_unbrok
     assert [summaries[0][field] for field in fields] == [summaries[1][field] for field in fields]
 
 
-@pytest.mark.parametrize(
-    ("name", "status", "step", "last"), [("SIGTERM", 143, 2, 3), ("SIGINT", 130, 2, 3), ("SIGINT", 130, 4, 4)]
-)
-def test_a_signal_ends_a_run_after_its_step_and_the_run_goes_on_from_there(
-    name: str,
-    status: int,
-    step: int,
-    last: int,
-    tmp_path: Path,
-    text_file: Path,
-    cache: Path,
-    save_teacher: Callable[..., Path],
-) -> None:
-    given = "teacher=hf", f"teacher.name={save_teacher('bert')}", *SMALL, *QUIET, f"data.corpus.paths={text_file}"
-    given = *given, f"cache_dir={cache}", "trainer.max_steps=4", "validate_first=false"
-    send = f"+callbacks.send={{_target_: jobs.Send, name: {name}, step: {step}}}"
-    stopped = call(distilkit.train.main, *given, send, "hydra.run.dir=stopped", cwd=tmp_path)
-    assert stopped.code == status
-    file = tmp_path / "stopped" / "checkpoints" / "last.ckpt"
-    assert f"stopped after step {last}; the same command with ckpt_path={file} goes on" in stopped.out
-    assert torch.load(file, weights_only=True)["global_step"] == last
-    assert not (tmp_path / "stopped" / "student").exists()
-    for run, more in (("on", [f"ckpt_path={file}"]), ("whole", [])):
-        done = call(distilkit.train.main, *given, *more, f"hydra.run.dir={run}", cwd=tmp_path)
-        assert done.code == 0, done.err
-    one, two = (load_file(tmp_path / run / "student" / "model.safetensors") for run in ("on", "whole"))
-    assert all(torch.equal(one[weight], two[weight]) for weight in two)
-
-
 def test_the_last_checkpoint_is_that_of_the_newest_run_of_the_name(tmp_path: Path) -> None:
     for index, name in enumerate(("2026-01-02", "2026-01-01")):  # the newest by time, not by name
         file = tmp_path / name / "checkpoints" / "last.ckpt"

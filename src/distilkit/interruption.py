@@ -1,0 +1,167 @@
+"""End a training where it can be resumed, at a signal of a person or of a scheduler, and have SLURM start it again."""
+
+import hashlib
+import logging
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+from distilkit.cli import changes_of_sweep
+from distilkit.errors import UserError
+from distilkit.signals import command_again, inbox
+
+log = logging.getLogger(__name__)
+
+_JOB_FILE = "slurm_job"  # in the folder of a run: the SLURM job that trains it, and its command
+
+
+class StopOnSignal(Callback):
+    """End a training at a signal: finish the optimizer step, save ``file``, and exit with 128 + the signal's number.
+
+    During a validation the weights are those of a step's end, so that it ends at once. Several ranks agree after each
+    step, on the host, so that none waits for a device. ``requeue`` names the signal after which a SLURM job is queued
+    again. This replaces Lightning's handlers, which save within a step, and its question at each micro-batch.
+    """
+
+    def __init__(self, *, file: str, requeue: str = "SIGUSR1") -> None:
+        """Check the name of the signal."""
+        if requeue not in signal.Signals.__members__:
+            raise UserError(f"callbacks.signals.requeue={requeue} is no signal; give a name as SIGUSR1")
+        self.file, self.requeue = file, signal.Signals[requeue]
+        self.group: Any = None
+        self.flag = torch.zeros((), dtype=torch.int64)
+        self.answer: Any = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the place of Lightning's handlers, before it sets them."""
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hold signals from now on."""
+        if trainer.world_size > 1:
+            self.group = torch.distributed.new_group(backend="gloo")
+        inbox.held = True
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Ask the other ranks in the last micro-batch of a step, so that the answer is there after it."""
+        if batch["is_last"]:
+            self._ask()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """End after an optimizer step if any rank has received a signal."""
+        if batch["is_last"]:
+            self._end(trainer)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Ask the other ranks."""
+        if inbox.held:
+            self._ask()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """End within a validation, which a resumed run begins anew."""
+        if inbox.held:
+            self._end(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End also after the last step."""
+        self._ask()
+        self._end(trainer)
+
+    def _ask(self) -> None:
+        self.flag = torch.tensor(inbox.received)
+        if self.group is not None:
+            highest = torch.distributed.ReduceOp.MAX
+            self.answer = torch.distributed.all_reduce(self.flag, highest, group=self.group, async_op=True)
+
+    def _end(self, trainer: Trainer) -> None:
+        """Save and exit if any rank has received a signal."""
+        if self.answer is not None:
+            self.answer.wait()
+        else:
+            self.flag = torch.tensor(inbox.received)
+        if not (received := int(self.flag)):
+            return
+        done = trainer.fit_loop.epoch_loop.batch_progress
+        if (
+            trainer.validating and done.total.completed == done.total.processed
+        ):  # a resumed run validates from the start
+            done.total.completed -= 1
+            done.current.completed -= 1
+        trainer.save_checkpoint(self.file, weights_only=False)
+        if trainer.is_global_zero:
+            self._report(signal.Signals(received), trainer.global_step)
+        # Lightning kills rank 0 when a rank that it has started ends with another status.
+        raise SystemExit(128 + received if trainer.is_global_zero or "DISTILKIT_PARENT" not in os.environ else 0)
+
+    def _report(self, received: signal.Signals, step: int) -> None:
+        """Say how the run goes on, or have SLURM start it again."""
+        on = f"it goes on with ckpt_path={self.file}"
+        if inbox.command:
+            same = "ckpt_path=auto" in inbox.command
+            on = f"it goes on with: {command_again(changes_of_sweep() or {'ckpt_path': 'auto' if same else self.file})}"
+        log.warning("%s: stopped after step %d, saved as %s; %s", received.name, step, self.file, on)
+        if received == self.requeue and (job := slurm_job()):
+            requeue(job)
+
+
+def slurm_job() -> str | None:
+    """Return the id of the SLURM job that runs this process, an array's with that of its task; None outside one."""
+    if os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):  # a person's shell
+        return None
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ.get("SLURM_JOB_ID")
+
+
+def requeue(job: str) -> None:
+    """Have SLURM queue a job again under the same id; it ends this process soon."""
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+        failed = done.stderr.strip() if done.returncode else ""
+    except OSError as error:
+        failed = str(error)
+    if failed:
+        log.error("scontrol requeue %s failed: %s; submit the job again, with ckpt_path=auto", job, failed)
+    else:
+        log.warning("SLURM job %s is queued again; with ckpt_path=auto it goes on from there", job)
+
+
+def _of_this_job() -> str | None:
+    """Return what identifies the runs of this SLURM job and command line, over all its restarts."""
+    job, command = slurm_job(), hashlib.sha256(repr(inbox.command).encode()).hexdigest()  # which may hold a key
+    return job and f"{job}\n{command}\n"
+
+
+def note_slurm_job(out: Path) -> None:
+    """Write into the folder of a run which SLURM job trains it, if one does."""
+    if job := _of_this_job():
+        (out / _JOB_FILE).write_text(job, "utf-8")
+
+
+def folder_of_slurm_job(parent: Path) -> Path | None:
+    """Return the newest run below ``parent`` with a checkpoint that this SLURM job began with this command, or None.
+
+    A job that was queued again keeps its id, but its runs have new folders.
+    """
+    job = _of_this_job()
+    files = sorted(parent.glob(f"*/{_JOB_FILE}"), key=lambda file: file.stat().st_mtime, reverse=True)
+    same = (file.parent for file in files if job and file.read_text("utf-8") == job)
+    return next((folder for folder in same if any(folder.glob("checkpoints/*.ckpt"))), None)

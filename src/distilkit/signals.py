@@ -1,0 +1,115 @@
+"""Signals that end a command: at once, or, while a training holds them, where it can be resumed."""
+
+import logging
+import os
+import re
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+
+_SAME = 1.0  # seconds within which two signals are one: a scheduler signals both a process and its launcher
+_WORKER_SECONDS = 60.0  # for which a worker of a data loader outlives SIGTERM
+
+
+class Stopped(SystemExit):
+    """A signal has ended a command where nothing of it can be resumed."""
+
+
+@dataclass
+class Inbox:
+    """The signal that this process has received, or 0, and what it means at present."""
+
+    received: int = 0
+    at: float = 0.0  # when, by time.monotonic()
+    held: bool = False  # a training reads ``received`` where it can end
+    launcher: Any = None  # Lightning's, which has started other ranks
+    command: Sequence[str] = ()  # the module and the arguments of this process, if it is a command
+    owner: int = 0  # the process that listens; its forks inherit the handlers
+
+    def note(self, number: int, frame: Any) -> None:
+        """Handle a signal: the first raises ``Stopped`` or is held, and a second one ends the process at once."""
+        if os.getpid() != self.owner:
+            _note_in_fork(number)
+        elif not self.received:
+            self.received, self.at = number, time.monotonic()
+            if not self.held:
+                for child in getattr(self.launcher, "procs", ()):
+                    child.send_signal(number)
+                raise Stopped(128 + number)
+        elif time.monotonic() - self.at > _SAME:
+            _end(number)
+
+
+inbox = Inbox()
+
+
+def _end(number: int) -> None:
+    """End this process as if nobody listened."""
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
+def _note_in_fork(number: int) -> None:
+    """Let workers of a data loader serve the rest of a step, also if all processes of a job are signalled."""
+    data: Any = sys.modules.get("torch.utils.data")
+    if data is None or data.get_worker_info() is None:
+        _end(number)
+    elif number == signal.SIGTERM:  # also sent by a loader that gives up on them
+        last = threading.Timer(_WORKER_SECONDS, os._exit, (128 + number,))
+        last.daemon = True
+        last.start()
+
+
+@contextmanager
+def listening(*numbers: int) -> Iterator[None]:
+    """Give the signals ``numbers`` to the inbox, unless they are ignored, as by nohup, or handled by the caller."""
+    if threading.current_thread() is not threading.main_thread():  # Python has handlers there only
+        yield
+        return
+    outermost = inbox.owner != os.getpid()
+    if outermost:
+        vars(inbox).update(vars(Inbox(owner=os.getpid())))
+    unhandled = signal.SIG_DFL, signal.default_int_handler
+    before = {number: found for number in numbers if (found := signal.getsignal(number)) in unhandled}
+    for number in before:
+        signal.signal(number, inbox.note)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        inbox.held = False
+        if outermost:
+            inbox.owner = 0
+
+
+def release() -> None:
+    """Act at once on signals from now on; raise ``SystemExit`` with 128 + its number for one that was held."""
+    inbox.held = False
+    if inbox.received:
+        log.warning("%s: the run is finished", signal.Signals(inbox.received).name)
+        raise SystemExit(128 + inbox.received)
+
+
+def first_rank() -> bool:
+    """Return whether this is the first of the processes that a launcher or another process of the run has started."""
+    return not any(int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+
+
+def command_again(changes: Mapping[str, str]) -> str:
+    """Write the command line of this process for a shell, with ``changes`` in place of overrides of the same keys."""
+    module, *given = inbox.command
+    kept = [each for each in given if each.lstrip("+").partition("=")[0] not in changes]
+    plain = re.compile(r"[\w./:~+-]+")  # what Hydra reads without quotes
+    new = [f"{key}={value}" if plain.fullmatch(value) else f"{key}='{value}'" for key, value in changes.items()]
+    return shlex.join(["python", "-m", module, *kept, *new])
