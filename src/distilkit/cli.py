@@ -100,7 +100,8 @@ def report_errors(entry: Callable[P, R]) -> Callable[P, R]:
             if isinstance(given, DictConfig):
                 expand_home(given)
         with listening(*ENDING):
-            inbox.command = [entry.__globals__["__spec__"].name.removesuffix(".__main__"), *sys.argv[1:]]
+            spec = getattr(entry, "__globals__", {}).get("__spec__")  # run by python -m, __module__ is __main__
+            inbox.command = [spec.name.removesuffix(".__main__") if spec else sys.argv[0], *sys.argv[1:]]
             try:
                 return entry(*args, **kwargs)
             except Exception as error:
