@@ -191,6 +191,9 @@ def _check_config(cfg: DictConfig) -> None:
     """Refuse unknown keys, missing values, and the scheduler group of earlier versions."""
     check_added(cfg, config="train/train.yaml")
     check_keys(cfg)
+    if cfg.data.get("shard") is not None:
+        found = f"data.shard={cfg.data.shard} is for distilkit.prepare, and a training reads all text"
+        raise UserError(f"{found}; leave it out")
     if not isinstance(cfg.scheduler, DictConfig):
         name = {"constant": "constant_with_warmup", None: "constant"}.get(cfg.scheduler, cfg.scheduler)
         raise UserError(f"scheduler={cfg.scheduler}, but it is no group of options; set scheduler.name={name}")

@@ -18,6 +18,7 @@ from distilkit.data.blocks import Blocks, Draw, Packing, special_tokens_around
 from distilkit.data.cache import TokenCache, open_cache, prepare
 from distilkit.data.corpus import Corpus
 from distilkit.data.masking import VALIDATION_EPOCH, Ids, Masker, Masking, mix
+from distilkit.data.shards import check_shard, prepare_shard
 from distilkit.errors import UserError
 from distilkit.language_model import LM, Batch
 from distilkit.losses import IGNORE_INDEX
@@ -299,6 +300,8 @@ class DistillationDataModule(LightningDataModule):
         packing: Packing,
         num_workers: int,
         seed: int,
+        shard: int | None = None,
+        num_shards: int | None = None,
         description: str = "",
     ) -> None:
         """Check and store the settings. Nothing is read before ``prepare_data``; ``description`` is for the records."""
@@ -321,6 +324,8 @@ class DistillationDataModule(LightningDataModule):
         self.val_share, self.max_val_blocks = val_share, max_val_blocks
         self.attend_across_documents, self.packing = attend_across_documents, packing
         self.num_workers, self.seed, self.description = num_workers, seed, description
+        check_shard(shard, num_shards)
+        self.shard, self.num_shards = shard, num_shards
         self.cache: TokenCache | None = None
         self.train_blocks: Blocks | None = None
         self.val_blocks: Blocks | None = None
@@ -332,8 +337,18 @@ class DistillationDataModule(LightningDataModule):
         self.prepare()
 
     def prepare(self) -> Path:
-        """Tokenize the corpus into the cache, unless it is cached already, and return the cache's folder."""
+        """Tokenize the corpus into the cache, or join its shards, unless it is there; return the cache's folder."""
+        if self.num_shards is not None and (missing := self.prepare_shard(None)):
+            found = f"{len(missing)} of {self.num_shards} shards are missing, the first is {missing[0]}"
+            cure = f"prepare data.shard={missing[0].name.split('-')[1]}, or leave out data.num_shards"
+            raise UserError(f"{found}; {cure}")
         return prepare(self.corpus, self.tokenizer, cache_dir=self.cache_dir, val_share=self.val_share)
+
+    def prepare_shard(self, shard: int | None) -> list[Path]:
+        """Tokenize a shard of the corpus; return the folders of those that are missing until all can be joined."""
+        assert self.num_shards is not None
+        place: dict[str, Any] = {"cache_dir": self.cache_dir, "val_share": self.val_share}
+        return prepare_shard(self.corpus, self.tokenizer, shard=shard, num_shards=self.num_shards, **place)
 
     def open(self) -> TokenCache:
         """Prepare and open the cache, and make blocks of it. Blocks without a token to predict are an error."""

@@ -58,7 +58,9 @@ def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def cache_key(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, val_share: float) -> str:
-    """Return a hash of everything that determines the content of a cache."""
+    """Return a hash of everything that determines the content of a cache, after a check of ``val_share``."""
+    if not 0 < val_share < 1:
+        raise UserError(f"data.val_share={val_share}, but it must be above 0 and below 1, for example 0.01")
     inputs = {
         "format": FORMAT,
         "corpus": corpus.fingerprint(),
@@ -83,8 +85,6 @@ def prepare(
     Concurrent processes wait for the first one. ``batch_documents`` and ``batch_characters`` limit the text in memory;
     the defaults keep all cores of the tokenizer busy.
     """
-    if not 0 < val_share < 1:
-        raise UserError(f"data.val_share={val_share}, but it must be above 0 and below 1, for example 0.01")
     key = cache_key(corpus, tokenizer, val_share=val_share)
 
     def write(folder: Path) -> None:

@@ -4,16 +4,27 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from distilkit.data.cache_folder import usable
 from distilkit.errors import UserError
 
 
+class Piece(NamedTuple):
+    """A part of a corpus that is read on its own, as a file; the ``size`` is in any unit of its corpus."""
+
+    size: float
+    documents: Callable[[], Iterator[str]]
+
+
 class Corpus(Protocol):
-    """A stream of documents that can be read repeatedly and may be larger than memory."""
+    """A stream of documents that can be read repeatedly and may be larger than memory.
+
+    A corpus of several files may also have a method ``pieces``, a list of ``Piece`` that hold its documents one after
+    the other. Then a process that prepares a shard of it reads its own files only.
+    """
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what identifies the text, as JSON. A changed fingerprint leads to a new token cache."""

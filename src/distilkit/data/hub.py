@@ -2,9 +2,10 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
-from distilkit.data.corpus import LONGEST, nonempty, text_of
+from distilkit.data.corpus import LONGEST, Piece, nonempty, text_of
 from distilkit.errors import UserError
 
 
@@ -45,9 +46,20 @@ class HubDataset:
 
     def documents(self) -> Iterator[str]:
         """Yield the documents as they are downloaded."""
+        return self._documents(self._rows())
+
+    def pieces(self) -> list[Piece]:
+        """List the files of the data set, all of one size, or the whole where a document may span two of them."""
+        rows = self._rows()
+        if self.start or self.rows_per_document > 1:
+            return [Piece(1, self.documents)]
+        parts = [rows.shard(num_shards=rows.num_shards, index=index) for index in range(rows.num_shards)]
+        return [Piece(1, partial(self._documents, part)) for part in parts]
+
+    def _documents(self, rows: Any) -> Iterator[str]:
         texts: list[str] = []  # of the rows of one document
         size = 0
-        for number, row in enumerate(self._rows()):
+        for number, row in enumerate(rows):
             text = text_of(row[self.column], place=f"dataset {self.path!r}, row {number}: column {self.column!r}")
             complete = self.start.match(text) if self.start else len(texts) == self.rows_per_document
             if texts and (complete or size > LONGEST):  # a pattern may never match

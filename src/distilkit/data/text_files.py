@@ -5,10 +5,11 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from distilkit.data.corpus import LONGEST, end_of_piece, nonempty, text_of
+from distilkit.data.corpus import LONGEST, Piece, end_of_piece, nonempty, text_of
 from distilkit.data.table_files import delimited_rows, json_rows, name_errors, open_text
 from distilkit.errors import UserError
 
@@ -60,20 +61,27 @@ class TextFiles:
         """Yield the documents of each file in turn."""
         read: Counter[str] = Counter()
         for file in self.files:
-            match _format(file):
-                case ".txt":
-                    texts = self._text(file, read)
-                case ".jsonl":
-                    texts = self._jsonl(file)
-                case ".csv":
-                    texts = self._csv(file)
-                case _:
-                    texts = self._parquet(file)
-            yield from nonempty(texts)
+            yield from self._documents(file, read)
         if self.document == "blank_line" and read["lines"] >= _MANY_LINES * max(1, read["documents"]):
             found = f"{read['lines']:,} lines of .txt are only {read['documents']:,} documents"
             cure = "set data.corpus.document=line if each line is one"
             log.warning("%s, because an empty line ends a document; %s", found, cure)
+
+    def pieces(self) -> list[Piece]:
+        """List the files, each with its size in bytes."""
+        return [Piece(file.stat().st_size, partial(self._documents, file, Counter())) for file in self.files]
+
+    def _documents(self, file: Path, read: Counter[str]) -> Iterator[str]:
+        match _format(file):
+            case ".txt":
+                texts = self._text(file, read)
+            case ".jsonl":
+                texts = self._jsonl(file)
+            case ".csv":
+                texts = self._csv(file)
+            case _:
+                texts = self._parquet(file)
+        yield from nonempty(texts)
 
     def _text(self, file: Path, read: Counter[str]) -> Iterator[str]:
         """Yield documents, long ones in parts, so that memory is bounded. Count lines and documents in ``read``."""
