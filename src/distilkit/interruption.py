@@ -13,6 +13,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 from distilkit.cli import changes_of_sweep
 from distilkit.errors import UserError
+from distilkit.peers import is_child
 from distilkit.signals import command_again, inbox
 
 log = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ class StopOnSignal(Callback):
         if trainer.is_global_zero:
             self._report(signal.Signals(received), trainer.global_step)
         # Lightning kills rank 0 when a rank that it has started ends with another status.
-        raise SystemExit(128 + received if trainer.is_global_zero or "DISTILKIT_PARENT" not in os.environ else 0)
+        raise SystemExit(0 if is_child() else 128 + received)
 
     def _report(self, received: signal.Signals, step: int) -> None:
         """Say how the run goes on, or have SLURM start it again."""

@@ -43,6 +43,7 @@ from distilkit.language_model import (
 from distilkit.layers import METHODS
 from distilkit.module import DistillationModule
 from distilkit.objective import Objective
+from distilkit.peers import starting_ranks, watching
 from distilkit.probe import probe
 from distilkit.ranks import ranks_on_config
 from distilkit.records import read_rows, write_json
@@ -123,7 +124,8 @@ def run(job: Job) -> float:
     if torch.cuda.is_initialized():  # by an earlier job in this process
         torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
     more = [callback.requeue for callback in trainer.callbacks if isinstance(callback, StopOnSignal)]  # type: ignore[attr-defined]
-    with listening(*ENDING, *more), ranks_on_config(job.out / "config.yaml", launcher=trainer.strategy.launcher):
+    launcher, config = trainer.strategy.launcher, job.out / "config.yaml"
+    with listening(*ENDING, *more), starting_ranks(launcher), ranks_on_config(config, launcher=launcher):
         trainer.fit(module, datamodule=job.data, ckpt_path=job.checkpoint)
         trainer.save_checkpoint(job.out / "checkpoints" / "last.ckpt", weights_only=False)
         if trainer.global_step == 0:  # trainer.max_steps=0
@@ -342,7 +344,7 @@ def _score(job: Job) -> None:
 def main(cfg: DictConfig) -> float:
     """Run one job, and return the metric that sweepers minimise."""
     keep_large_buffers()
-    with quiet():
+    with quiet(), watching(num_nodes=cfg.trainer.get("num_nodes", 1), seconds=cfg.rank_timeout):
         job = build(cfg)
         nll = run(job)
     if job.trainer.is_global_zero:

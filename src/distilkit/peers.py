@@ -1,0 +1,132 @@
+"""The other processes of a run: each notices when one of them is gone, so that none waits for it, or outlives it."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from itertools import count
+from typing import Any
+
+from lightning_fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from torch.distributed import PrefixStore, TCPStore
+
+from distilkit.errors import UserError
+from distilkit.signals import Stopped, inbox
+
+_PARENT = "DISTILKIT_PARENT"  # the process that has started this rank
+_LEFT = -(2**40)  # a counter of beats below 0 is that of a process that has ended its job
+_jobs = count()
+
+
+@contextmanager
+def starting_ranks(launcher: Any) -> Iterator[None]:
+    """Tell ranks that ``launcher`` starts which process they must not outlive, and signals which ranks there are."""
+    mine = _PARENT not in os.environ
+    os.environ.setdefault(_PARENT, str(os.getpid()))
+    inbox.launcher = launcher
+    try:
+        yield
+    finally:
+        inbox.launcher = None
+        if mine:
+            del os.environ[_PARENT]
+
+
+def is_child() -> bool:
+    """Return whether another process of the run has started this rank, and watches it."""
+    return os.environ.get(_PARENT, str(os.getpid())) != str(os.getpid())
+
+
+def _end_with(parent: int) -> None:
+    """End this rank with its parent, also while it waits in a library."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _place(num_nodes: int) -> tuple[int, int, str, int] | None:
+    """Return the number of this process, how many are started apart from each other, and where the first one is."""
+    found: list[ClusterEnvironment] = [kind() for kind in (TorchElasticEnvironment, SLURMEnvironment) if kind.detect()]
+    if found and found[0].world_size() > 1:  # the first, as Lightning chooses
+        return found[0].global_rank(), found[0].world_size(), found[0].main_address, found[0].main_port
+    at = os.environ
+    if found or num_nodes == 1 or "LOCAL_RANK" in at or "MASTER_PORT" not in at:
+        return None
+    return int(at.get("NODE_RANK", 0)), num_nodes, at.get("MASTER_ADDR", "127.0.0.1"), int(at["MASTER_PORT"])
+
+
+@contextmanager
+def watching(*, num_nodes: int, seconds: int | None) -> Iterator[None]:
+    """End this process when another one of the run is gone for ``seconds``; None does not look for processes elsewhere.
+
+    1. A rank that this machine's first process has started ends with it. Lightning ends the first process with a rank.
+    2. Processes of torchrun, srun or several machines wait so long for each other to start. Then each counts in a store
+       that the first one holds. A long preparation, validation or save does not stop the counting.
+    """
+    if is_child() and sys.platform != "win32":
+        threading.Thread(target=_end_with, args=(int(os.environ[_PARENT]),), daemon=True).start()
+    place = None if is_child() else _place(num_nodes)
+    if seconds is None or place is None:
+        yield
+        return
+    store, rank, left = _meet(*place, seconds=seconds), place[0], threading.Event()
+    silent = {peer: 0 for peer in range(place[1]) if peer != rank}
+    for target in (_beat, _watch):
+        threading.Thread(target=target, args=(store, rank, silent, seconds, left), daemon=True).start()
+    together = False
+    try:
+        yield
+        together = True
+    except SystemExit as stop:
+        together = not isinstance(stop, Stopped)
+        raise
+    finally:  # after an error the other processes would wait for this one, so that they shall end
+        left.set()
+        with suppress(RuntimeError):
+            store.add(str(rank), _LEFT if together else 0)
+
+
+def _meet(rank: int, world_size: int, address: str, port: int, *, seconds: int) -> PrefixStore:
+    """Wait until all processes have come to the store of the first one, or of torchrun."""
+    limit, keys = timedelta(seconds=seconds), [str(each) for each in range(world_size)]
+    first = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    missing = "0"
+    try:
+        server = TCPStore(address, port, None, first, limit, wait_for_workers=False, multi_tenant=True)
+        store = PrefixStore(f"distilkit/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_jobs)}", server)
+        store.add(str(rank), 1)
+        for key in keys:
+            missing = key
+            store.wait([key], limit)
+    except RuntimeError as error:
+        found = f"process {missing} of {world_size} did not come to {address}:{port}"
+        cure = "see what it prints, or set a larger rank_timeout"
+        raise UserError(f"{found} within rank_timeout={seconds} seconds; {cure}") from error
+    return store
+
+
+def _beat(store: PrefixStore, rank: int, silent: dict[int, int], seconds: int, left: threading.Event) -> None:
+    """Count, and note which other processes do; without the store this thread ends, and then all are silent."""
+    seen = dict.fromkeys(silent, 0)
+    with suppress(RuntimeError):
+        while not left.wait(seconds / 10):
+            store.add(str(rank), 1)
+            for peer in seen:
+                if (beats := store.add(str(peer), 0)) != seen[peer]:
+                    seen[peer], silent[peer] = beats, 0 if beats > 0 else _LEFT
+
+
+def _watch(store: PrefixStore, rank: int, silent: dict[int, int], seconds: int, left: threading.Event) -> None:
+    """End this process when another is silent; seconds in which this one stood still, too, do not count."""
+    while not left.wait(1.0):
+        for peer in silent:
+            silent[peer] += 1
+        if gone := [str(peer) for peer, ticks in silent.items() if ticks > seconds]:
+            found = f"nothing was heard of process {', '.join(gone)} for rank_timeout={seconds} seconds"
+            print(f"error: {found}, so that process {rank} ends; resume from the last checkpoint", file=sys.stderr)
+            sys.stderr.flush()
+            os._exit(1)
