@@ -5,6 +5,7 @@ import functools
 import gc
 import inspect
 import io
+import json
 import logging
 import math
 import os
@@ -43,15 +44,21 @@ _shown: set[str] = set()  # where the errors were raised whose traceback was log
 
 def user_cause(error: Exception) -> Exception | None:
     """Return the user error behind ``error``, or None if it may be a bug, which needs the traceback."""
+    refused = type(error).__name__ == "MisconfigurationException"  # Lightning's, whose import takes seconds
     if not isinstance(error, InstantiationException):
-        return error if isinstance(error, UserError) else None
+        return error if isinstance(error, UserError) else UserError(f"Lightning refuses: {error}") if refused else None
     cause = error.__cause__
     if isinstance(cause, TypeError) and "argument" in str(cause):  # a key that the target does not take
         return error
-    if type(cause).__name__ == "MisconfigurationException":  # Lightning's, whose import takes seconds
+    target = re.search(r"call to target '([\w.]+)'", str(error))
+    refused = type(cause).__name__ == "MisconfigurationException" or isinstance(
+        cause, ValueError | TypeError | RuntimeError
+    )
+    if refused and target and not isinstance(cause, UserError) and not target[1].startswith("distilkit."):
         key = str(error).rpartition("full_key: ")[2]
-        cure = " Without a GPU, set trainer=cpu" if "gpu" in str(cause) else ""
-        return UserError(f"Lightning refuses the settings of {key}: {cause}{cure}")
+        who = "Lightning" if target[1].startswith("pytorch_lightning.") else target[1]
+        cure = " Without a GPU, set trainer=cpu" if re.search("gpu|cuda", str(cause), re.IGNORECASE) else ""
+        return UserError(f"{who} refuses the settings of {key}: {cause}{cure}")
     return cause if isinstance(cause, UserError) else None
 
 
@@ -227,17 +234,54 @@ def check_added(cfg: DictConfig, *, config: str, overrides: Iterable[str] | None
             raise UserError(f"{key[1]} is unknown, and no other key reads it; the config takes {', '.join(known)}")
 
 
+def _parameters(target: Any) -> dict[str, inspect.Parameter] | None:
+    """Return the parameters of a class or function; None of what is written in C, as datetime.timedelta."""
+    try:
+        try:
+            return dict(inspect.signature(target, eval_str=True).parameters)
+        except NameError:  # an annotation that only type checkers import
+            return dict(inspect.signature(target).parameters)
+    except (ValueError, TypeError):
+        return None
+
+
+def check_type(value: Any, annotation: Any, *, name: str) -> None:
+    """Check that a value of a config is what its annotation says, and finite; a choice is left to the target."""
+    from pydantic import ConfigDict, TypeAdapter, ValidationError  # which takes 0.1 s
+
+    if OmegaConf.is_config(value):
+        value = OmegaConf.to_container(value, resolve=False)
+    given = json.dumps(value, default=str)  # JSON has the types of YAML
+    if "_target_" in given:  # an object of its own
+        return
+    try:
+        adapter = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False))
+    except Exception:  # a class that describes itself, or a protocol
+        return
+    try:
+        adapter.validate_json(given, strict=True)
+    except ValidationError as error:
+        kinds = {each["type"] for each in error.errors()} - {"needs_python_object", "callable_type", "dataclass_type"}
+        if kinds and "literal_error" not in kinds:
+            wanted = re.sub(r"[\w.]+\.(?=\w)", "", inspect.formatannotation(annotation)).replace("NoneType", "None")
+            finite = "; give a finite number" if "finite_number" in kinds else ""
+            quoted = (
+                "; put a name of digits in quotes" if "string_type" in kinds and type(value) in (int, float) else ""
+            )
+            raise UserError(f"{name}={value}, but it takes {wanted}{finite}{quoted}") from None
+
+
 def check_keys(node: DictConfig, *, path: str = "") -> None:
-    """Check that all values below ``node`` are set, and that each target accepts its keys."""
+    """Check that all values below ``node`` are set, and that each target accepts its keys and their types."""
+    parameters: dict[str, inspect.Parameter] | None = None
     if "_target_" in node:
         try:
             target = get_object(node["_target_"])
-        except ImportError as error:
+        except (ImportError, AttributeError, ValueError) as error:  # no module, no text, an empty part
             raise UserError(f"{path}._target_={node['_target_']} cannot be imported: {error}") from error
-        try:
-            parameters = inspect.signature(target).parameters
-        except (ValueError, TypeError):  # written in C without a signature, as datetime.timedelta
-            parameters = None
+        if not isinstance(node.get("_partial_", True), bool):
+            raise UserError(f"{path}._partial_={node['_partial_']}, but it takes true or false")
+        parameters = _parameters(target)
         if parameters is not None and all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters.values()):
             check_names(set(node) - _OF_HYDRA, parameters, path=path)
     keys: Iterable[Any] = node  # a key may be a number
@@ -245,8 +289,14 @@ def check_keys(node: DictConfig, *, path: str = "") -> None:
         full_name = f"{path}.{name}".lstrip(".")
         if OmegaConf.is_missing(node, name):
             raise UserError(f"{full_name} is not set; add {full_name}=...")
-        if not OmegaConf.is_interpolation(node, name) and isinstance(node[name], DictConfig):
+        if OmegaConf.is_interpolation(node, name):
+            continue
+        if isinstance(node[name], DictConfig):
             check_keys(node[name], path=full_name)
+        if isinstance(node[name], str) and "\0" in node[name]:
+            raise UserError(f"{full_name}={node[name]!r} holds a null byte, which no file and no model takes; drop it")
+        if parameters and name in parameters and (annotation := parameters[name].annotation) is not inspect._empty:
+            check_type(node[name], annotation, name=full_name)
 
 
 _EXPECTED_WARNINGS = (

@@ -71,7 +71,8 @@ class DistillationModule(LightningModule):
         self.keeps_teacher_dtype = teacher is not None and teacher.dtype == "float32"
         self.files = student_files(student, tokenizer)  # before training, so that an error in saving costs no run
         self.lm, self.objective, self.optimizer, self.seed = lm, objective, optimizer, seed
-        kwargs: Any = dict(scheduler_kwargs) if isinstance(scheduler_kwargs, Mapping) else scheduler_kwargs or {}
+        kwargs: Any = dict(scheduler_kwargs) if isinstance(scheduler_kwargs, Mapping) else scheduler_kwargs
+        kwargs = {} if kwargs is None else kwargs
         self.schedule = functools.partial(build_schedule, name=scheduler, warmup_share=warmup_share, kwargs=kwargs)
         try:  # refuse a wrong one now
             trial = optimizer([{"params": [nn.Parameter(torch.zeros(1))]}])

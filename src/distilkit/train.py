@@ -11,8 +11,8 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
-from pytorch_lightning import Trainer, seed_everything
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from pytorch_lightning import Callback, Trainer, seed_everything
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.strategies import FSDPStrategy
 from transformers import PreTrainedModel
 
@@ -23,6 +23,7 @@ from distilkit.cli import (
     check_added,
     check_keys,
     check_names,
+    check_type,
     in_sweep,
     keep_large_buffers,
     quiet,
@@ -53,6 +54,12 @@ from distilkit.summary import describe, finish, print_result
 from distilkit.teacher import Teacher
 
 log = logging.getLogger(__name__)
+
+
+_TYPES: dict[str, Any] = {  # of the keys of train.yaml that no target reads
+    **{"seed": int, "compile": bool, "activation_checkpointing": bool, "validate_first": bool},
+    **{"cache_dir": str, "output_dir": str, "ckpt_path": str | None, "baseline": str | None, "card": dict | None},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +207,11 @@ def _check_config(cfg: DictConfig) -> None:
         name = {"constant": "constant_with_warmup", None: "constant"}.get(cfg.scheduler, cfg.scheduler)
         raise UserError(f"scheduler={cfg.scheduler}, but it is no group of options; set scheduler.name={name}")
     check_names(cfg.scheduler, ("name", "warmup_share", "kwargs"), path="scheduler")
+    for key, kind in _TYPES.items():
+        if not OmegaConf.is_interpolation(cfg, key):
+            check_type(cfg[key], kind, name=key)
+    if not 0 <= cfg.seed < 2**32:
+        raise UserError(f"seed={cfg.seed}, but it must be between 0 and {2**32 - 1}")
     check_names(cfg.card or (), ("license", "language"), path="card")
 
 
@@ -282,18 +294,32 @@ def _apply_options(cfg: DictConfig, *, teacher: Teacher | None, student: PreTrai
 def _build_trainer(cfg: DictConfig) -> Trainer:
     """Build the trainer with its callbacks and loggers."""
     plain: Any = {"_convert_": "all"}  # Lightning compares types: max_time may be a dict, but not a DictConfig
-    callbacks = [callback for callback in instantiate(cfg.callbacks, **plain).values() if callback is not None]
+    found = {"callbacks": instantiate(cfg.callbacks, **plain), "logger": instantiate(cfg.logger, **plain)}
+    for group, kind in (("callbacks", Callback), ("logger", Logger)):
+        for name, each in found[group].items():
+            if not isinstance(each, kind | None):
+                raise UserError(f"{group}.{name}={each} is no {kind.__name__} of Lightning; set {group}.{name}=null")
+    callbacks = [callback for callback in found["callbacks"].values() if callback is not None]
     trainer: Trainer = instantiate(
         cfg.trainer,
         **plain,
         callbacks=callbacks,
-        logger=[logger for logger in instantiate(cfg.logger, **plain).values() if logger is not None],
+        logger=[logger for logger in found["logger"].values() if logger is not None],
         # Lightning skips it on a resume. Without training it is the only score.
         num_sanity_val_steps=-1 if cfg.validate_first or cfg.trainer.max_steps == 0 else 0,
     )
     if cfg.budget is None and trainer.max_epochs == trainer.max_steps == -1:
         found = "trainer.max_epochs and trainer.max_steps are both -1, without end"
         raise UserError(f"{found}; set one of them above 0, or a budget as budget=40m")
+    for name, value, least in (
+        ("gradient_clip_val", trainer.gradient_clip_val, 0),
+        ("log_every_n_steps", trainer.log_every_n_steps, 0),  # type: ignore[attr-defined]  # set by a connector
+    ):
+        if value is not None and value < least:
+            raise UserError(f"trainer.{name}={value}, but it must be at least {least}; {least} turns it off")
+    if trainer.check_val_every_n_epoch is not None and any(isinstance(each, ValidateEvery) for each in callbacks):
+        given = f"trainer.check_val_every_n_epoch={trainer.check_val_every_n_epoch}"
+        raise UserError(f"{given}, but callbacks.validation counts optimizer steps; set one of the two to null")
     if isinstance(trainer.strategy, FSDPStrategy) and not any(isinstance(each, ValidateEvery) for each in callbacks):
         raise UserError(
             "callbacks.validation=null, but with trainer=fsdp the student is scored in training or never; "

@@ -313,6 +313,7 @@ class DistillationDataModule(LightningDataModule):
             ("global_batch_size", global_batch_size, 1),
             ("micro_batch_size", micro_batch_size, 1),
             ("max_val_blocks", max_val_blocks, 1),
+            ("num_workers", num_workers, 0),
         ):
             if value < least:
                 raise UserError(f"data.{name}={value}, but it must be at least {least}")

@@ -114,7 +114,11 @@ class Masker:
         self.words = words[~self.is_special[words]]
         self.inverse_weights = None  # (ids,); a token that never occurred counts as one
         if masking.smoothing:
-            self.inverse_weights = np.maximum(token_counts, 1).astype(np.float64) ** masking.smoothing
+            with np.errstate(over="ignore"):
+                self.inverse_weights = np.maximum(token_counts, 1).astype(np.float64) ** masking.smoothing
+            if not np.isfinite(self.inverse_weights).all():
+                found = f"data.masking.smoothing={masking.smoothing} makes weights that are not finite"
+                raise UserError(f"{found}; set it between 0 and 1 (DistilBERT: 0.7)")
         self.continues = continues_word(tokenizer) if masking.whole_word else None
 
     def __call__(
