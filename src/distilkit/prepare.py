@@ -20,7 +20,7 @@ def main(cfg: DictConfig) -> None:
     if data.shard is not None and (missing := data.prepare_shard(data.shard)):
         print(json.dumps({"shard": data.shard, "num_shards": data.num_shards, "missing": len(missing)}))
         return
-    cache = data.open()
+    cache = data.open(verify=cfg.verify)
     print(
         json.dumps({"cache": str(cache.folder), "documents": cache.meta["documents"], "tokens": cache.meta["tokens"]})
     )

@@ -8,12 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 import numpy as np
@@ -396,14 +396,14 @@ NO_SPACE = r"no space left on the disk of {} .*; free some, or set cache_dir to 
 def test_a_full_disk_is_an_error_and_leaves_nothing(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    make_folder = tempfile.mkdtemp
+    make_folder = Path.mkdir
 
-    def on_full_disk(prefix: str, dir: Path) -> str:
-        folder = make_folder(prefix=prefix, dir=dir)
-        (Path(folder) / name).symlink_to("/dev/full")  # the kernel itself refuses each write to it
-        return folder
+    def on_full_disk(folder: Path, **options: Any) -> None:
+        make_folder(folder, **options)
+        if ".tmp" in folder.name:
+            (folder / name).symlink_to("/dev/full")  # the kernel itself refuses each write to it
 
-    monkeypatch.setattr(tempfile, "mkdtemp", on_full_disk)
+    monkeypatch.setattr(Path, "mkdir", on_full_disk)
     with pytest.raises(UserError, match=NO_SPACE.format(tmp_path)):
         prepare(Texts(make_documents(20)), tokenizer, cache_dir=tmp_path, val_share=0.2)
     assert folders(tmp_path) == []
@@ -571,5 +571,6 @@ def test_a_process_that_waits_for_another_one_says_so(
     with pytest.MonkeyPatch.context() as patch, caplog.at_level("INFO"):
         patch.setattr(FileLock, "acquire", free_the_child)
         folder = prepare(Texts(documents), tokenizer, cache_dir=tmp_path / "cache", val_share=0.2)
-    assert f"another process makes {folder}; waiting for it" in caplog.text
+    made = rf"process {child.pid} on {gethostname()}, which began at [-0-9: ]{{19}}, makes {folder}; waiting for it"
+    assert re.search(made, caplog.text)
     assert child.wait(120) == 0

@@ -334,8 +334,8 @@ class DistillationDataModule(LightningDataModule):
         self.resume_state: dict[str, Any] = {}
 
     def prepare_data(self) -> None:
-        """Tokenize the corpus into the cache, on one process of each node."""
-        self.prepare()
+        """Tokenize the corpus into the cache and verify it, on one process of each node."""
+        open_cache(self.prepare(), self.tokenizer)
 
     def prepare(self) -> Path:
         """Tokenize the corpus into the cache, or join its shards, unless it is there; return the cache's folder."""
@@ -351,9 +351,9 @@ class DistillationDataModule(LightningDataModule):
         place: dict[str, Any] = {"cache_dir": self.cache_dir, "val_share": self.val_share}
         return prepare_shard(self.corpus, self.tokenizer, shard=shard, num_shards=self.num_shards, **place)
 
-    def open(self) -> TokenCache:
+    def open(self, *, verify: bool = False) -> TokenCache:
         """Prepare and open the cache, and make blocks of it. Blocks without a token to predict are an error."""
-        self.cache = open_cache(self.prepare(), self.tokenizer)
+        self.cache = open_cache(self.prepare(), self.tokenizer, verify=verify)
         self.train_blocks, self.val_blocks = self._blocks("train"), self._blocks("val")
         self._check_labels(self.train_blocks, epoch=0, at_once=self.global_batch_size)
         self._check_labels(self.val_blocks, epoch=VALIDATION_EPOCH, at_once=_NUM_CHECKED)

@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -22,6 +23,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerBase
 
+from distilkit.data import checksums
 from distilkit.data.cache_folder import make_once
 from distilkit.data.corpus import Corpus
 from distilkit.data.tokenizer import num_ids, tokenizer_hash
@@ -95,14 +97,19 @@ def prepare(
     return make_once(Path(cache_dir).expanduser(), key, write)
 
 
-def open_cache(folder: Path, tokenizer: PreTrainedTokenizerBase) -> TokenCache:
-    """Map a complete cache into memory, after checking its format, tokenizer and file sizes, and its tokens."""
+def open_cache(folder: Path, tokenizer: PreTrainedTokenizerBase, *, verify: bool = False) -> TokenCache:
+    """Map a complete cache into memory, after checking its format, tokenizer and file sizes, and its tokens.
+
+    Checksums are compared when this machine opens the cache for the first time, and with ``verify``. Caches of earlier
+    versions have none.
+    """
     wanted = tokenizer_hash(tokenizer)
     try:
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
         sizes = {name: int(meta["bytes"][name]) for name in ("train", "val", "counts")}
         dtype, found = np.dtype(meta["dtype"]), int(meta["format"])
         same_tokenizer = str(meta["tokenizer"]) == wanted
+        sums = {f"{name}.bin": str(meta["crc32"][name]) for name in sizes} if "crc32" in meta else None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is not a token cache ({error!r}); delete it to prepare it again") from error
     if found != FORMAT or not same_tokenizer:
@@ -118,6 +125,11 @@ def open_cache(folder: Path, tokenizer: PreTrainedTokenizerBase) -> TokenCache:
                 f"{file} has {actual:,} bytes instead of {size:,}: the cache is truncated; delete {folder} to prepare "
                 "it again"
             )
+    if sums:
+        checksums.verify(folder, sums, again=verify)
+    elif verify:
+        found = f"{folder} was made by an earlier version, without checksums, so that only its sizes are known"
+        log.warning("%s; delete it to prepare it again", found)
     tokens = {
         split: np.memmap(folder / f"{split}.bin", dtype=dtype, mode="r") if sizes[split] else np.empty(0, dtype)
         for split in ("train", "val")
@@ -198,7 +210,7 @@ def write_cache(
     folder: Path, corpus: Corpus, chunks: Iterable[Chunk], tokenizer: PreTrainedTokenizerBase, *, key: str
 ) -> None:
     """Write the token files, and then meta.json."""
-    num_documents, num_tokens = write_tokens(folder, chunks, tokenizer)
+    num_documents, num_tokens, sums = write_tokens(folder, chunks, tokenizer)
     total = sum(num_documents.values())
     if not sum(num_tokens.values()):
         found = (
@@ -217,6 +229,7 @@ def write_cache(
         "documents": num_documents,
         "tokens": num_tokens,
         "bytes": {name: (folder / f"{name}.bin").stat().st_size for name in ("train", "val", "counts")},
+        "crc32": {name: f"{value:08x}" for name, value in sums.items()},
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
     log.info(
@@ -231,22 +244,25 @@ def dtype_of(tokenizer: PreTrainedTokenizerBase) -> np.dtype[Any]:
 
 def write_tokens(
     folder: Path, chunks: Iterable[Chunk], tokenizer: PreTrainedTokenizerBase
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Write train.bin, val.bin and counts.bin; return the numbers of documents and of tokens by split."""
+) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+    """Write train.bin, val.bin and counts.bin; return the numbers of documents and tokens by split, and the CRC-32s."""
     num_documents, num_tokens = {"train": 0, "val": 0}, {"train": 0, "val": 0}
+    sums = {"train": 0, "val": 0, "counts": 0}
     counts = np.zeros(num_ids(tokenizer), dtype=np.int64)  # (ids,)
     with _progress() as show, (folder / "train.bin").open("wb") as train, (folder / "val.bin").open("wb") as val:
         files = {"train": train, "val": val}
         for chunk in chunks:
             for split, (documents, ids) in chunk.items():
-                files[split].write(ids.tobytes())
+                files[split].write(data := ids.tobytes())
+                sums[split] = zlib.crc32(data, sums[split])
                 num_documents[split] += documents
                 num_tokens[split] += len(ids)
                 if split == "train":
                     counts += np.bincount(ids, minlength=len(counts))
             show(sum(num_documents.values()), sum(num_tokens.values()))
-    (folder / "counts.bin").write_bytes(counts.tobytes())  # ndarray.tofile does not report a full disk
-    return num_documents, num_tokens
+    (folder / "counts.bin").write_bytes(data := counts.tobytes())  # ndarray.tofile does not report a full disk
+    sums["counts"] = zlib.crc32(data)
+    return num_documents, num_tokens, sums
 
 
 @contextlib.contextmanager

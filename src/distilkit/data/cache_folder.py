@@ -1,18 +1,22 @@
 """Folders of the cache, each made once: whole or not at all, by one process while others wait."""
 
-import errno
 import logging
+import os
 import shutil
-import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from socket import gethostname
 
 from filelock import FileLock, Timeout
 
 from distilkit.errors import UserError
+from distilkit.storage import flush, writing
 
 log = logging.getLogger(__name__)
+
+_CURE = "set cache_dir to another disk (2 bytes per token, or 4 if the vocabulary exceeds 65,536)"
 
 
 @contextmanager
@@ -29,7 +33,8 @@ def usable(cache_dir: Path) -> Iterator[None]:
 def make_once(cache_dir: Path, name: str, write: Callable[[Path], None]) -> Path:
     """Return the folder ``name`` of the cache; if it is not there, ``write`` fills it under a temporary name first.
 
-    A folder that is there is whole. It is used without a lock, so that it may be on a read-only disk.
+    A folder that is there is whole. It is used without a lock, so that it may be on a read-only disk. The temporary name
+    holds the host and the process, which those that wait report.
     """
     folder = cache_dir / name
     with usable(cache_dir):
@@ -41,26 +46,35 @@ def make_once(cache_dir: Path, name: str, write: Callable[[Path], None]) -> Path
         try:
             held = lock.acquire(timeout=0)
         except Timeout:
-            log.info("another process makes %s; waiting for it", folder)
+            log.info("%s makes %s; waiting for it", _maker(folder), folder)
             held = lock.acquire()
     with held:
         if folder.is_dir():
             return folder
+        temporary = folder.with_name(f"{folder.name}.tmp-{gethostname()}-{os.getpid()}")
         with usable(cache_dir):
             for left_over in folder.parent.glob(f"{folder.name}.tmp*"):
                 shutil.rmtree(left_over)  # of a killed process: this process holds the lock, so no other writes here
-            temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp", dir=folder.parent))
+            temporary.mkdir()  # with the permissions that the umask leaves, unlike those of the module tempfile
         try:
-            write(temporary)
-            temporary.chmod(0o755)
-            temporary.rename(folder)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise UserError(
-                f"no space left on the disk of {folder.parent} (or in your quota) for the cache; free some, or set "
-                "cache_dir to another disk (2 bytes per token, or 4 if the vocabulary exceeds 65,536)"
-            ) from error
+            with writing(folder.parent, cure=_CURE):
+                write(temporary)
+                for file in (*temporary.rglob("*"), temporary):
+                    flush(file)
+                temporary.rename(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _maker(folder: Path) -> str:
+    """Name the process that makes a folder, as its temporary name does, and since when."""
+    newest, maker = 0.0, "another process"
+    for temporary in folder.parent.glob(f"{folder.name}.tmp-*"):
+        host, _, process = temporary.name.removeprefix(f"{folder.name}.tmp-").rpartition("-")
+        with suppress(OSError):  # it may be finished by now
+            begun = temporary.stat().st_mtime
+            if begun > newest:
+                newest, since = begun, time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(begun))
+                maker = f"process {process} on {host}, which began at {since},"
+    return maker

@@ -1,0 +1,63 @@
+"""Say in one message what a full disk, a quota or a read-only folder asks of the user."""
+
+import errno
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from distilkit.errors import UserError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
+
+
+def storage_fault(error: Exception, folder: Path | None, *, cure: str) -> UserError | None:
+    """Return the message for an error in writing below ``folder``, or None if it is of another kind."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (said := re.search(r"\(os error (\d+)\)", str(error))):  # of libraries in Rust
+        number = int(said[1])
+    file = getattr(error, "filename", None)
+    place = Path(os.fsdecode(file)) if isinstance(file, str | bytes) else folder
+    if number in _FULL:
+        disk = f"the disk of {place}" if place else "a disk that is written to, or in $TMPDIR"
+        return UserError(f"no space left on {disk} (or in your quota); free some, or {cure}")
+    if number in _CLOSED and place:
+        return UserError(f"{place} cannot be written ({os.strerror(number)}); {cure}")
+    return None
+
+
+@contextmanager
+def writing(folder: str | Path, *, cure: str) -> Iterator[None]:
+    """Turn the errors of a disk that is full, or a folder that cannot be written, into a ``UserError``."""
+    try:
+        yield
+    except Exception as error:
+        if (fault := storage_fault(error, Path(folder), cure=cure)) is None:
+            raise
+        raise fault from error
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Make a folder below $TMPDIR that is deleted in the end."""
+    try:
+        place = tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise UserError(f"{error.strerror}; free some space there, or set TMPDIR to a folder on another disk") from error
+    with writing(place, cure="set TMPDIR to a folder on another disk"), tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def flush(file: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk: without it, a power cut may leave zeros."""
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of file systems that cannot do it for folders
+            raise
+    finally:
+        os.close(descriptor)
