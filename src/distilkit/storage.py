@@ -46,7 +46,9 @@ def temporary_folder() -> Iterator[Path]:
     try:
         place = tempfile.gettempdir()
     except FileNotFoundError as error:
-        raise UserError(f"{error.strerror}; free some space there, or set TMPDIR to a folder on another disk") from error
+        raise UserError(
+            f"{error.strerror}; free some space there, or set TMPDIR to a folder on another disk"
+        ) from error
     with writing(place, cure="set TMPDIR to a folder on another disk"), tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
 

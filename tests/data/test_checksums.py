@@ -154,7 +154,9 @@ def test_a_machine_that_can_remember_nothing_reads_a_cache_each_time_and_says_so
         open_cache(folder, tokenizer)
         open_cache(folder, tokenizer)
     assert len(reads) == 6
-    assert f"{folder} is verified at each start, because {folder.parent}/file/distilkit/verified cannot be" in caplog.text
+    assert (
+        f"{folder} is verified at each start, because {folder.parent}/file/distilkit/verified cannot be" in caplog.text
+    )
 
 
 def test_a_cache_of_an_earlier_version_opens_without_checksums(
@@ -168,7 +170,9 @@ def test_a_cache_of_an_earlier_version_opens_without_checksums(
     assert reads == []
     assert not caplog.text
     open_cache(folder, tokenizer, verify=True)
-    assert f"{folder} was made by an earlier version, without checksums, so that only its sizes are known" in caplog.text
+    assert (
+        f"{folder} was made by an earlier version, without checksums, so that only its sizes are known" in caplog.text
+    )
     os.truncate(folder / "train.bin", 10)
     with pytest.raises(UserError, match="the cache is truncated"):
         open_cache(folder, tokenizer)
