@@ -109,7 +109,7 @@ def open_cache(folder: Path, tokenizer: PreTrainedTokenizerBase, *, verify: bool
         sizes = {name: int(meta["bytes"][name]) for name in ("train", "val", "counts")}
         dtype, found = np.dtype(meta["dtype"]), int(meta["format"])
         same_tokenizer = str(meta["tokenizer"]) == wanted
-        sums = {f"{name}.bin": str(meta["crc32"][name]) for name in sizes} if "crc32" in meta else None
+        sums = {f"{each}.bin": str(meta["crc32"][each]) for each in sizes} if "crc32" in meta else None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is not a token cache ({error!r}); delete it to prepare it again") from error
     if found != FORMAT or not same_tokenizer:
@@ -128,8 +128,8 @@ def open_cache(folder: Path, tokenizer: PreTrainedTokenizerBase, *, verify: bool
     if sums:
         checksums.verify(folder, sums, again=verify)
     elif verify:
-        found = f"{folder} was made by an earlier version, without checksums, so that only its sizes are known"
-        log.warning("%s; delete it to prepare it again", found)
+        cure = "only its sizes are known; delete it to prepare it again"
+        log.warning("%s was made by an earlier version, without checksums, so that %s", folder, cure)
     tokens = {
         split: np.memmap(folder / f"{split}.bin", dtype=dtype, mode="r") if sizes[split] else np.empty(0, dtype)
         for split in ("train", "val")
