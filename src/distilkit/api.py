@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from distilkit.cli import check_added, expand_home, keep_large_buffers, quiet, replace_unprintable, user_cause
 from distilkit.data.corpus import write_documents
 from distilkit.errors import UserError
+from distilkit.run_folder import release
 from distilkit.train import build, run
 from distilkit.verdict import Verdict
 
@@ -139,6 +140,7 @@ def _isolated() -> Iterator[None]:
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(str(user_cause(error) or error)) from error
     finally:
+        release()
         GlobalHydra.set_instance(hydra)
         hydra.hydra, job.cfg, version.version_base = before
         torch.set_float32_matmul_precision(precision)

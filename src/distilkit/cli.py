@@ -31,6 +31,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, flag_override
 
 from distilkit.credentials import refuse_credentials
 from distilkit.errors import UserError
+from distilkit.run_folder import release
 from distilkit.signals import ENDING, Stopped, command_again, first_rank, inbox, listening
 
 log = logging.getLogger(__name__)
@@ -122,6 +123,8 @@ def report_errors(entry: Callable[P, R]) -> Callable[P, R]:
                     name, again = signal.Signals(inbox.received).name, command_again(changes_of_sweep())
                     log.warning("%s ended the command, which starts again with: %s", name, again)
                 raise
+            finally:
+                release()
 
     return wrapped
 
@@ -246,7 +249,7 @@ def _parameters(target: Any) -> dict[str, inspect.Parameter] | None:
 
 
 def check_type(value: Any, annotation: Any, *, name: str) -> None:
-    """Check that a value of a config is what its annotation says, and finite; a choice is left to the target."""
+    """Check that a value of a config is what its annotation says, and finite."""
     from pydantic import ConfigDict, TypeAdapter, ValidationError  # which takes 0.1 s
 
     if OmegaConf.is_config(value):
@@ -256,19 +259,17 @@ def check_type(value: Any, annotation: Any, *, name: str) -> None:
         return
     try:
         adapter = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False))
-    except Exception:  # a class that describes itself, or a protocol
-        return
-    try:
         adapter.validate_json(given, strict=True)
+        return
     except ValidationError as error:
-        kinds = {each["type"] for each in error.errors()} - {"needs_python_object", "callable_type", "dataclass_type"}
-        if kinds and "literal_error" not in kinds:
-            wanted = re.sub(r"[\w.]+\.(?=\w)", "", inspect.formatannotation(annotation)).replace("NoneType", "None")
-            finite = "; give a finite number" if "finite_number" in kinds else ""
-            quoted = (
-                "; put a name of digits in quotes" if "string_type" in kinds and type(value) in (int, float) else ""
-            )
-            raise UserError(f"{name}={value}, but it takes {wanted}{finite}{quoted}") from None
+        kinds = {each["type"] for each in error.errors()}
+    except Exception:  # a protocol, or a class that describes itself, of which this value is none
+        kinds = {"object"} if inspect.isclass(annotation) else {"literal_error"}
+    if not kinds & {"literal_error", "callable_type"}:  # a choice is left to the target
+        wanted = re.sub(r"[\w.]+\.(?=\w)", "", inspect.formatannotation(annotation)).replace("NoneType", "None")
+        finite = "; give a finite number" if "finite_number" in kinds else ""
+        quoted = "; put a name of digits in quotes" if "string_type" in kinds and type(value) in (int, float) else ""
+        raise UserError(f"{name}={value}, but it takes {wanted}{finite}{quoted}")
 
 
 def check_keys(node: DictConfig, *, path: str = "") -> None:

@@ -403,7 +403,7 @@ def new_student(
     fields = {"vocab_size": size, **absent, **special, **(config or {})}
     try:
         student = build_from_config(AutoConfig.for_model(model_type, **fields))
-    except (ValueError, TypeError, StrictDataclassError) as error:  # of transformers' own checks
+    except (ValueError, TypeError, ArithmeticError, RuntimeError, StrictDataclassError) as error:  # of transformers
         found = f"student.config={dict(config or {})} makes no {model_type}: {' '.join(str(error).split())}"
         raise UserError(f"{found}; change student.config") from error
     if teacher is not None and lm_of(model_type) != teacher.lm:

@@ -10,7 +10,7 @@ import hydra
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import InterpolationResolutionError
+from omegaconf.errors import ConfigKeyError, InterpolationResolutionError
 from pytorch_lightning import Callback, Trainer, seed_everything
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.strategies import FSDPStrategy
@@ -48,6 +48,7 @@ from distilkit.peers import starting_ranks, watching
 from distilkit.probe import probe
 from distilkit.ranks import ranks_on_config
 from distilkit.records import read_rows, write_json
+from distilkit.run_folder import hold
 from distilkit.signals import ENDING, listening, release
 from distilkit.student import measure_layers
 from distilkit.summary import describe, finish, print_result
@@ -57,8 +58,10 @@ log = logging.getLogger(__name__)
 
 
 _TYPES: dict[str, Any] = {  # of the keys of train.yaml that no target reads
-    **{"seed": int, "compile": bool, "activation_checkpointing": bool, "validate_first": bool},
-    **{"cache_dir": str, "output_dir": str, "ckpt_path": str | None, "baseline": str | None, "card": dict | None},
+    **dict.fromkeys(("compile", "activation_checkpointing", "validate_first"), bool),
+    **dict.fromkeys(("ckpt_path", "baseline"), str | None),
+    **dict.fromkeys(("card", "row"), dict | None),
+    **{"seed": int, "cache_dir": str},
 }
 
 
@@ -127,6 +130,7 @@ def run(job: Job) -> float:
     It is nan where the trainer's ``limit_val_batches`` is 0, so that nothing is scored.
     """
     trainer, module = job.trainer, job.module
+    hold(job.out)
     _record_config(job)
     if torch.cuda.is_initialized():  # by an earlier job in this process
         torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
@@ -236,7 +240,10 @@ def _apply_row(cfg: DictConfig) -> None:
         row: Any = OmegaConf.to_container(cfg.row, resolve=True) if cfg.row else {}
     except InterpolationResolutionError as error:  # the run that the row reads has failed
         raise UserError(str(error).splitlines()[0].rpartition("interpolation: ")[2]) from error
-    cfg.merge_with({**row, "row": row or None})
+    try:
+        cfg.merge_with({**row, "row": row or None})
+    except ConfigKeyError as error:
+        raise UserError(f"row={row} sets an unknown key: {str(error).splitlines()[0]}") from error
 
 
 def _measured_layers(
