@@ -3,6 +3,7 @@
 import logging
 import math
 import sys
+from dataclasses import asdict
 from datetime import timedelta
 from typing import Any, cast
 
@@ -74,6 +75,14 @@ class CompareForms(Callback):
         """Compare only if ``enabled``, and if the run does not resume from ``ckpt_path``."""
         self.enabled = enabled and ckpt_path is None
         self.found: Comparison | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was found, for the record of a resumed run."""
+        return asdict(self.found) if self.found else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep what the part before has found."""
+        self.found = Comparison(**state_dict)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Compare, log the result in one line, and warn if the form of this run is clearly worse."""

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distilkit import losses
 from distilkit.budget import VIRTUAL_STEPS, Clock, run_over_time
+from distilkit.continued import wandb_id
 from distilkit.errors import UserError
 from distilkit.export import student_files
 from distilkit.language_model import LM, Batch, cast_parameters, lm_head
@@ -195,6 +196,10 @@ class DistillationModule(LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Start the clock, and seed dropout by (seed, epoch, micro-batch, rank), so that a resumed run repeats it."""
         self.clock.start()
+        if batch[
+            "is_first"
+        ]:  # Lightning's own count, under which metrics are logged, may be one too high after a resume
+            self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
         self.after = {}
         torch.manual_seed(hash((self.seed, self.current_epoch, batch_idx, self.global_rank)) % 2**63)
 
@@ -413,7 +418,18 @@ class DistillationModule(LightningModule):
             "files": self.files,
             "before": self.before,
             "before_blocks": self.before_blocks,
+            "row": self._row(),
+            "wandb_id": wandb_id(self.trainer.loggers),
         }
+
+    def _row(self) -> dict[str, float]:
+        """Return what this step logs, which a checkpoint at its end may come before; nothing at a step without a log."""
+        log_every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by one of its connectors
+        results = self.trainer.fit_loop.epoch_loop._results
+        if not log_every or not self.trainer.global_step or self.trainer.global_step % log_every:
+            return {}
+        logged = {name: float(value) for name, value in results.metrics(on_step=True)["log"].items()}
+        return {"epoch": self.current_epoch, **logged} if logged else {}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that a resumed run has the objective, teacher and student of its checkpoint."""

@@ -9,6 +9,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.utilities import rank_zero_only
 
 from distilkit.errors import UserError
 from distilkit.layers import METHODS
@@ -65,7 +66,7 @@ def check(checkpoint: Mapping[str, Any], cfg: DictConfig, *, file: Path) -> None
     if applied:
         longer = any(each.startswith(_LENGTH) for each in applied)
         over = f"; scheduler.name={cfg.scheduler.name} goes on over the new length" * longer
-        log.info("the checkpoint was trained with %s, which is applied%s", "; ".join(applied), over)
+        rank_zero_only(log.info)("the checkpoint was trained with %s, which is applied%s", "; ".join(applied), over)
 
 
 def differences(record: Mapping[str, Any], cfg: DictConfig) -> list[str]:

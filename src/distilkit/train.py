@@ -30,6 +30,7 @@ from distilkit.cli import (
     report_errors,
     set_matmul_precision,
 )
+from distilkit.continued import continue_loggers, continue_records
 from distilkit.data import DistillationDataModule
 from distilkit.errors import UserError
 from distilkit.export import read_checkpoint
@@ -67,11 +68,15 @@ _TYPES: dict[str, Any] = {  # of the keys of train.yaml that no target reads
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A training that is ready to run: its config and folder, the checkpoint to resume from, and what is trained."""
+    """A training that is ready to run: its config and folder, the checkpoint to resume from, and what is trained.
+
+    ``saved`` is what the checkpoint holds.
+    """
 
     cfg: DictConfig
     out: Path
     checkpoint: Path | None
+    saved: dict[str, Any] | None
     module: DistillationModule
     data: DistillationDataModule
     trainer: Trainer
@@ -88,8 +93,10 @@ def build(cfg: DictConfig) -> Job:
             f"{out} holds a finished run; choose another hydra.run.dir (from Python: out), or delete {out / 'student'}"
         )
     checkpoint = find_checkpoint(cfg.ckpt_path, out, in_sweep=in_sweep())
-    if checkpoint:
-        same_run.check(read_checkpoint(checkpoint), cfg, file=checkpoint)
+    saved = read_checkpoint(checkpoint) if checkpoint else None
+    if checkpoint and saved:
+        same_run.check(saved, cfg, file=checkpoint)
+        continue_loggers(cfg.logger, saved)
     cfg.ckpt_path = str(checkpoint) if checkpoint else None
     cfg.baseline = find_baseline(cfg.baseline, out, in_sweep=in_sweep())
     set_matmul_precision(cfg.matmul_precision)
@@ -121,7 +128,7 @@ def build(cfg: DictConfig) -> Job:
         record=describe(cfg, objective=objective, teacher=teacher, student=student, corpus=data.corpus, choice=choice),
     )
     module.check_precision(trainer)
-    return Job(cfg=cfg, out=out, checkpoint=checkpoint, module=module, data=data, trainer=trainer)
+    return Job(cfg=cfg, out=out, checkpoint=checkpoint, saved=saved, module=module, data=data, trainer=trainer)
 
 
 def run(job: Job) -> float:
@@ -132,6 +139,9 @@ def run(job: Job) -> float:
     trainer, module = job.trainer, job.module
     hold(job.out)
     _record_config(job)
+    if job.checkpoint and job.saved and trainer.is_global_zero:
+        step, row = job.saved["global_step"], job.saved["distilkit"].get("row")
+        continue_records(trainer.loggers, checkpoint=job.checkpoint, step=step, row=row)
     if torch.cuda.is_initialized():  # by an earlier job in this process
         torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
     more = [callback.requeue for callback in trainer.callbacks if isinstance(callback, StopOnSignal)]  # type: ignore[attr-defined]

@@ -1,5 +1,6 @@
 """How a training ends on the command line: before its first step, or with a budget of time."""
 
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -259,3 +260,81 @@ def test_two_ranks_end_at_the_same_step_by_the_clock_of_the_first(given: tuple[s
     assert zero.code == 0, zero.err
     found = summary_of(only(tmp_path, "outputs/zero/*"))
     assert found["before"] == found["after"] != {}
+
+
+# ------------------------------------------------------------------------- records over a resume
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    """Return the rows of metrics.csv, without what was measured by the clock."""
+    with (folder / "metrics.csv").open(newline="", encoding="utf-8") as stream:
+        rows = [{name: value for name, value in row.items() if value} for row in csv.DictReader(stream)]
+    return [{name: value for name, value in row.items() if not name.startswith("throughput/")} for row in rows]
+
+
+@pytest.mark.parametrize("folder", ["on", "broken"], ids=["in a new folder", "in its own"])
+@pytest.mark.parametrize(
+    "end",
+    [
+        "+callbacks.stop={_target_: jobs.StopAfter, step: 5}",
+        "+callbacks.send={_target_: jobs.Send, name: SIGTERM, step: 3}",
+    ],
+    ids=["killed", "signal"],
+)
+def test_the_records_of_a_resumed_run_are_those_of_an_unbroken_one(
+    end: str, folder: str, given: tuple[str, ...], tmp_path: Path
+) -> None:
+    more = *given, "trainer.max_steps=8", "callbacks.validation.optimizer_steps=3", f"+callbacks.clock={{{clock(2.0)}}}"
+    broken = call(distilkit.train.main, *more, end, "hydra.run.dir=broken", cwd=tmp_path)
+    assert broken.code in (1, 143)
+    step = 4 if broken.code == 143 else 3
+    assert torch.load(tmp_path / "broken/checkpoints/last.ckpt", weights_only=True)["global_step"] == step
+    file = f"ckpt_path={tmp_path}/broken/checkpoints/last.ckpt"
+    for run, again in ((folder, [file]), ("whole", [])):
+        done = call(distilkit.train.main, *more, *again, f"hydra.run.dir={run}", cwd=tmp_path)
+        assert done.code == 0, done.err
+    on, whole = tmp_path / folder, tmp_path / "whole"
+    assert rows_of(on) == rows_of(whole)
+    assert [int(row["step"]) for row in rows_of(on) if "train/loss" in row] == list(range(8))
+    same = "before", "after", "tokens_seen", "training_seconds", "wall_seconds", "tokens_per_second", "input_forms"
+    one, two = summary_of(on), summary_of(whole)
+    assert {name: one[name] for name in same} == {name: two[name] for name in same}
+    assert two["before"]
+    assert two["input_forms"]
+
+
+def test_a_checkpoint_that_stands_alone_begins_new_records_and_says_so(given: tuple[str, ...], tmp_path: Path) -> None:
+    more = *given, "callbacks.validation.optimizer_steps=2", "validate_first=false"
+    assert call(distilkit.train.main, *more, "trainer.max_steps=2", "hydra.run.dir=a", cwd=tmp_path).code == 0
+    (tmp_path / "a/checkpoints/last.ckpt").rename(tmp_path / "moved.ckpt")
+    again = "ckpt_path=moved.ckpt", "trainer.max_steps=4"
+    done = call(distilkit.train.main, *more, *again, "hydra.run.dir=b", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert "has no metrics.csv, so that this run's begins after step 2" in done.out
+    assert [int(row["step"]) for row in rows_of(tmp_path / "b") if "train/loss" in row] == [2, 3]
+    assert [step for step, _ in read_metrics(tmp_path / "b" / "metrics.csv")["val/nll"]] == [4]
+
+
+def test_a_resumed_run_goes_on_in_its_run_of_wandb_and_in_its_tensorboard(
+    given: tuple[str, ...], tmp_path: Path
+) -> None:
+    import wandb
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = "{_target_: pytorch_lightning.loggers.TensorBoardLogger, save_dir: '${output_dir}', name: '', version: tensorboard}"
+    more = *given, "logger=wandb", f"+logger.tensorboard={board}", "validate_first=false", "trainer.max_steps=6"
+    more = *more, "callbacks.validation.optimizer_steps=3"
+    stop = "+callbacks.stop={_target_: jobs.StopAfter, step: 5}"
+    broken = call(distilkit.train.main, *more, stop, "hydra.run.dir=broken", cwd=tmp_path)
+    assert "the power went out" in broken.err
+    wandb.finish()  # as the end of its process would
+    again = f"ckpt_path={tmp_path}/broken/checkpoints/last.ckpt"
+    for run in ("on", "twice"):
+        done = call(distilkit.train.main, *more, again, f"hydra.run.dir={run}", cwd=tmp_path)
+        assert done.code == 0, done.err
+        again = f"ckpt_path={tmp_path}/on/checkpoints/last.ckpt"
+    ids = {only(tmp_path / run, "wandb/offline-run-*").name.rpartition("-")[2] for run in ("broken", "on", "twice")}
+    assert len(ids) == 1
+    assert torch.load(tmp_path / "on/checkpoints/last.ckpt", weights_only=True)["distilkit"]["wandb_id"] in ids
+    events = EventAccumulator(str(tmp_path / "on" / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(6))
