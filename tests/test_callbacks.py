@@ -136,8 +136,8 @@ def test_a_run_on_documents_has_nothing_to_warn_of(start: Start, caplog: pytest.
 def test_no_comparison_is_made_where_it_is_off_or_says_nothing(start: Start, tmp_path: Path) -> None:
     assert start(enabled=False).found is None
     assert start(alpha_ce=0.0).found is None  # the teacher's head may be untrained
-    assert start().found is not None
-    assert start(ckpt_path=tmp_path / "last.ckpt").found is None
+    assert (found := start().found) is not None
+    assert start(ckpt_path=tmp_path / "last.ckpt").found == found  # of the part before
 
 
 def test_the_bar_counts_micro_batches_and_no_epochs_where_steps_alone_end_the_run() -> None:
