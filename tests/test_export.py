@@ -1,14 +1,25 @@
 """The files of a student: nothing of its teacher's folder is lost on the way, and nothing is written outside its own."""
 
+import errno
 import json
+import os
+import stat
+import tempfile
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, dynamic_module_utils
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    dynamic_module_utils,
+)
 
 import distilkit.export
 import distilkit.train
@@ -243,3 +254,49 @@ def test_a_checkpoint_that_names_its_weights_file_gets_its_own_weights(tmp_path:
 def test_a_distilbert_leaves_the_code_of_no_one_behind(tokenizer: PreTrainedTokenizerBase) -> None:
     student = cut_student(teacher=build_teacher("bert"), tokenizer=tokenizer, layers="half")
     assert "generation_config.json" not in student_files(student, tokenizer)
+
+
+def saved(folder: Path) -> Path:
+    config = build_model("gpt2", num_layers=2).config.to_json_string()
+    return save_checkpoint(folder / "a.ckpt", {"config.json": config})
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_an_exported_student_has_the_permissions_that_the_umask_leaves(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        export_checkpoint(saved(tmp_path), tmp_path / "exported")
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "exported").iterdir()}
+    assert {"model.safetensors", "config.json", "README.md"} < modes.keys()
+    assert set(modes.values()) == {0o666 & ~umask}
+    assert stat.S_IMODE((tmp_path / "exported").stat().st_mode) == 0o777 & ~umask
+
+
+def test_a_full_disk_leaves_no_part_of_a_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = saved(tmp_path)
+
+    def refuse(model: PreTrainedModel, folder: str) -> None:
+        Path(folder, "model.safetensors").write_bytes(b"half of it")
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", refuse)
+    message = rf"no space left on the disk of {tmp_path} \(or in your quota\); free some, or choose another folder"
+    with pytest.raises(UserError, match=message):
+        export_checkpoint(file, tmp_path / "exported")
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_temporary_folder_that_is_full_is_named_with_the_cure(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Any, folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tokenizer, "save_pretrained", refuse.__get__(tokenizer))
+    message = rf"no space left on the disk of {tmp_path} .*; free some, or set TMPDIR to a folder on another disk"
+    with pytest.raises(UserError, match=message):
+        student_files(build_model("distilbert", num_layers=1), tokenizer)
+    assert list(tmp_path.iterdir()) == []

@@ -1,12 +1,14 @@
 import errno
 import os
+import stat
 import tempfile
 from pathlib import Path
+from socket import gethostname
 
 import pytest
 
 from distilkit.errors import UserError
-from distilkit.storage import flush, temporary_folder, writing
+from distilkit.storage import temporary_folder, whole_folder, writing
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
@@ -62,9 +64,50 @@ def test_without_a_usable_temporary_folder_the_message_names_the_variable(monkey
         raise AssertionError
 
 
-def test_files_and_folders_are_flushed(tmp_path: Path) -> None:
-    (tmp_path / "a").write_text("a")
-    flush(tmp_path / "a")
-    flush(tmp_path)
-    with pytest.raises(FileNotFoundError):
-        flush(tmp_path / "b")
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_a_folder_is_whole_or_not_there_and_has_the_permissions_that_the_umask_leaves(
+    tmp_path: Path, umask: int
+) -> None:
+    left_over = tmp_path / f"made.tmp-{gethostname()}-{os.getpid()}"  # of a killed process of the same number
+    left_over.mkdir()
+    (left_over / "old").touch()
+    before = os.umask(umask)
+    try:
+        with pytest.raises(KeyError), whole_folder(tmp_path / "made", cure="set") as folder:
+            raise KeyError
+        assert list(tmp_path.iterdir()) == []
+        with whole_folder(tmp_path / "made", cure="set") as folder:
+            (folder / "a").write_text("a")
+            assert not (tmp_path / "made").exists()
+    finally:
+        os.umask(before)
+    assert [path.name for path in tmp_path.rglob("*")] == ["made", "a"]
+    modes = [stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*")]
+    assert modes == [0o777 & ~umask, 0o666 & ~umask]
+
+
+def test_a_folder_is_flushed_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[str] = []
+
+    def fsync(descriptor: int) -> None:
+        assert not (tmp_path / "made").exists()
+        flushed.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with whole_folder(tmp_path / "made", cure="set") as folder:
+        (folder / "b").mkdir()
+        (folder / "b" / "a").write_text("a")
+    assert sorted(flushed) == ["a", "b", f"made.tmp-{gethostname()}-{os.getpid()}"]
+
+
+def test_a_disk_that_reports_only_at_the_end_that_it_is_full_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(descriptor: int) -> None:  # as of a network's file system
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    message = f"no space left on the disk of {tmp_path} "
+    with pytest.raises(UserError, match=message), whole_folder(tmp_path / "made", cure="set") as folder:
+        (folder / "a").write_text("a")
+    assert list(tmp_path.iterdir()) == []

@@ -33,6 +33,7 @@ from distilkit.credentials import refuse_credentials
 from distilkit.errors import UserError
 from distilkit.run_folder import release
 from distilkit.signals import ENDING, Stopped, command_again, first_rank, inbox, listening
+from distilkit.storage import storage_fault
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,8 @@ _shown: set[str] = set()  # where the errors were raised whose traceback was log
 
 def user_cause(error: Exception) -> Exception | None:
     """Return the user error behind ``error``, or None if it may be a bug, which needs the traceback."""
+    if full := storage_fault(error, None, cure="write to another disk, and set TMPDIR to a folder on another one"):
+        return full
     refused = type(error).__name__ == "MisconfigurationException"  # Lightning's, whose import takes seconds
     if not isinstance(error, InstantiationException):
         return error if isinstance(error, UserError) else UserError(f"Lightning refuses: {error}") if refused else None

@@ -4,7 +4,6 @@ import copy
 import json
 import logging
 import pickle
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -20,6 +19,7 @@ from distilkit.cli import check_added, report_errors
 from distilkit.errors import UserError
 from distilkit.language_model import build_from_config, lm_of_model, num_parameters
 from distilkit.model_card import student_card
+from distilkit.storage import permit_reading, temporary_folder, whole_folder
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +34,7 @@ def student_files(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     config.dtype = str(student.dtype).removeprefix("torch.")
     for each in (config, saved):
         each._auto_class = None  # type: ignore[misc]  # transformers would put code of any depth side by side
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+    with temporary_folder() as folder:
         config.save_pretrained(folder)
         saved.save_pretrained(folder)
         if student.can_generate() and student.generation_config is not None:
@@ -137,9 +136,7 @@ def export_checkpoint(
     saved = checkpoint["distilkit"]
     if folder.exists():
         raise UserError(f"{folder} exists; choose another folder, or delete it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.tmp", dir=folder.parent))
-    try:
+    with whole_folder(folder, cure="choose another folder") as temporary:
         _write_files(saved["files"], temporary, source=file)
         own_code = "auto_map" in json.loads(saved["files"]["config.json"])
         if own_code and not trust_remote_code:
@@ -151,6 +148,7 @@ def export_checkpoint(
         model.load_state_dict(state, strict=True)
         with tempfile.TemporaryDirectory(dir=temporary) as weights:
             model.eval().save_pretrained(weights)
+            permit_reading(Path(weights))
             for path in Path(weights).iterdir():
                 if not (temporary / path.name).exists() and path.suffix != ".py":  # code is there, with its folders
                     path.rename(temporary / path.name)
@@ -166,10 +164,6 @@ def export_checkpoint(
             own_code=own_code,
         )
         card.save(temporary / "README.md")
-        temporary.chmod(0o755)  # mkdtemp makes it private
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return model
 
 

@@ -3,10 +3,12 @@
 import errno
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from socket import gethostname
 
 from distilkit.errors import UserError
 
@@ -24,7 +26,7 @@ def storage_fault(error: Exception, folder: Path | None, *, cure: str) -> UserEr
     if number in _FULL:
         disk = f"the disk of {place}" if place else "a disk that is written to, or in $TMPDIR"
         return UserError(f"no space left on {disk} (or in your quota); free some, or {cure}")
-    if number in _CLOSED and place:
+    if number in _CLOSED and place and (folder or number == errno.EROFS):  # else a file may not be readable
         return UserError(f"{place} cannot be written ({os.strerror(number)}); {cure}")
     return None
 
@@ -41,6 +43,32 @@ def writing(folder: str | Path, *, cure: str) -> Iterator[None]:
 
 
 @contextmanager
+def whole_folder(folder: Path, *, cure: str) -> Iterator[Path]:
+    """Make a folder under a temporary name beside it, which holds host and process, and rename it in the end.
+
+    So it is whole or not there, also after a power cut. It has the permissions that the umask leaves.
+    """
+    temporary = folder.with_name(f"{folder.name}.tmp-{gethostname()}-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process of the same number, as in a container
+    try:
+        with writing(folder.parent, cure=cure):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir()
+            yield temporary
+            for file in (*temporary.rglob("*"), temporary):
+                _flush(file)
+            temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def permit_reading(folder: Path) -> None:
+    """Give a model's weights the permissions of its config.json: safetensors lets only their owner read them."""
+    for file in folder.glob("*.safetensors"):
+        file.chmod((folder / "config.json").stat().st_mode)
+
+
+@contextmanager
 def temporary_folder() -> Iterator[Path]:
     """Make a folder below $TMPDIR that is deleted in the end."""
     try:
@@ -53,7 +81,7 @@ def temporary_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-def flush(file: Path) -> None:
+def _flush(file: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk: without it, a power cut may leave zeros."""
     descriptor = os.open(file, os.O_RDONLY)
     try:

@@ -51,12 +51,14 @@ from distilkit.ranks import ranks_on_config
 from distilkit.records import read_rows, write_json
 from distilkit.run_folder import hold
 from distilkit.signals import ENDING, listening, release
+from distilkit.storage import writing
 from distilkit.student import measure_layers
 from distilkit.summary import describe, finish, print_result
 from distilkit.teacher import Teacher
 
 log = logging.getLogger(__name__)
 
+_CURE = "set hydra.run.dir (from Python: out) to a folder on another disk"
 
 _TYPES: dict[str, Any] = {  # of the keys of train.yaml that no target reads
     **dict.fromkeys(("compile", "activation_checkpointing", "validate_first"), bool),
@@ -137,8 +139,9 @@ def run(job: Job) -> float:
     It is nan where the trainer's ``limit_val_batches`` is 0, so that nothing is scored.
     """
     trainer, module = job.trainer, job.module
-    hold(job.out)
-    _record_config(job)
+    with writing(job.out, cure=_CURE):
+        hold(job.out)
+        _record_config(job)
     if job.checkpoint and job.saved and trainer.is_global_zero:
         step, row = job.saved["global_step"], job.saved["distilkit"].get("row")
         continue_records(trainer.loggers, checkpoint=job.checkpoint, step=step, row=row)
@@ -146,7 +149,8 @@ def run(job: Job) -> float:
         torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
     more = [callback.requeue for callback in trainer.callbacks if isinstance(callback, StopOnSignal)]  # type: ignore[attr-defined]
     launcher, config = trainer.strategy.launcher, job.out / "config.yaml"
-    with listening(*ENDING, *more), starting_ranks(launcher), ranks_on_config(config, launcher=launcher):
+    ranks = ranks_on_config(config, launcher=launcher)
+    with listening(*ENDING, *more), starting_ranks(launcher), ranks, writing(job.out, cure=_CURE):
         trainer.fit(module, datamodule=job.data, ckpt_path=job.checkpoint)
         trainer.save_checkpoint(job.out / "checkpoints" / "last.ckpt", weights_only=False)
         if trainer.global_step == 0:  # trainer.max_steps=0

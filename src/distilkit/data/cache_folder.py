@@ -1,18 +1,16 @@
 """Folders of the cache, each made once: whole or not at all, by one process while others wait."""
 
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from socket import gethostname
 
 from filelock import FileLock, Timeout
 
 from distilkit.errors import UserError
-from distilkit.storage import flush, writing
+from distilkit.storage import whole_folder
 
 log = logging.getLogger(__name__)
 
@@ -51,19 +49,11 @@ def make_once(cache_dir: Path, name: str, write: Callable[[Path], None]) -> Path
     with held:
         if folder.is_dir():
             return folder
-        temporary = folder.with_name(f"{folder.name}.tmp-{gethostname()}-{os.getpid()}")
         with usable(cache_dir):
             for left_over in folder.parent.glob(f"{folder.name}.tmp*"):
                 shutil.rmtree(left_over)  # of a killed process: this process holds the lock, so no other writes here
-            temporary.mkdir()  # with the permissions that the umask leaves, unlike those of the module tempfile
-        try:
-            with writing(folder.parent, cure=_CURE):
-                write(temporary)
-                for file in (*temporary.rglob("*"), temporary):
-                    flush(file)
-                temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with whole_folder(folder, cure=_CURE) as temporary:
+            write(temporary)
     return folder
 
 

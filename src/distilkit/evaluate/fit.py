@@ -25,6 +25,7 @@ from distilkit.evaluate.models import described, inputs_of, load_task_model, loa
 from distilkit.language_model import check_positions
 from distilkit.metrics import measure
 from distilkit.records import Result, cost, write_json, write_rows
+from distilkit.storage import permit_reading
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ def finetune_and_score(task: FinetuningTask, job: Job) -> list[Result]:
         write_submission(job.folder / "submission", name, predictions, ids=task.head.get("label2id"))
     if cfg.save_model and trains:
         model.save_pretrained(job.folder / "model")
+        permit_reading(job.folder / "model")
         tokenizer.save_pretrained(job.folder / "model")
     _log_scores(trainer, {f"{task.name}/{metric}": value for metric, value in scores.items()})
     result = Result(

@@ -19,6 +19,7 @@ from distilkit.evaluate.perplexity import LanguageScore, read_text
 from distilkit.language_model import lm_of
 from distilkit.losses import IGNORE_INDEX, soft_target_kl
 from distilkit.records import Result, cost
+from distilkit.storage import permit_reading
 
 _SET = "wikitext-103-raw-v1"  # only scores on all of it may stand next to the published ones
 
@@ -67,6 +68,7 @@ class TunedLanguageScore:
         module, trainer, timer = train(self, job, model=model, teacher=teacher, data=data)
         if cfg.save_model and cfg.finetune.epochs:
             model.save_pretrained(job.folder / "model")
+            permit_reading(job.folder / "model")
             tokenizer.save_pretrained(job.folder / "model")
         start = time.perf_counter()
         scored = self.scored.result(job, model, tokenizer, kind="clm")
