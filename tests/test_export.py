@@ -29,7 +29,7 @@ from distilkit.language_model import num_parameters
 from distilkit.student import cut_student, pretrained_student
 from distilkit.teacher import load_teacher
 from jobs import QUIET, SMALL, call, spawn
-from tiny import build_model, build_teacher
+from tiny import build_model, build_teacher, make_documents
 
 CODE = {  # a model type of its own, in a folder of its own, which imports what imports
     "code/configuration_mine.py": """
@@ -222,16 +222,138 @@ def test_a_vocabulary_of_bytes_is_a_file_of_a_student(
 
 
 @pytest.mark.parametrize(
-    "name", ["../other.txt", "/ABSOLUTE/other.txt", "a/../../other.txt", "", "a\\..\\b", "C:\\b", "a/"]
+    "name",
+    [
+        *(
+            "../other.txt",
+            "/ABSOLUTE/other.txt",
+            "a/../../other.txt",
+            "",
+            ".",
+            "a\\..\\b",
+            "C:\\b",
+            "a/",
+            "a//b",
+            "./b",
+        ),
+        *("C:b", "b:stream", "b\0", "b\n", "\ud800", "nul", "a/COM1.txt", "b.", "b ", " b", "a" * 300, "b?", 5),
+        *("README.md", "readme.MD", "Model.SafeTensors", "model.safetensors.index.json", "a/x.safetensors"),
+        *("pytorch_model.bin", "adapter_config.json", "tf_model.h5", "Config.json", "config.json/b"),
+    ],
 )
-def test_a_checkpoint_writes_nothing_outside_the_folder(name: str, tmp_path: Path) -> None:
-    name = name.replace("/ABSOLUTE", str(tmp_path))
+def test_a_checkpoint_writes_nothing_outside_the_folder_and_nothing_that_shadows_its_files(
+    name: Any, tmp_path: Path
+) -> None:
+    name = name.replace("/ABSOLUTE", str(tmp_path)) if isinstance(name, str) else name
     files = {"config.json": build_model("gpt2", num_layers=2).config.to_json_string(), name: "x"}
     file = save_checkpoint(tmp_path / "a.ckpt", files)
     with pytest.raises(UserError, match=r"a.ckpt names a file .*, which is no file inside the exported folder"):
         export_checkpoint(file, tmp_path / "below" / "exported")
     assert not list((tmp_path / "below").iterdir())
     assert not list(tmp_path.rglob("other.txt"))
+
+
+def test_a_link_at_the_place_of_the_exported_folder_is_not_followed(tmp_path: Path) -> None:
+    config = build_model("gpt2", num_layers=2).config.to_json_string()
+    file = save_checkpoint(tmp_path / "a.ckpt", {"config.json": config})
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="link exists; choose another folder"):
+        export_checkpoint(file, tmp_path / "link")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        "config.json",
+        "tokenizer_config.json",
+        "processor_config.json",
+        "preprocessor_config.json",
+        "a/config.json",
+        "code.py",
+    ],
+)
+@pytest.mark.parametrize("reference", ["code.Mine", "someone/else--code.Mine"])
+def test_code_that_a_checkpoint_brings_or_names_is_neither_run_nor_asked_for(
+    named: str, reference: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *question: pytest.fail("it asks"))
+    ran = f"open({str(tmp_path / 'ran')!r}, 'w')"
+    config = json.loads(build_model("gpt2", num_layers=2).config.to_json_string())
+    files = {"config.json": json.dumps(config), "code.py": ran, "custom_generate/generate.py": ran}
+    if named.endswith(".json"):
+        names = "AutoConfig", "AutoModelForCausalLM", "AutoTokenizer", "AutoProcessor"
+        said = {"auto_map": dict.fromkeys(names, reference), **(config if named == "config.json" else {})}
+        files = {"config.json": json.dumps(config), named: json.dumps(said)}
+        files |= {} if "--" in reference else {"code.py": ran}
+    file = save_checkpoint(tmp_path / "a.ckpt", files | {"chat_template.jinja": "{{ ''.__class__.__mro__[1] }}"})
+    with pytest.raises(
+        UserError, match=r"a.ckpt holds code of its own \(.*\); read it, and set trust_remote_code=true"
+    ):
+        export_checkpoint(file, tmp_path / "exported")
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "exported").exists()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"config.json": None},
+        {"config.json": "{"},
+        {"config.json": "[]"},
+        {"config.json": '{"model_type": "nothing"}'},
+        {"config.json": '{"model_type": "bert", "hidden_size": 7}'},
+        {"config.json": '{"model_type": "gpt2", "n_layer": -3}'},
+        {"tokenizer_config.json": "no json"},
+        {"record": {}},
+        {"tokens_seen": None},
+        {"state": {}},
+    ],
+)
+def test_a_checkpoint_whose_content_was_changed_is_one_message(changed: dict[str, Any], tmp_path: Path) -> None:
+    files = {"config.json": build_model("gpt2", num_layers=2).config.to_json_string()}
+    (name, value), *_ = changed.items()
+    files |= {name: value} if name.endswith(".json") and value is not None else {}
+    file = save_checkpoint(tmp_path / "a.ckpt", files if value is not None or name == "tokens_seen" else {})
+    saved = torch.load(file, weights_only=True)
+    if name in ("record", "tokens_seen"):
+        saved["distilkit"][name] = value
+    if name == "state":
+        saved["state_dict"] = value
+    torch.save(saved, file)
+    with pytest.raises(UserError, match=r"a.ckpt holds no student that can be built \(\w+: .*give another checkpoint"):
+        export_checkpoint(file, tmp_path / "exported")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+@pytest.mark.parametrize("model_type", ["bert", "gpt2"])
+def test_what_is_exported_names_no_folder_of_this_machine(
+    model_type: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, causal_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    teacher, corpus = tmp_path / "my models" / "a teacher", tmp_path / "my texts" / "some text.txt"
+    build_model(model_type, num_layers=2).save_pretrained(teacher)
+    (causal_tokenizer if model_type == "gpt2" else tokenizer).save_pretrained(teacher)
+    for name, keys in {
+        "config.json": ["_name_or_path", "path_of_mine"],
+        "tokenizer_config.json": ["name_or_path", "tokenizer_file", "vocab_file"],
+        "generation_config.json": ["_name_or_path"],
+    }.items():
+        said = json.loads((teacher / name).read_text("utf-8")) if (teacher / name).exists() else {}
+        (teacher / name).write_text(json.dumps(said | dict.fromkeys(keys, str(teacher))), "utf-8")
+    (teacher / "README.md").write_text(f"---\nlicense: mit\nbase_model: {teacher}\n---\n{teacher}\n", "utf-8")
+    corpus.parent.mkdir()
+    corpus.write_text("\n\n".join(make_documents(60)), "utf-8")
+    objective = ["objective=distilgpt2"] if model_type == "gpt2" else []
+    given = "teacher=hf", f"teacher.name='{teacher}'", *objective, *SMALL, *QUIET, "trainer.max_steps=1"
+    folders = f"data.corpus.paths='{corpus}'", f"cache_dir='{tmp_path}/my cache'", f"name='{tmp_path}/my name'"
+    done = call(distilkit.train.main, *given, *folders, "hydra.run.dir=run", cwd=tmp_path)
+    assert done.code == 0, done.err
+    sent = [file for file in (tmp_path / "run" / "student").rglob("*") if file.is_file()]
+    assert len(sent) > 4
+    for piece in (str(tmp_path), tmp_path.name, "my models", "my texts", "my cache"):
+        assert [file.name for file in sent if piece.encode() in file.read_bytes()] == []
+    card = (tmp_path / "run" / "student" / "README.md").read_text("utf-8")
+    assert "`a teacher`" in card and "some text.txt" in card and "# my name" in card
 
 
 def test_a_checkpoint_of_an_earlier_version_is_exported(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 import copy
 import json
 import logging
+import os
 import pickle
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -19,7 +21,7 @@ from distilkit.cli import check_added, report_errors
 from distilkit.errors import UserError
 from distilkit.language_model import build_from_config, lm_of_model, num_parameters
 from distilkit.model_card import student_card
-from distilkit.storage import permit_reading, temporary_folder, whole_folder
+from distilkit.storage import permit_reading, storage_fault, temporary_folder, whole_folder
 
 log = logging.getLogger(__name__)
 
@@ -39,17 +41,29 @@ def student_files(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
         saved.save_pretrained(folder)
         if student.can_generate() and student.generation_config is not None:
             student.generation_config.to_json_file(folder / "generation_config.json")  # checked by no one, as read
-        for file, used in (("config.json", (student, student.config)), ("tokenizer_config.json", (tokenizer,))):
+        used_by = {"config.json": (student, student.config), "tokenizer_config.json": (tokenizer,)}
+        for file, used in {**used_by, "generation_config.json": ()}.items():
             if (folder / file).is_file():
                 said = json.loads((folder / file).read_text("utf-8"))
                 auto_map = said.pop("auto_map", None) or {}
                 if any(type(each).__module__.startswith("transformers_modules") for each in used):
                     commit = getattr(used[-1], "_commit_hash", None)
                     said["auto_map"] = _write_code(auto_map, folder, name=str(used[-1].name_or_path), revision=commit)
+                said = _without_folders(said)
                 text = json.dumps(said, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
                 (folder / file).write_text(text, "utf-8")
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
         return {path.relative_to(folder).as_posix(): _content(path) for path in paths}
+
+
+def _without_folders(value: Any) -> Any:
+    """Return a value of JSON in which paths of this machine are base names."""
+    if isinstance(value, dict):
+        return {key: _without_folders(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(each) for each in value]
+    local = isinstance(value, str) and len(Path(value).parts) > 2 and Path(value).is_absolute()  # a token may be "/"
+    return Path(value).name if local else value
 
 
 def _content(file: Path) -> str | bytes:
@@ -90,16 +104,39 @@ def _write_code(auto_map: Mapping[str, Any], folder: Path, *, name: str, revisio
     return kept
 
 
+# Files that a student's folder gets from elsewhere, or that transformers would load in place of its weights.
+_OTHERS = re.compile(
+    r"readme\.md|adapter_.*|.*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|pkl)(\.index\.json)?", re.I
+)
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.I)  # names of devices on Windows
+
+
+def _is_inside(name: Any) -> bool:
+    """Return whether a name of a checkpoint is that of a file inside a folder, on any system."""
+    if not isinstance(name, str) or not name.isprintable() or len(name) > 200 or re.search(r'[\\:*?"<>|]', name):
+        return False
+    parts = name.split("/")
+    odd = any(part != part.strip(" ") or part.endswith(".") or _RESERVED.fullmatch(part) for part in parts)
+    return all(parts) and not odd and not _OTHERS.fullmatch(parts[-1])
+
+
 def _write_files(files: Mapping[str, str | bytes], folder: Path, *, source: Path) -> None:
     """Write the files of a checkpoint below a folder; a name that leads elsewhere raises a ``UserError``."""
+    folders = {str(above) for name in files if _is_inside(name) for above in PurePosixPath(name).parents}
     for name, content in files.items():
-        path = PurePosixPath(name)
-        outside = path.is_absolute() or ".." in path.parts or path.as_posix() != name or name == "." or "\\" in name
-        if outside or ":" in name or path.suffix == ".safetensors":
+        twice = sum(str(each).casefold() == str(name).casefold() for each in files) > 1 or name in folders
+        if not _is_inside(name) or twice or not isinstance(content, str | bytes):
             found = f"{source} names a file {name!r}, which is no file inside the exported folder"
             raise UserError(f"{found}; give a checkpoint of distilkit.train that nobody changed")
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+
+
+def _code(files: Mapping[str, str | bytes]) -> list[str]:
+    """Return the files that are code, or else the JSON files that map to code, which may also lie on the hub."""
+    texts = {name: text if isinstance(text, str) else text.decode("utf-8", "replace") for name, text in files.items()}
+    maps = [name for name, text in texts.items() if name.endswith(".json") and '"auto_map"' in text]
+    return sorted(name for name in texts if name.endswith(".py")) or maps
 
 
 def read_checkpoint(file: Path) -> dict[str, Any]:
@@ -134,35 +171,42 @@ def export_checkpoint(
         raise UserError(f"ckpt={str(ckpt)!r} is no file; give the path of a .ckpt below outputs/.../checkpoints")
     checkpoint = read_checkpoint(file)
     saved = checkpoint["distilkit"]
-    if folder.exists():
+    if os.path.lexists(folder):  # a link that leads nowhere, too
         raise UserError(f"{folder} exists; choose another folder, or delete it")
     with whole_folder(folder, cure="choose another folder") as temporary:
         _write_files(saved["files"], temporary, source=file)
-        own_code = "auto_map" in json.loads(saved["files"]["config.json"])
+        own_code = bool(code := _code(saved["files"]))
         if own_code and not trust_remote_code:
-            code = ", ".join(sorted(name for name in saved["files"] if name.endswith(".py")))
-            raise UserError(f"{file} holds code of its own ({code}); read it, and set trust_remote_code=true to run it")
-        config = AutoConfig.from_pretrained(temporary, trust_remote_code=trust_remote_code)
-        model = build_from_config(config, trust_remote_code=trust_remote_code)
-        state = {name.removeprefix("student."): tensor for name, tensor in checkpoint["state_dict"].items()}
-        model.load_state_dict(state, strict=True)
-        with tempfile.TemporaryDirectory(dir=temporary) as weights:
-            model.eval().save_pretrained(weights)
-            permit_reading(Path(weights))
-            for path in Path(weights).iterdir():
-                if not (temporary / path.name).exists() and path.suffix != ".py":  # code is there, with its folders
-                    path.rename(temporary / path.name)
-        mask_token = json.loads(saved["files"].get("tokenizer_config.json", "{}")).get("mask_token")
-        card = student_card(
-            saved["record"],
-            results=results or {},
-            verdict=verdict,
-            tokens_seen=saved["tokens_seen"],
-            num_params=num_parameters(model),
-            lm=lm_of_model(model),
-            mask_token=mask_token["content"] if isinstance(mask_token, dict) else mask_token or "[MASK]",
-            own_code=own_code,
-        )
+            found = f"{file} holds code of its own ({', '.join(code)})"
+            raise UserError(f"{found}; read it, and set trust_remote_code=true to run it")
+        try:
+            config = AutoConfig.from_pretrained(temporary, trust_remote_code=trust_remote_code)
+            model = build_from_config(config, trust_remote_code=trust_remote_code)
+            state = {name.removeprefix("student."): tensor for name, tensor in checkpoint["state_dict"].items()}
+            model.load_state_dict(state, strict=True)
+            with tempfile.TemporaryDirectory(dir=temporary) as weights:
+                model.eval().save_pretrained(weights)
+                permit_reading(Path(weights))
+                for path in Path(weights).iterdir():
+                    if not (temporary / path.name).exists() and path.suffix != ".py":  # code is there, with its folders
+                        path.rename(temporary / path.name)
+            mask_token = json.loads(saved["files"].get("tokenizer_config.json", "{}")).get("mask_token")
+            card = student_card(
+                saved["record"],
+                results=results or {},
+                verdict=verdict,
+                tokens_seen=saved["tokens_seen"],
+                num_params=num_parameters(model),
+                lm=lm_of_model(model),
+                mask_token=mask_token["content"] if isinstance(mask_token, dict) else mask_token or "[MASK]",
+                own_code=own_code,
+            )
+        except Exception as error:  # of a config, weights or a record that were changed, or of a student's own code
+            if isinstance(error, UserError) or storage_fault(error, folder, cure=""):
+                raise
+            found = f"{file} holds no student that can be built"
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            raise UserError(f"{found} ({reason}); give another checkpoint of the run") from error
         card.save(temporary / "README.md")
     return model
 

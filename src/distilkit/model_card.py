@@ -67,7 +67,14 @@ def student_card(
     """
     teacher, pipeline = dict(record["teacher"] or {}), _PIPELINES[lm]
     # A card is published, where the folders of this machine are of no use.
-    data = _PATH.sub(lambda path: _last(path[0]), " ".join(str(record["data"]).split()))
+    corpus = record.get("config", {}).get("data", {}).get("corpus", {}).get("paths") or ()
+    data = " ".join(str(record["data"]).split())
+    for path in sorted([corpus] if isinstance(corpus, str) else map(str, corpus), key=len, reverse=True):
+        data = data.replace(path, _last(path))  # also with spaces
+    data, name, verdict = (
+        text and _PATH.sub(lambda path: _last(path[0]), text)
+        for text in (data, " ".join(str(record["name"]).split()), verdict)
+    )
     base_model = teacher.get("name")
     if base_model and (teacher.get("folder") or not _HUB_ID.fullmatch(base_model) or Path(base_model).exists()):
         teacher["name"], base_model = _last(base_model), None
@@ -78,13 +85,13 @@ def student_card(
         library_name="transformers",
         pipeline_tag=pipeline,
         tags=_TAGS,
-        model_name=str(record["name"] or record["architecture"]) if scores else None,
+        model_name=(name if record["name"] else str(record["architecture"])) if scores else None,
         eval_results=[EvalResult(**named, metric_type=name, metric_value=round(scores[name], 4)) for name in scores]
         or None,
         **record.get("metadata", {}),
     )
     facts: Any = {
-        "record": {**record, "name": " ".join(str(record["name"]).split()), "data": data, "teacher": teacher},
+        "record": {**record, "name": name, "data": data, "teacher": teacher},
         "results": results,
         "verdict": verdict,
         "tokens_seen": tokens_seen,
