@@ -33,6 +33,9 @@ audit: $(INSTALLED)  ## look up the installed packages in the list of known vuln
 	$(VENV)/audit/bin/pip-audit --strict --skip-editable \
 	  --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 
+torture: $(INSTALLED)  ## kill, stop and damage runs in some 60 ways, and print what held (10 minutes)
+	PYTHONPATH=tests $(BIN)/python -m torture
+
 lint: $(INSTALLED)  ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -160,7 +160,7 @@ def test_documents_are_split_and_tokenized_once_each(tmp_path: Path, tokenizer: 
     for shard in range(of - 1):
         (_, *_) = make(Texts(documents), tokenizer, tmp_path, shard, of)
         (folder,) = tmp_path.glob(f"*-{shard}-of-{of}")
-        index = np.fromfile(folder / "index.bin", dtype=np.int64).reshape(-1, 6)
+        index = np.array(json.loads((folder / "index.json").read_text("utf-8"))["chunks"])
         assert index[:, 1].tolist() == list(range(shard, 29, of))  # every third of 29 chunks
         sizes.append(int(index[:, [2, 4]].sum()))
     assert sizes == [70, 67]  # the last chunk holds four documents
@@ -223,15 +223,22 @@ def test_shards_of_other_text_are_not_joined(tmp_path: Path, tokenizer: PreTrain
     assert len(folders(tmp_path)) == 2
 
 
-@pytest.mark.parametrize("name", ["train.bin", "val.bin", "index.bin"])
-def test_a_shard_that_was_cut_short_is_named(name: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "index.json"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
+def test_a_shard_that_is_damaged_is_named(
+    name: str, damage: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
     make(Texts(make_documents(90)), tokenizer, tmp_path, 0, 2)
     (folder,) = tmp_path.glob("*-0-of-2")
-    (folder / name).write_bytes((folder / name).read_bytes()[:-48])
-    with pytest.raises(
-        UserError, match=r"-0-of-2/\w+\.bin is cut short or damaged; delete .* prepare data.shard=0 again"
-    ):
+    whole = (folder / name).read_bytes()
+    middle = len(whole) // 2
+    (folder / name).unlink()
+    if damage != "gone":
+        flipped = whole[:middle] + bytes([whole[middle] ^ 4]) + whole[middle + 1 :]
+        (folder / name).write_bytes(whole[:-48] if damage == "cut" else flipped)
+    with pytest.raises(UserError) as caught:
         make(Texts(make_documents(90)), tokenizer, tmp_path, 1, 2)
+    assert str(caught.value) == f"the shard {folder} is damaged; delete it, and prepare data.shard=0 again"
     shutil.rmtree(folder)
     assert make(Texts(make_documents(90)), tokenizer, tmp_path, 0, 2) == []
 

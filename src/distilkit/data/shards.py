@@ -6,8 +6,10 @@ cache is, byte for byte, the one that a single process makes.
 """
 
 import heapq
+import json
 import logging
 import shutil
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,8 +81,8 @@ def prepare_shard(
         if (cache_dir / key).is_dir():  # made while this process waited for another one at the same shard
             return
         limits = {"max_documents": batch_documents, "max_characters": batch_characters}
-        write_tokens(folder, chunks(), tokenizer)
-        (folder / "index.bin").write_bytes(np.array(index, dtype=np.int64).tobytes())
+        *_, sums = write_tokens(folder, chunks(), tokenizer)
+        (folder / "index.json").write_text(json.dumps({"crc32": sums, "chunks": index}), "utf-8")
 
     def join(folder: Path) -> None:
         size = sum(file.stat().st_size for each in folders for file in each.iterdir())
@@ -143,17 +145,17 @@ def deal(sizes: Sequence[float], num_shards: int) -> list[int | None]:
 def _joined(folders: Sequence[Path], dtype: np.dtype[Any]) -> Iterator[Chunk]:
     """Yield the chunks of all shards in the order of the corpus, memory-mapped."""
     streams: dict[tuple[int, str], NDArray[Any]] = {}
+    wanted: dict[tuple[int, str], int] = {}  # CRC-32
     rows = []
     for shard, folder in enumerate(folders):
-        index = np.fromfile(folder / "index.bin", dtype=np.int64)
-        index = index[: len(index) // 6 * 6].reshape(-1, 6)
-        for split, tokens in zip(_SPLITS, index[:, (3, 5)].sum(axis=0), strict=True):
-            file = folder / f"{split}.bin"
-            if not file.is_file() or file.stat().st_size != tokens * dtype.itemsize:
-                raise UserError(
-                    f"{file} is cut short or damaged; delete {folder}, and prepare data.shard={shard} again"
-                )
-            streams[shard, split] = np.memmap(file, dtype, "r") if tokens else np.empty(0, dtype)
+        try:
+            saved = json.loads((folder / "index.json").read_text("utf-8"))
+            index = np.array(saved["chunks"], dtype=np.int64).reshape(-1, 6)
+            for split, tokens in zip(_SPLITS, index[:, (3, 5)].sum(axis=0), strict=True):
+                streams[shard, split] = np.memmap(folder / f"{split}.bin", dtype, "r") if tokens else np.empty(0, dtype)
+                wanted[shard, split] = saved["crc32"][split]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise _damaged(folder, shard) from error
         rows.append(np.column_stack([np.full(len(index), shard), index]))
     chunks = np.concatenate(rows)
     chunks = chunks[np.lexsort((chunks[:, 2], chunks[:, 1]))]
@@ -161,11 +163,19 @@ def _joined(folders: Sequence[Path], dtype: np.dtype[Any]) -> Iterator[Chunk]:
     if (np.where(step[:, 0] > 0, chunks[:, 2] != 0, step[:, 1] != 1)).any():
         found = f"the shards {folders[0]} and so on were made of other text each, or in other batches"
         raise UserError(f"{found}; delete them, and prepare them again from a corpus that does not change")
-    begins = dict.fromkeys(streams, 0)
+    begins, sums = dict.fromkeys(streams, 0), dict.fromkeys(streams, 0)
     for shard, _, _, *sizes in chunks.tolist():
         chunk: Chunk = {}
         for split, documents, length in zip(_SPLITS, sizes[::2], sizes[1::2], strict=True):
-            begin = begins[shard, split]
-            begins[shard, split] = begin + length
-            chunk[split] = documents, streams[shard, split][begin : begin + length]
+            each, begin = (shard, split), begins[shard, split]
+            begins[each] = begin + length
+            chunk[split] = documents, streams[each][begin : begin + length]
+            sums[each] = zlib.crc32(chunk[split][1], sums[each])
         yield chunk
+    for shard, split in streams:
+        if sums[shard, split] != wanted[shard, split] or begins[shard, split] != len(streams[shard, split]):
+            raise _damaged(folders[shard], shard)
+
+
+def _damaged(folder: Path, shard: int) -> UserError:
+    return UserError(f"the shard {folder} is damaged; delete it, and prepare data.shard={shard} again")
