@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow fuzz audit lint format bench bench-quick bench-gpu bench-growth verify-published clean
+.PHONY: help demo test test-slow torture fuzz audit lint format bench bench-quick bench-gpu bench-growth verify-published clean
 
 help:  ## show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
