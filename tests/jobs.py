@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import json
 import logging
 import os
 import random
@@ -32,6 +33,7 @@ from torch.distributed.fsdp import (
 
 from distilkit.evaluate.job import Job
 from tiny import WORDS
+from watch import Watch
 
 SMALL = (  # steps of 16 blocks in two micro-batches, on one CPU
     "data=text",
@@ -189,6 +191,28 @@ class Send(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._send(trainer, at="end")
+
+
+class NoteWaits(Callback):
+    """Write for each optimizer step which operations made the host wait, one file a rank; for ``+callbacks.waits``."""
+
+    def __init__(self, *, folder: str) -> None:
+        self.folder, self.watch = Path(folder), Watch()
+        self.by_step: dict[int, list[str]] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.watch.__enter__()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch["is_last"]:
+            self.by_step[trainer.global_step] = self.watch.waits[:]
+            self.watch.waits.clear()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.watch.__exit__(None, None, None)
+        (self.folder / f"waits-{trainer.global_rank}.json").write_text(json.dumps(self.by_step), "utf-8")
 
 
 class SetClock(Callback):

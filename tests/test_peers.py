@@ -7,11 +7,12 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from distilkit.errors import UserError
-from distilkit.peers import is_child, starting_ranks, watching
+from distilkit.peers import watching
 
 SCRIPT = """
 import sys, time
@@ -22,8 +23,9 @@ with watching(num_nodes=1, seconds=3):
 """
 STARTER = """
 import subprocess, sys, time
-from distilkit.peers import starting_ranks
-with starting_ranks(None):
+from pathlib import Path
+from distilkit.ranks import ranks_on_config
+with ranks_on_config(Path("config.yaml")):
     rank = subprocess.Popen([sys.executable, "-c", sys.argv[1], "600"])
     print(rank.pid, flush=True)
     time.sleep(600)
@@ -79,6 +81,12 @@ def test_processes_of_several_machines_without_a_launcher_wait_for_each_other(
         raise AssertionError("it did not wait")
 
 
+@pytest.mark.parametrize("seconds", [0, -1.5, "soon"])
+def test_a_time_that_is_none_is_refused(seconds: Any) -> None:
+    with pytest.raises(UserError, match=f"rank_timeout={seconds}, but it must be a number of seconds above 0, or null"):
+        watching(num_nodes=1, seconds=seconds).__enter__()
+
+
 def test_a_process_alone_waits_for_nobody(place: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     with watching(num_nodes=1, seconds=1):
         pass
@@ -132,11 +140,3 @@ def test_a_rank_does_not_outlive_the_process_that_started_it(started: list["subp
     parent.send_signal(signal.SIGKILL)  # while the rank starts
     rest, _ = parent.communicate(timeout=120)  # until the rank has ended, too: it has the same standard output
     assert rest in ("", "here\n")
-
-
-def test_a_run_tells_its_ranks_of_itself_and_then_forgets_it() -> None:
-    before = dict(os.environ)
-    with starting_ranks(None):
-        assert os.environ["DISTILKIT_PARENT"] == str(os.getpid())
-        assert not is_child()
-    assert dict(os.environ) == before

@@ -6,14 +6,15 @@ import os
 import signal
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.trainer.states import TrainerFn
 
 from distilkit.cli import changes_of_sweep
 from distilkit.errors import UserError
-from distilkit.peers import is_child
+from distilkit.ranks import starter
 from distilkit.signals import command_again, inbox
 
 log = logging.getLogger(__name__)
@@ -29,14 +30,13 @@ class StopOnSignal(Callback):
     again. This replaces Lightning's handlers, which save within a step, and its question at each micro-batch.
     """
 
-    def __init__(self, *, file: str, requeue: str = "SIGUSR1") -> None:
+    def __init__(self, *, file: str, requeue: str) -> None:
         """Check the name of the signal."""
         if requeue not in signal.Signals.__members__:
             raise UserError(f"callbacks.signals.requeue={requeue} is no signal; give a name as SIGUSR1")
         self.file, self.requeue = file, signal.Signals[requeue]
-        self.group: Any = None
-        self.flag = torch.zeros((), dtype=torch.int64)
-        self.answer: Any = None
+        self.group: Any = None  # of several ranks, on their hosts
+        self.flag, self.answer = torch.tensor(0), cast(Any, None)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the place of Lightning's handlers, before it sets them."""
@@ -45,41 +45,27 @@ class StopOnSignal(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hold signals from now on."""
+        inbox.held = True
         if trainer.world_size > 1:
             self.group = torch.distributed.new_group(backend="gloo")
-        inbox.held = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Ask the other ranks in the last micro-batch of a step, so that the answer is there after it."""
         if batch["is_last"]:
             self._ask()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """End after an optimizer step if any rank has received a signal."""
-        if batch["is_last"]:
-            self._end(trainer)
+        self._end(trainer)
 
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Ask the other ranks."""
-        if inbox.held:
+    def on_validation_batch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        """Ask the other ranks also here."""
+        if inbox.held and trainer.state.fn == TrainerFn.FITTING:
             self._ask()
 
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """End within a validation, which a resumed run begins anew."""
-        if inbox.held:
-            self._end(trainer)
+        self._end(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End also after the last step."""
@@ -87,38 +73,36 @@ class StopOnSignal(Callback):
         self._end(trainer)
 
     def _ask(self) -> None:
-        self.flag = torch.tensor(inbox.received)
+        self.flag, work = torch.tensor(inbox.received), None
         if self.group is not None:
             highest = torch.distributed.ReduceOp.MAX
-            self.answer = torch.distributed.all_reduce(self.flag, highest, group=self.group, async_op=True)
+            work = torch.distributed.all_reduce(self.flag, highest, group=self.group, async_op=True)
+        self.answer = work.wait if work else bool
 
     def _end(self, trainer: Trainer) -> None:
-        """Save and exit if any rank has received a signal."""
-        if self.answer is not None:
-            self.answer.wait()
-        else:
-            self.flag = torch.tensor(inbox.received)
-        if not (received := int(self.flag)):
+        """Save and exit if the ranks were asked, and any has received a signal."""
+        if self.answer is None:
             return
-        done = trainer.fit_loop.epoch_loop.batch_progress
-        if (
-            trainer.validating and done.total.completed == done.total.processed
-        ):  # a resumed run validates from the start
+        self.answer()
+        self.answer = None
+        received = int(self.flag.numpy()) if self.group is not None else inbox.received
+        if not received:
+            return
+        done: Any = trainer.fit_loop.epoch_loop.batch_progress
+        if trainer.validating and done.total.completed == done.total.processed:  # as before the validation
             done.total.completed -= 1
             done.current.completed -= 1
         trainer.save_checkpoint(self.file, weights_only=False)
         if trainer.is_global_zero:
             self._report(signal.Signals(received), trainer.global_step)
         # Lightning kills rank 0 when a rank that it has started ends with another status.
-        raise SystemExit(0 if is_child() else 128 + received)
+        raise SystemExit(0 if starter() else 128 + received)
 
     def _report(self, received: signal.Signals, step: int) -> None:
         """Say how the run goes on, or have SLURM start it again."""
-        on = f"it goes on with ckpt_path={self.file}"
-        if inbox.command:
-            same = "ckpt_path=auto" in inbox.command
-            on = f"it goes on with: {command_again(changes_of_sweep() or {'ckpt_path': 'auto' if same else self.file})}"
-        log.warning("%s: stopped after step %d, saved as %s; %s", received.name, step, self.file, on)
+        file = "auto" if "ckpt_path=auto" in inbox.command else self.file
+        again = command_again(changes_of_sweep() or {"ckpt_path": file}) if inbox.command else f"ckpt_path={file}"
+        log.warning("%s: stopped after step %d, saved as %s; go on with: %s", received.name, step, self.file, again)
         if received == self.requeue and (job := slurm_job()):
             requeue(job)
 
@@ -135,12 +119,10 @@ def slurm_job() -> str | None:
 def requeue(job: str) -> None:
     """Have SLURM queue a job again under the same id; it ends this process soon."""
     try:
-        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
-        failed = done.stderr.strip() if done.returncode else ""
-    except OSError as error:
-        failed = str(error)
-    if failed:
-        log.error("scontrol requeue %s failed: %s; submit the job again, with ckpt_path=auto", job, failed)
+        subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        found = str(getattr(error, "stderr", error)).strip()
+        log.error("scontrol requeue %s failed: %s; submit the job again, with ckpt_path=auto", job, found)
     else:
         log.warning("SLURM job %s is queued again; with ckpt_path=auto it goes on from there", job)
 

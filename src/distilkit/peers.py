@@ -11,34 +11,16 @@ from datetime import timedelta
 from itertools import count
 from typing import Any
 
-from lightning_fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
-from torch.distributed import PrefixStore, TCPStore
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from distilkit.errors import UserError
-from distilkit.signals import Stopped, inbox
+from distilkit.ranks import starter
+from distilkit.signals import Stopped
 
-_PARENT = "DISTILKIT_PARENT"  # the process that has started this rank
 _LEFT = -(2**40)  # a counter of beats below 0 is that of a process that has ended its job
 _jobs = count()
-
-
-@contextmanager
-def starting_ranks(launcher: Any) -> Iterator[None]:
-    """Tell ranks that ``launcher`` starts which process they must not outlive, and signals which ranks there are."""
-    mine = _PARENT not in os.environ
-    os.environ.setdefault(_PARENT, str(os.getpid()))
-    inbox.launcher = launcher
-    try:
-        yield
-    finally:
-        inbox.launcher = None
-        if mine:
-            del os.environ[_PARENT]
-
-
-def is_child() -> bool:
-    """Return whether another process of the run has started this rank, and watches it."""
-    return os.environ.get(_PARENT, str(os.getpid())) != str(os.getpid())
 
 
 def _end_with(parent: int) -> None:
@@ -50,7 +32,7 @@ def _end_with(parent: int) -> None:
 
 def _place(num_nodes: int) -> tuple[int, int, str, int] | None:
     """Return the number of this process, how many are started apart from each other, and where the first one is."""
-    found: list[ClusterEnvironment] = [kind() for kind in (TorchElasticEnvironment, SLURMEnvironment) if kind.detect()]
+    found: list[Any] = [kind() for kind in (TorchElasticEnvironment, SLURMEnvironment) if kind.detect()]
     if found and found[0].world_size() > 1:  # the first, as Lightning chooses
         return found[0].global_rank(), found[0].world_size(), found[0].main_address, found[0].main_port
     at = os.environ
@@ -60,16 +42,19 @@ def _place(num_nodes: int) -> tuple[int, int, str, int] | None:
 
 
 @contextmanager
-def watching(*, num_nodes: int, seconds: int | None) -> Iterator[None]:
+def watching(*, num_nodes: int, seconds: float | None) -> Iterator[None]:
     """End this process when another one of the run is gone for ``seconds``; None does not look for processes elsewhere.
 
     1. A rank that this machine's first process has started ends with it. Lightning ends the first process with a rank.
     2. Processes of torchrun, srun or several machines wait so long for each other to start. Then each counts in a store
        that the first one holds. A long preparation, validation or save does not stop the counting.
     """
-    if is_child() and sys.platform != "win32":
-        threading.Thread(target=_end_with, args=(int(os.environ[_PARENT]),), daemon=True).start()
-    place = None if is_child() else _place(num_nodes)
+    if seconds is not None and not (isinstance(seconds, int | float) and seconds > 0):
+        raise UserError(f"rank_timeout={seconds}, but it must be a number of seconds above 0, or null")
+    parent = starter()
+    if parent and sys.platform != "win32":
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    place = None if parent else _place(num_nodes)
     if seconds is None or place is None:
         yield
         return
@@ -90,7 +75,7 @@ def watching(*, num_nodes: int, seconds: int | None) -> Iterator[None]:
             store.add(str(rank), _LEFT if together else 0)
 
 
-def _meet(rank: int, world_size: int, address: str, port: int, *, seconds: int) -> PrefixStore:
+def _meet(rank: int, world_size: int, address: str, port: int, *, seconds: float) -> PrefixStore:
     """Wait until all processes have come to the store of the first one, or of torchrun."""
     limit, keys = timedelta(seconds=seconds), [str(each) for each in range(world_size)]
     first = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -109,7 +94,7 @@ def _meet(rank: int, world_size: int, address: str, port: int, *, seconds: int) 
     return store
 
 
-def _beat(store: PrefixStore, rank: int, silent: dict[int, int], seconds: int, left: threading.Event) -> None:
+def _beat(store: PrefixStore, rank: int, silent: dict[int, int], seconds: float, left: threading.Event) -> None:
     """Count, and note which other processes do; without the store this thread ends, and then all are silent."""
     seen = dict.fromkeys(silent, 0)
     with suppress(RuntimeError):
@@ -120,7 +105,7 @@ def _beat(store: PrefixStore, rank: int, silent: dict[int, int], seconds: int, l
                     seen[peer], silent[peer] = beats, 0 if beats > 0 else _LEFT
 
 
-def _watch(store: PrefixStore, rank: int, silent: dict[int, int], seconds: int, left: threading.Event) -> None:
+def _watch(store: PrefixStore, rank: int, silent: dict[int, int], seconds: float, left: threading.Event) -> None:
     """End this process when another is silent; seconds in which this one stood still, too, do not count."""
     while not left.wait(1.0):
         for peer in silent:

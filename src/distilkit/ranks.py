@@ -11,8 +11,16 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import flag_override
 
 from distilkit.cli import in_sweep
+from distilkit.signals import inbox
 
-_RANK_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_STARTER = "DISTILKIT_STARTER"  # the id of the process that has started a rank
+_RANK_VARIABLES = (_STARTER, "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def starter() -> int | None:
+    """Return the process of the same run that has started this rank, and ends with it; None for a first process."""
+    found = int(os.environ.get(_STARTER, os.getpid()))
+    return None if found == os.getpid() else found
 
 
 @contextmanager
@@ -26,6 +34,8 @@ def ranks_on_config(config_file: Path, *, launcher: Any = None) -> Iterator[None
        would kill this process, and with it the sweep.
     """
     unset = [name for name in _RANK_VARIABLES if name not in os.environ]
+    os.environ.setdefault(_STARTER, str(os.getpid()))
+    inbox.launcher = launcher  # a signal before the first step goes to its ranks, too
     try:
         with _command_line(config_file):
             yield

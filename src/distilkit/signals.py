@@ -110,6 +110,6 @@ def command_again(changes: Mapping[str, str]) -> str:
     """Write the command line of this process for a shell, with ``changes`` in place of overrides of the same keys."""
     module, *given = inbox.command
     kept = [each for each in given if each.lstrip("+").partition("=")[0] not in changes]
-    plain = re.compile(r"[\w./:~+-]+")  # what Hydra reads without quotes
-    new = [f"{key}={value}" if plain.fullmatch(value) else f"{key}='{value}'" for key, value in changes.items()]
-    return shlex.join(["python", "-m", module, *kept, *new])
+    quoted = {key: "'{}'".format(value.replace("'", r"\'")) for key, value in changes.items()}
+    plain = {key: value if re.fullmatch(r"[\w./:~+-]+", value) else quoted[key] for key, value in changes.items()}
+    return shlex.join(["python", "-m", module, *kept, *(f"{key}={value}" for key, value in plain.items())])

@@ -45,7 +45,7 @@ from distilkit.language_model import (
 from distilkit.layers import METHODS
 from distilkit.module import DistillationModule
 from distilkit.objective import Objective
-from distilkit.peers import starting_ranks, watching
+from distilkit.peers import watching
 from distilkit.probe import probe
 from distilkit.ranks import ranks_on_config
 from distilkit.records import read_rows, write_json
@@ -148,9 +148,8 @@ def run(job: Job) -> float:
     if torch.cuda.is_initialized():  # by an earlier job in this process
         torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
     more = [callback.requeue for callback in trainer.callbacks if isinstance(callback, StopOnSignal)]  # type: ignore[attr-defined]
-    launcher, config = trainer.strategy.launcher, job.out / "config.yaml"
-    ranks = ranks_on_config(config, launcher=launcher)
-    with listening(*ENDING, *more), starting_ranks(launcher), ranks, writing(job.out, cure=_CURE):
+    ranks = ranks_on_config(job.out / "config.yaml", launcher=trainer.strategy.launcher)
+    with listening(*ENDING, *more), ranks, writing(job.out, cure=_CURE):
         trainer.fit(module, datamodule=job.data, ckpt_path=job.checkpoint)
         trainer.save_checkpoint(job.out / "checkpoints" / "last.ckpt", weights_only=False)
         if trainer.global_step == 0:  # trainer.max_steps=0
