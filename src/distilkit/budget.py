@@ -22,8 +22,8 @@ _UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
 _FORM = re.compile("".join(rf"(?:(?P<{unit}>\d+(?:\.\d+)?){unit})?" for unit in _UNITS))
 
 
-def parse_budget(given: Any) -> float | None:
-    """Return a budget in seconds: ``40m``, ``3h``, ``90s``, ``1h30m`` or a number of seconds; None is no budget."""
+def parse_budget(given: Any, *, key: str = "budget") -> float | None:
+    """Return the time of a config key in seconds: ``40m``, ``3h``, ``1h30m`` or a number of seconds; None stays None."""
     if given is None:
         return None
     seconds = math.nan
@@ -32,7 +32,7 @@ def parse_budget(given: Any) -> float | None:
     elif isinstance(given, str) and (found := _FORM.fullmatch(given)):
         seconds = sum(float(number) * _UNITS[unit] for unit, number in found.groupdict().items() if number)
     if not 0 < seconds < math.inf:
-        raise UserError(f"budget={given}, but it must be a time above 0; give 40m, 3h, 90s, 1h30m or seconds as 2400")
+        raise UserError(f"{key}={given}, but it must be a time above 0; give 40m, 3h, 90s, 1h30m or seconds as 2400")
     return seconds
 
 

@@ -4,7 +4,6 @@ import copy
 import json
 import logging
 import os
-import pickle
 import re
 import tempfile
 from collections.abc import Mapping
@@ -12,11 +11,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import hydra
-import torch
 import transformers
 from omegaconf import DictConfig
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, dynamic_module_utils
 
+from distilkit.checkpoints import read_checkpoint
 from distilkit.cli import check_added, report_errors
 from distilkit.errors import UserError
 from distilkit.language_model import build_from_config, lm_of_model, num_parameters
@@ -137,19 +136,6 @@ def _code(files: Mapping[str, str | bytes]) -> list[str]:
     texts = {name: text if isinstance(text, str) else text.decode("utf-8", "replace") for name, text in files.items()}
     maps = [name for name, text in texts.items() if name.endswith(".json") and '"auto_map"' in text]
     return sorted(name for name in texts if name.endswith(".py")) or maps
-
-
-def read_checkpoint(file: Path) -> dict[str, Any]:
-    """Read a checkpoint of a distilkit run, with memory-mapped tensors."""
-    try:
-        checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        checkpoint["distilkit"]
-    except (RuntimeError, KeyError, TypeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"{file} is not a checkpoint of distilkit.train, or it is cut short; "
-            "give another one of the run, best.ckpt or last.ckpt"
-        ) from error
-    return checkpoint
 
 
 def export_checkpoint(

@@ -253,14 +253,15 @@ class DistillationModule(LightningModule):
         return agreed
 
     def on_validation_start(self) -> None:
-        """Stop the clock until the next batch, after the device has finished."""
-        self._stop_clock()
+        """Do not count the validation."""
+        self.stop_clock()
 
     def on_train_end(self) -> None:
-        """Stop the clock after the device has finished."""
-        self._stop_clock()
+        """Do not count the end of a run."""
+        self.stop_clock()
 
-    def _stop_clock(self) -> None:
+    def stop_clock(self) -> None:
+        """Stop the clock until the next batch, after the device has finished."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.clock.stop()
@@ -397,7 +398,7 @@ class DistillationModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remove the teacher, and add the data that export and resume need; the clock stands until the next batch."""
-        self.clock.stop()
+        self.stop_clock()
         self._check_finite()
         state = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name.startswith("student.")}
         broken = next((name for name, tensor in state.items() if not tensor.isfinite().all()), None)

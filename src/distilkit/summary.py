@@ -20,9 +20,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from distilkit.callbacks import CompareForms
+from distilkit.checkpoints import read_checkpoint
 from distilkit.data.corpus import Corpus
 from distilkit.errors import UserError
-from distilkit.export import export_checkpoint, read_checkpoint
+from distilkit.export import export_checkpoint
 from distilkit.language_model import num_parameters
 from distilkit.model_card import is_text, teacher_metadata
 from distilkit.module import DistillationModule

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import hydra
 import torch
 from hydra.utils import instantiate
+from lightning_fabric.plugins import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, InterpolationResolutionError
 from pytorch_lightning import Callback, Trainer, seed_everything
@@ -19,6 +21,7 @@ from transformers import PreTrainedModel
 from distilkit import same_run
 from distilkit.budget import parse_budget
 from distilkit.callbacks import ValidateEvery
+from distilkit.checkpoints import LAST, find_checkpoint, is_finished, read_checkpoint
 from distilkit.cli import (
     check_added,
     check_keys,
@@ -33,8 +36,7 @@ from distilkit.cli import (
 from distilkit.continued import continue_loggers, continue_records
 from distilkit.data import DistillationDataModule
 from distilkit.errors import UserError
-from distilkit.export import read_checkpoint
-from distilkit.interruption import StopOnSignal, note_slurm_job
+from distilkit.interruption import StopOnSignal, folder_of_slurm_job, note_slurm_job
 from distilkit.language_model import (
     check_positions,
     checkpoint_activations,
@@ -50,6 +52,7 @@ from distilkit.probe import probe
 from distilkit.ranks import ranks_on_config
 from distilkit.records import read_rows, write_json
 from distilkit.run_folder import hold
+from distilkit.saving import Checkpoints, WholeFiles
 from distilkit.signals import ENDING, listening, release
 from distilkit.storage import writing
 from distilkit.student import measure_layers
@@ -90,11 +93,19 @@ def build(cfg: DictConfig) -> Job:
     _apply_row(cfg)
     budget = _budget(cfg)
     out = Path(cfg.output_dir).resolve()
-    if (out / "student").exists():
+    if (out / "student").exists() and (is_finished(out) or cfg.ckpt_path != "auto"):
         raise UserError(
             f"{out} holds a finished run; choose another hydra.run.dir (from Python: out), or delete {out / 'student'}"
         )
-    checkpoint = find_checkpoint(cfg.ckpt_path, out, in_sweep=in_sweep())
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    checkpoint = find_checkpoint(
+        cfg.ckpt_path,
+        out,
+        config=config,
+        differs=lambda record: bool(same_run.differences(record, cfg)),
+        in_sweep=in_sweep(),
+        requeued=folder_of_slurm_job(out.parent) if cfg.ckpt_path == "auto" else None,
+    )
     saved = read_checkpoint(checkpoint) if checkpoint else None
     if checkpoint and saved:
         same_run.check(saved, cfg, file=checkpoint)
@@ -151,7 +162,7 @@ def run(job: Job) -> float:
     ranks = ranks_on_config(job.out / "config.yaml", launcher=trainer.strategy.launcher)
     with listening(*ENDING, *more), ranks, writing(job.out, cure=_CURE):
         trainer.fit(module, datamodule=job.data, ckpt_path=job.checkpoint)
-        trainer.save_checkpoint(job.out / "checkpoints" / "last.ckpt", weights_only=False)
+        trainer.save_checkpoint(job.out / "checkpoints" / LAST, weights_only=False)
         if trainer.global_step == 0:  # trainer.max_steps=0
             module.after, module.after_blocks = module.before, module.before_blocks
         # Not scored yet: a finished run was resumed, or validation was taken out of the callbacks.
@@ -168,27 +179,6 @@ def run(job: Job) -> float:
         if isinstance(logger, WandbLogger):  # else its last records are written only at the end of this process
             logger.experiment.finish()
     return module.after.get("val/nll", math.nan)
-
-
-def find_checkpoint(ckpt_path: str | None, out: Path, *, in_sweep: bool = False) -> Path | None:
-    """Resolve ``ckpt_path``: a file, or ``last`` for the newest last.ckpt among the runs of this name."""
-    if ckpt_path is None:
-        return None
-    if ckpt_path == "last":
-        if in_sweep:  # its neighbours are jobs with other settings
-            raise UserError("ckpt_path=last is not defined in a sweep; give the file, below outputs/.../checkpoints")
-        found = sorted(out.parent.glob("*/checkpoints/last.ckpt"), key=lambda file: file.stat().st_mtime)
-        if not found:
-            raise UserError(f"ckpt_path=last, but no run below {out.parent} has a checkpoint; start without ckpt_path")
-        file = found[-1]
-    else:
-        file = Path(str(ckpt_path)).expanduser()
-        if not file.is_file():
-            raise UserError(f"ckpt_path={ckpt_path} is no file; give a .ckpt below outputs/.../checkpoints, or last")
-    if read_checkpoint(file)["global_step"]:  # a damaged one is reported before anything is loaded
-        return file.resolve()
-    log.info("%s has no steps to resume, so that the run starts from the beginning", file)  # trainer.max_steps=0
-    return None
 
 
 def find_baseline(baseline: str | None, out: Path, *, in_sweep: bool = False) -> str | None:
@@ -328,6 +318,9 @@ def _build_trainer(cfg: DictConfig) -> Trainer:
         # Lightning skips it on a resume. Without training it is the only score.
         num_sanity_val_steps=-1 if cfg.validate_first or cfg.trainer.max_steps == 0 else 0,
     )
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not one of the user's own
+        keep = next((callback.keep for callback in callbacks if isinstance(callback, Checkpoints)), 1)
+        trainer.strategy.checkpoint_io = WholeFiles(keep=keep)
     if cfg.budget is None and trainer.max_epochs == trainer.max_steps == -1:
         found = "trainer.max_epochs and trainer.max_steps are both -1, without end"
         raise UserError(f"{found}; set one of them above 0, or a budget as budget=40m")
@@ -358,6 +351,7 @@ def _record_config(job: Job) -> None:
     module, record = job.module, job.module.record
     if job.trainer.is_global_zero:
         job.out.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(job.out / "student", ignore_errors=True)  # of a run that was killed before its summary
         OmegaConf.save(job.cfg, job.out / "config.yaml", resolve=True)
         note_slurm_job(job.out)
         if record["layer_choice"]:
@@ -380,7 +374,7 @@ def _score(job: Job) -> None:
     if isinstance(job.trainer.strategy, FSDPStrategy):  # it cannot shard the models a second time
         raise UserError(
             f"{job.checkpoint or job.out} was trained to its end before, and trainer=fsdp cannot score it again; "
-            f"export it with python -m distilkit.export ckpt={job.out / 'checkpoints' / 'last.ckpt'} out=my-student"
+            f"export it with python -m distilkit.export ckpt={job.out / 'checkpoints' / LAST} out=my-student"
         )
     job.trainer.validate(job.module, datamodule=job.data, verbose=False)
 

@@ -88,8 +88,8 @@ def test_one_call_gives_the_run_that_the_command_gives(
     assert (result.run, result.path) == (tmp_path / "run", tmp_path / "run" / "student")
     assert AutoModelForMaskedLM.from_pretrained(result.path).config.n_layers == 3
     config, their_config = (OmegaConf.load(folder / "config.yaml") for folder in (result.run, run))
-    config.output_dir = config.callbacks.checkpoint.dirpath = config.callbacks.last.dirpath = None
-    their_config.output_dir = their_config.callbacks.checkpoint.dirpath = their_config.callbacks.last.dirpath = None
+    config.output_dir = config.callbacks.checkpoint.dirpath = None
+    their_config.output_dir = their_config.callbacks.checkpoint.dirpath = None
     config.trainer.default_root_dir = their_config.trainer.default_root_dir = None
     config.callbacks.signals.file = their_config.callbacks.signals.file = None
     assert config == their_config

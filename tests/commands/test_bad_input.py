@@ -493,7 +493,7 @@ def test_there_is_no_last_checkpoint_before_the_first_run(refused: Callable[...,
     refused("ckpt_path=last", facts=["ckpt_path=last", f"{tmp_path}/outputs/distil", "start without ckpt_path"])
 
 
-@pytest.mark.parametrize("damage", ["cut", "text", "foreign", "missing"])
+@pytest.mark.parametrize("damage", ["cut", "text", "foreign", "flipped", "missing"])
 def test_what_is_not_a_checkpoint_is_neither_resumed_nor_exported(
     damage: str, finished: Path, refused: Callable[..., None], tmp_path: Path
 ) -> None:
@@ -505,10 +505,19 @@ def test_what_is_not_a_checkpoint_is_neither_resumed_nor_exported(
         file.write_text("not a checkpoint")
     elif damage == "foreign":
         torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.0"}, file)
-    fact = "some.ckpt is no file" if damage == "missing" else "is not a checkpoint of distilkit.train, or it is cut"
-    refused(f"ckpt_path={file}", facts=[fact])
+    elif damage == "flipped":  # in the first bytes of the pickle
+        place = good.index(b"pytorch-lightning_version")
+        file.write_bytes(good[: place - 30] + bytes([good[place - 30] ^ 1]) + good[place - 29 :])
+    facts = {
+        "cut": "some.ckpt is cut short or damaged",
+        "text": "some.ckpt is not a checkpoint, or its beginning is damaged",
+        "foreign": "some.ckpt is not a checkpoint of distilkit.train",
+        "flipped": "some.ckpt is damaged: the checksum of its part archive/data.pkl differs",
+        "missing": "is no file",
+    }
+    refused(f"ckpt_path={file}", facts=[facts[damage]])
     exported = call(distilkit.export.main, f"ckpt={file}", "out=student", cwd=tmp_path)
-    assert_refused(exported, "is no file" if damage == "missing" else fact)
+    assert_refused(exported, facts[damage])
     assert_nothing_half_made(tmp_path)
 
 
