@@ -1,24 +1,33 @@
 """Checkpoints under kills at exact moments, full disks and umasks, and when they are saved."""
 
 import errno
+import functools
 import itertools
 import multiprocessing
 import os
+import random
 import resource
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.strategies import SingleDeviceStrategy
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
 
 from distilkit import saving
+from distilkit.callbacks import ValidateEvery
 from distilkit.checkpoints import checkpoints_of, find_checkpoint, read_checkpoint
 from distilkit.errors import UserError
-from distilkit.saving import WholeFiles
+from distilkit.saving import Checkpoints, WholeFiles
+from test_module import Steps, build_module, uneven_step
 
 
 def content(step: int, *, size: int = 30_000) -> dict[str, Any]:
@@ -245,3 +254,169 @@ def test_the_write_of_another_process_is_not_disturbed_by_a_name(tmp_path: Path,
         monkeypatch.setattr(saving.socket, "gethostname", lambda host=host: host)
         WholeFiles().save_checkpoint(content(1), tmp_path / "last.ckpt")
     assert len(set(names)) == 2
+
+
+# --------------------------------------------------------------------------- when it is saved
+
+
+class Time:
+    """A clock that stands still unless it is told to go on."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def time(monkeypatch: pytest.MonkeyPatch) -> Time:
+    clock = Time()
+    monkeypatch.setattr("distilkit.saving.monotonic", clock)
+    monkeypatch.setattr("distilkit.budget.perf_counter", clock)
+    return clock
+
+
+class SlowFiles(WholeFiles):
+    """Note the step of each save, and take many seconds for it."""
+
+    def __init__(self, time: Time) -> None:
+        super().__init__(keep=2)
+        self.time, self.steps = time, []
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        super().save_checkpoint(checkpoint, path)
+        if Path(path).name == "last.ckpt":
+            self.steps.append(checkpoint["global_step"])
+            assert checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["processed"] % 2 == 0
+        self.time.now += 500.0
+
+
+class Spend(Callback):
+    """Let each optimizer step take its seconds, and a validation some."""
+
+    def __init__(self, time: Time, seconds: Iterable[float], *, validation: float = 0.0) -> None:
+        self.time, self.seconds, self.validation = time, iter(seconds), validation
+
+    def on_before_optimizer_step(self, *_: Any) -> None:
+        self.time.now += next(self.seconds)
+
+    def on_validation_start(self, *_: Any) -> None:
+        self.time.now += self.validation
+
+
+def train(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    time: Time,
+    seconds: Iterable[float],
+    *,
+    steps: int = 20,
+    validate: int = 1000,
+    **given: Any,
+) -> tuple[list[int], Any]:
+    """Train in steps of two micro-batches that take their seconds; return the saved steps and the module."""
+    options = {"keep": 2, "every_n_train_steps": None, "train_time_interval": None, **given}
+    best = {"dirpath": folder, "filename": "best", "monitor": "val/loss", "enable_version_counter": False}
+    files, module = (
+        SlowFiles(time),
+        build_module(tokenizer, budget=1e9, optimizer=functools.partial(torch.optim.SGD, lr=0.01)),
+    )
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=-1,
+        max_steps=steps,
+        accumulate_grad_batches=2,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        check_val_every_n_epoch=None,
+        val_check_interval=1000,
+        callbacks=[ValidateEvery(optimizer_steps=validate), Spend(time, seconds), Checkpoints(**options, **best)],
+        plugins=[files],
+        limit_val_batches=1 if validate < 1000 else 0,
+    )
+    held_out = DataLoader([uneven_step(lm="mlm", seed=99, size=4)], batch_size=None)
+    trainer.fit(module, Steps([uneven_step(lm="mlm", seed=seed, size=4) for seed in range(5)], 2), held_out)
+    return files.steps, module
+
+
+def test_the_clock_saves_before_a_step_would_lose_more_than_its_interval(
+    time: Time, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    saved, module = train(tmp_path, tokenizer, time, itertools.repeat(60.0), train_time_interval="5m")
+    assert saved == [5, 10, 15, 20]
+    assert module.clock.seconds == 20 * 60.0  # without the 500 seconds of each save
+    last, before = (read_checkpoint(tmp_path / name)["global_step"] for name in ("last.ckpt", "last-1.ckpt"))
+    assert (last, before) == (20, 15)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_clock_keeps_its_interval_where_steps_take_different_times(
+    seed: int, time: Time, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    seconds = [random.Random(seed).uniform(1.0, 1.6) for _ in range(60)]
+    saved, _ = train(tmp_path, tokenizer, time, seconds, steps=60, train_time_interval=20)
+    ends = [0, *saved]
+    lost = [sum(seconds[begin:end]) for begin, end in itertools.pairwise(ends)]
+    assert all(12.0 < each <= 20.0 for each in lost), lost
+    assert sum(seconds[ends[-1] :]) < 20.0
+
+
+def test_steps_and_validations_save_too_each_step_once(
+    time: Time, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    saved, module = train(tmp_path, tokenizer, time, itertools.repeat(1.0), steps=12, validate=4, every_n_train_steps=3)
+    assert saved == [3, 4, 6, 8, 9, 12]
+    assert module.clock.seconds == 12.0
+    saved, _ = train(tmp_path, tokenizer, time, itertools.repeat(1.0), steps=12, validate=4)
+    assert saved == [4, 8, 12]
+
+
+def test_the_best_is_saved_where_the_clock_has_saved_the_step_before_its_validation(
+    time: Time, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    saved, _ = train(tmp_path, tokenizer, time, itertools.repeat(1.0), steps=4, validate=4, every_n_train_steps=4)
+    assert saved == [4]
+    assert read_checkpoint(tmp_path / "best.ckpt")["global_step"] == 4
+
+
+def test_ranks_take_the_decision_of_the_first_and_ask_for_it_seldom(
+    time: Time, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[int] = []
+
+    def broadcast(self: Any, value: Any, src: int = 0) -> Any:
+        if isinstance(value, int):
+            said.append(value)
+        return value
+
+    monkeypatch.setattr(SingleDeviceStrategy, "broadcast", broadcast)
+    first, _ = train(tmp_path, tokenizer, time, itertools.repeat(1.0), steps=200, train_time_interval=100)
+    assert first == [100, 200]
+    assert len(said) <= 30
+    heard = iter(said)
+    monkeypatch.setattr(SingleDeviceStrategy, "broadcast", lambda _, value, src=0: next(heard, value))
+    other, _ = train(tmp_path, tokenizer, time, itertools.repeat(9.0), steps=200, train_time_interval=100)
+    assert other == first
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {"train_time_interval": "soon"},
+            "callbacks.checkpoint.train_time_interval=soon, but it must be a time above 0",
+        ),
+        ({"train_time_interval": timedelta(0)}, "callbacks.checkpoint.train_time_interval=0.0, but it must be a time"),
+        ({"every_n_train_steps": 0}, "callbacks.checkpoint.every_n_train_steps=0, but it must be at least 1; null"),
+    ],
+)
+def test_an_interval_that_is_none_is_refused(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        Checkpoints(**{"keep": 1, "every_n_train_steps": None, "train_time_interval": None, **given})
+
+
+def test_an_interval_is_a_text_or_lightnings_own() -> None:
+    for interval in ("2m", timedelta(minutes=2), 120):
+        assert Checkpoints(keep=1, every_n_train_steps=None, train_time_interval=interval).seconds == 120.0

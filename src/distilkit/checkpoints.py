@@ -101,8 +101,8 @@ def find_checkpoint(
     2. ``last`` is the newest run beside ``out``, but no finished one of other settings.
     3. A folder is that of a run, and a file is itself.
 
-    ``differs`` tells whether the record of a checkpoint is of other settings. Of a damaged ``last.ckpt`` the one before is taken. No
-    sound checkpoint, a run that ``out`` holds already, and a finished one with nothing left raise a ``UserError``.
+    ``differs`` tells whether the record of a checkpoint is of other settings. Of a damaged ``last.ckpt`` the one before
+    is taken. No sound checkpoint, a run that ``out`` holds already, and a finished run raise a ``UserError``.
     """
     if given is None:
         alone = not in_sweep and os.environ.get("LOCAL_RANK", "0") == "0"
