@@ -50,8 +50,7 @@ def step_of(file: Path) -> int:
 
 def test_a_run_goes_on_in_its_own_folder_from_the_checkpoint_before_a_damaged_one(go: Go, tmp_path: Path) -> None:
     assert go("hydra.run.dir=whole").code == 0
-    with pytest.raises(RuntimeError, match="the power went out"):
-        go("hydra.run.dir=run", EVERY_STEP, CRASH)
+    assert "the power went out" in go("hydra.run.dir=run", EVERY_STEP, CRASH).err
     run = tmp_path / "run"
     last = run / "checkpoints" / "last.ckpt"
     assert [step_of(file) for file in checkpoints_of(run)] == [5, 4]
@@ -79,11 +78,9 @@ def test_a_run_goes_on_in_its_own_folder_from_the_checkpoint_before_a_damaged_on
 
 def test_auto_starts_and_goes_on_with_the_newest_run_of_its_settings(go: Go, tmp_path: Path) -> None:
     folder = tmp_path / "outputs" / "distil"
-    with pytest.raises(RuntimeError, match="the power went out"):
-        go("ckpt_path=auto", EVERY_STEP, CRASH)
+    assert "the power went out" in go("ckpt_path=auto", EVERY_STEP, CRASH).err
     broken = only(folder, "*")
-    with pytest.raises(RuntimeError, match="the power went out"):
-        go("ckpt_path=auto", EVERY_STEP, CRASH, "seed=7")  # other settings: it starts
+    assert "the power went out" in go("ckpt_path=auto", EVERY_STEP, CRASH, "seed=7").err  # other settings: it starts
     assert len(list(folder.iterdir())) == 2
     on = go("ckpt_path=auto")
     assert on.code == 0, on.err
@@ -115,7 +112,7 @@ def test_a_checkpoint_callback_of_lightning_saves_by_the_clock_from_the_command_
     done = go("hydra.run.dir=run", *interval[form], "trainer.max_steps=2", "+trainer.max_time={minutes: 10}")
     assert done.code == 0, done.err
     files = sorted((tmp_path / "mine").iterdir())
-    assert [step_of(file) for file in files if "v1" not in file.name] == [0, 1, 2]
+    assert [step_of(file) for file in files] == [1, 2]
     within = next(file for file in files if step_of(file) == 1)
     on = go("hydra.run.dir=on", f"ckpt_path='{within}'", "trainer.max_steps=2")
     assert on.code == 0, on.err
@@ -125,7 +122,7 @@ def test_a_checkpoint_callback_of_lightning_saves_by_the_clock_from_the_command_
 def test_a_full_disk_ends_a_run_with_one_message_and_leaves_the_good_checkpoint(
     go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    left, whole = iter(range(5)), os.fsync
+    left, whole = iter(range(4)), os.fsync
 
     def fsync(number: int) -> None:
         if next(left, None) is None:
@@ -155,5 +152,5 @@ def test_two_ranks_save_by_the_clock_and_go_on_together(strategy: str, given: tu
     for folder, again in (("run", ["ckpt_path=auto"]), ("whole", [])):
         done = spawn(*run, *again, f"hydra.run.dir={folder}", **more)
         assert done.code == 0, done.err
-    assert "goes on from step 5" in done.out or "goes on from step 5" in (tmp_path / "run" / "train.log").read_text()
+    assert "goes on from step 5" in (tmp_path / "run" / "train.log").read_text("utf-8")
     assert_same_student(tmp_path / "run", tmp_path / "whole")
