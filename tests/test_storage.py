@@ -30,6 +30,11 @@ def test_a_place_that_cannot_be_written_is_named_with_the_reason(tmp_path: Path,
         raise OSError(number, reason, str(file))
 
 
+def test_of_a_copy_the_target_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no space left on the disk of /target/b "), writing(tmp_path, cure="set"):
+        raise OSError(errno.ENOSPC, "No space left on device", "/source/a", None, "/target/b")
+
+
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), RuntimeError("bug"), KeyError(28)])
 def test_other_errors_are_left_alone(tmp_path: Path, error: Exception) -> None:
     with pytest.raises(type(error)) as caught, writing(tmp_path, cure="set"):

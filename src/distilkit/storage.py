@@ -21,7 +21,7 @@ def storage_fault(error: Exception, folder: Path | None, *, cure: str) -> UserEr
     number = error.errno if isinstance(error, OSError) else None
     if number is None and (said := re.search(r"\(os error (\d+)\)", str(error))):  # of libraries in Rust
         number = int(said[1])
-    file = getattr(error, "filename", None)
+    file = getattr(error, "filename2", None) or getattr(error, "filename", None)  # the target of a copy, if it is one
     place = Path(os.fsdecode(file)) if isinstance(file, str | bytes) else folder
     if number in _FULL:
         disk = f"the disk of {place}" if place else "a disk that is written to, or in $TMPDIR"

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from distilkit.data import corpus, text_files
+from distilkit.data import corpus, table_files, text_files
 from distilkit.data.text_files import TextFiles
 from distilkit.errors import UserError
 
@@ -504,3 +504,27 @@ def test_text_of_parquet_that_is_not_utf8_is_an_error(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(UserError, match=rf"cannot read {tmp_path}/a.parquet: .*0xe9"):
         read(tmp_path / "a.parquet")
+
+
+def test_a_quote_that_is_never_closed_and_a_line_without_end_do_not_fill_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table_files, "_LONGEST_FIELD", 10_000)
+    open_quote = write(tmp_path / "a.csv", 'text\nfine\n"open\n' + "word word\n" * 400_000)
+    one_line = write(tmp_path / "b.csv", "text\nfine\n" + "word " * 1_000_000)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=r"a.csv: the row that begins in line 3 .*limit \(10000\); .* take longer"):
+            read(open_quote)
+        with pytest.raises(UserError, match=r"b.csv: the row that begins in line 3 .*longer than 20,000 characters; "):
+            read(one_line)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1_000_000
+
+
+def test_a_text_of_many_lines_in_quotes_is_one_document(tmp_path: Path) -> None:
+    text = 'a "quoted" word,\nand\r\nmore\n' * 3
+    (tmp_path / "a.csv").write_text('n,text\r\n1,"' + text.replace('"', '""') + '"\r\n2,b\r\n', "utf-8", newline="")
+    assert read(tmp_path / "a.csv") == [text.strip(), "b"]

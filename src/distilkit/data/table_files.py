@@ -1,10 +1,9 @@
-"""Open plain and compressed text, and read rows of .jsonl, .csv and .tsv files."""
+"""Open plain and compressed text, and read rows of .csv and .tsv files; see json_lines for .jsonl."""
 
 import bz2
 import codecs
 import csv
 import io
-import json
 import lzma
 import zipfile
 import zlib
@@ -30,7 +29,7 @@ _MARKS = {  # UTF-32 first, because its mark begins with that of UTF-16
     "UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
     "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
 }
-_LONGEST_FIELD = 2**28  # characters of a .csv field; the default is 128 kB, less than some documents
+_LONGEST_FIELD = 2**26  # characters of a .csv field, which take four bytes each; a quote that is never closed has more
 
 
 class _Decompressed(io.RawIOBase):
@@ -116,30 +115,6 @@ def open_text(file: Path, *, newline: str | None = None) -> Iterator[TextIO]:
             ) from error
 
 
-def json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Yield the number and the object of each line that is not blank, or what is wrong with the line."""
-    with open_text(file) as stream:
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                yield number, _json_object(line)
-
-
-def _json_object(line: str) -> dict[str, Any] | str:
-    begins = line.strip()[:1]
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        if begins == "{" and error.pos >= len(line.rstrip()):
-            found = "is not a JSON object but the beginning of one"
-            return f"{found}; fix or drop that line, or write each object on one line with jq -c ."
-        row = [{}] if begins == "[" and error.pos >= len(line.rstrip()) else None  # it goes on in the next line
-    except (ValueError, RecursionError):
-        return "holds a number of too many digits, or lists too deep in each other, for Python; drop that line"
-    if isinstance(row, list) and row and isinstance(row[0], dict):
-        return "is not a JSON object but of a JSON array; write each object on one line, for example with jq -c '.[]'"
-    return row if isinstance(row, dict) else "is not a JSON object; fix or drop that line"
-
-
 def delimited_rows(file: Path) -> Iterator[tuple[int, list[str]]]:
     """Yield the first line and the fields of each row that is not blank, the header included.
 
@@ -149,7 +124,7 @@ def delimited_rows(file: Path) -> Iterator[tuple[int, list[str]]]:
     with open_text(file, newline="") as stream:
         is_csv = ".csv" in map(str.lower, file.suffixes)
         tabs: Any = {"strict": True} if is_csv else {"dialect": "excel-tab", "quoting": csv.QUOTE_NONE}
-        rows = csv.reader(stream, **tabs)
+        rows = csv.reader(_lines(stream), **tabs)
         line = 1
         try:
             for fields in rows:
@@ -159,5 +134,13 @@ def delimited_rows(file: Path) -> Iterator[tuple[int, list[str]]]:
         except csv.Error as error:
             raise UserError(
                 f"{file}: the row that begins in line {line} cannot be read: {error}; a quoted field ends with one "
-                'quote, and a quote within it is written twice ("")'
+                'quote, and a quote within it is written twice (""); .txt and .jsonl take longer texts'
             ) from error
+
+
+def _lines(stream: TextIO) -> Iterator[str]:
+    """Yield the lines of a stream, or raise ``csv.Error`` at one that no field could hold, before it fills the memory."""
+    while line := stream.readline(2 * _LONGEST_FIELD):
+        if len(line) == 2 * _LONGEST_FIELD:
+            raise csv.Error(f"its line is longer than {2 * _LONGEST_FIELD:,} characters")
+        yield line

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from distilkit.data.corpus import LONGEST, Piece, end_of_piece, nonempty, text_of
-from distilkit.data.table_files import delimited_rows, json_rows, name_errors, open_text
+from distilkit.data.json_lines import json_rows
+from distilkit.data.table_files import delimited_rows, name_errors, open_text
 from distilkit.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ class TextFiles:
         yield "".join(lines)
 
     def _jsonl(self, file: Path) -> Iterator[str]:
-        for number, row in json_rows(file):
+        for number, row in json_rows(file, column=self.column):
             if isinstance(row, str):
                 raise UserError(f"{file}, line {number} {row}")
             self._check_column(f"{file}, line {number}", row)

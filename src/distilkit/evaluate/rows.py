@@ -12,7 +12,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from distilkit.data.table_files import delimited_rows, json_rows, open_text
+from distilkit.data.json_lines import json_rows
+from distilkit.data.table_files import delimited_rows, open_text
 from distilkit.errors import UserError
 
 log = logging.getLogger(__name__)
