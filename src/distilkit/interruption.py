@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -35,8 +35,8 @@ class StopOnSignal(Callback):
         if requeue not in signal.Signals.__members__:
             raise UserError(f"callbacks.signals.requeue={requeue} is no signal; give a name as SIGUSR1")
         self.file, self.requeue = file, signal.Signals[requeue]
+        self.flag, self.asked = torch.tensor(0), False
         self.group: Any = None  # of several ranks, on their hosts
-        self.flag, self.answer = torch.tensor(0), cast(Any, None)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the place of Lightning's handlers, before it sets them."""
@@ -73,20 +73,18 @@ class StopOnSignal(Callback):
         self._end(trainer)
 
     def _ask(self) -> None:
-        self.flag, work = torch.tensor(inbox.received), None
+        self.flag, self.asked = torch.tensor(inbox.received), True
         if self.group is not None:
             highest = torch.distributed.ReduceOp.MAX
-            work = torch.distributed.all_reduce(self.flag, highest, group=self.group, async_op=True)
-        self.answer = work.wait if work else bool
+            self.work = torch.distributed.all_reduce(self.flag, highest, group=self.group, async_op=True)
 
     def _end(self, trainer: Trainer) -> None:
         """Save and exit if the ranks were asked, and any has received a signal."""
-        if self.answer is None:
-            return
-        self.answer()
-        self.answer = None
+        if self.asked and self.group is not None:
+            self.work.wait()
         received = int(self.flag.numpy()) if self.group is not None else inbox.received
-        if not received:
+        asked, self.asked = self.asked, False
+        if not asked or not received:
             return
         done: Any = trainer.fit_loop.epoch_loop.batch_progress
         if trainer.validating and done.total.completed == done.total.processed:  # as before the validation
@@ -99,12 +97,18 @@ class StopOnSignal(Callback):
         raise SystemExit(0 if starter() else 128 + received)
 
     def _report(self, received: signal.Signals, step: int) -> None:
-        """Say how the run goes on, or have SLURM start it again."""
+        """Say how the run goes on, or have SLURM start it again, which ends this process soon."""
         file = "auto" if "ckpt_path=auto" in inbox.command else self.file
         again = command_again(changes_of_sweep() or {"ckpt_path": file}) if inbox.command else f"ckpt_path={file}"
         log.warning("%s: stopped after step %d, saved as %s; go on with: %s", received.name, step, self.file, again)
-        if received == self.requeue and (job := slurm_job()):
-            requeue(job)
+        if received != self.requeue or not (job := slurm_job()):
+            return
+        try:
+            subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=True)
+            log.warning("SLURM job %s is queued again; with ckpt_path=auto it goes on from there", job)
+        except (OSError, subprocess.CalledProcessError) as error:
+            found = str(getattr(error, "stderr", error)).strip()
+            log.error("scontrol requeue %s failed: %s; submit the job again, with ckpt_path=auto", job, found)
 
 
 def slurm_job() -> str | None:
@@ -114,17 +118,6 @@ def slurm_job() -> str | None:
     if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
         return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     return os.environ.get("SLURM_JOB_ID")
-
-
-def requeue(job: str) -> None:
-    """Have SLURM queue a job again under the same id; it ends this process soon."""
-    try:
-        subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        found = str(getattr(error, "stderr", error)).strip()
-        log.error("scontrol requeue %s failed: %s; submit the job again, with ckpt_path=auto", job, found)
-    else:
-        log.warning("SLURM job %s is queued again; with ckpt_path=auto it goes on from there", job)
 
 
 def _of_this_job() -> str | None:

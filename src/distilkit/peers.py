@@ -1,5 +1,6 @@
 """The other processes of a run: each notices when one of them is gone, so that none waits for it, or outlives it."""
 
+import math
 import os
 import signal
 import sys
@@ -19,7 +20,6 @@ from distilkit.errors import UserError
 from distilkit.ranks import starter
 from distilkit.signals import Stopped
 
-_LEFT = -(2**40)  # a counter of beats below 0 is that of a process that has ended its job
 _jobs = count()
 
 
@@ -59,9 +59,9 @@ def watching(*, num_nodes: int, seconds: float | None) -> Iterator[None]:
         yield
         return
     store, rank, left = _meet(*place, seconds=seconds), place[0], threading.Event()
-    silent = {peer: 0 for peer in range(place[1]) if peer != rank}
-    for target in (_beat, _watch):
-        threading.Thread(target=target, args=(store, rank, silent, seconds, left), daemon=True).start()
+    silent = {peer: 0.0 for peer in range(place[1]) if peer != rank}  # seconds
+    threading.Thread(target=_beat, args=(store, rank, silent, seconds / 10, left), daemon=True).start()
+    threading.Thread(target=_watch, args=(rank, silent, seconds, left), daemon=True).start()
     together = False
     try:
         yield
@@ -72,7 +72,7 @@ def watching(*, num_nodes: int, seconds: float | None) -> Iterator[None]:
     finally:  # after an error the other processes would wait for this one, so that they shall end
         left.set()
         with suppress(RuntimeError):
-            store.add(str(rank), _LEFT if together else 0)
+            store.add(str(rank), -(2**40) if together else 0)  # below 0 it has ended
 
 
 def _meet(rank: int, world_size: int, address: str, port: int, *, seconds: float) -> PrefixStore:
@@ -94,22 +94,21 @@ def _meet(rank: int, world_size: int, address: str, port: int, *, seconds: float
     return store
 
 
-def _beat(store: PrefixStore, rank: int, silent: dict[int, int], seconds: float, left: threading.Event) -> None:
+def _beat(store: PrefixStore, rank: int, silent: dict[int, float], every: float, left: threading.Event) -> None:
     """Count, and note which other processes do; without the store this thread ends, and then all are silent."""
     seen = dict.fromkeys(silent, 0)
     with suppress(RuntimeError):
-        while not left.wait(seconds / 10):
+        while not left.wait(every):
             store.add(str(rank), 1)
             for peer in seen:
                 if (beats := store.add(str(peer), 0)) != seen[peer]:
-                    seen[peer], silent[peer] = beats, 0 if beats > 0 else _LEFT
+                    seen[peer], silent[peer] = beats, 0 if beats > 0 else -math.inf
 
 
-def _watch(store: PrefixStore, rank: int, silent: dict[int, int], seconds: float, left: threading.Event) -> None:
+def _watch(rank: int, silent: dict[int, float], seconds: float, left: threading.Event) -> None:
     """End this process when another is silent; seconds in which this one stood still, too, do not count."""
     while not left.wait(1.0):
-        for peer in silent:
-            silent[peer] += 1
+        silent.update({peer: ticks + 1 for peer, ticks in silent.items()})
         if gone := [str(peer) for peer, ticks in silent.items() if ticks > seconds]:
             found = f"nothing was heard of process {', '.join(gone)} for rank_timeout={seconds} seconds"
             print(f"error: {found}, so that process {rank} ends; resume from the last checkpoint", file=sys.stderr)

@@ -38,36 +38,29 @@ class Inbox:
 
     def note(self, number: int, frame: Any) -> None:
         """Handle a signal: the first raises ``Stopped`` or is held, and a second one ends the process at once."""
-        if os.getpid() != self.owner:
-            _note_in_fork(number)
+        if os.getpid() != self.owner and _serves_data():
+            if number == signal.SIGTERM:  # also sent by a loader that gives up on its workers
+                last = threading.Timer(_WORKER_SECONDS, os._exit, (128 + number,))
+                last.daemon = True
+                last.start()
+        elif os.getpid() != self.owner or (self.received and time.monotonic() - self.at > _SAME):
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         elif not self.received:
             self.received, self.at = number, time.monotonic()
             if not self.held:
                 for child in getattr(self.launcher, "procs", ()):
                     child.send_signal(number)
                 raise Stopped(128 + number)
-        elif time.monotonic() - self.at > _SAME:
-            _end(number)
 
 
 inbox = Inbox()
 
 
-def _end(number: int) -> None:
-    """End this process as if nobody listened."""
-    signal.signal(number, signal.SIG_DFL)
-    os.kill(os.getpid(), number)
-
-
-def _note_in_fork(number: int) -> None:
-    """Let workers of a data loader serve the rest of a step, also if all processes of a job are signalled."""
+def _serves_data() -> bool:
+    """Return whether this is a worker of a data loader, which a run needs for the rest of a step."""
     data: Any = sys.modules.get("torch.utils.data")
-    if data is None or data.get_worker_info() is None:
-        _end(number)
-    elif number == signal.SIGTERM:  # also sent by a loader that gives up on them
-        last = threading.Timer(_WORKER_SECONDS, os._exit, (128 + number,))
-        last.daemon = True
-        last.start()
+    return data is not None and data.get_worker_info() is not None
 
 
 @contextmanager
