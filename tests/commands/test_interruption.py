@@ -98,6 +98,22 @@ def test_a_run_that_a_signal_ended_goes_on_to_the_weights_of_an_unbroken_one(
     assert scored[0] == scored[1]  # also that of a validation which was due, or which the signal ended
 
 
+@pytest.mark.parametrize("at", ["step", "validation"])
+def test_a_run_that_a_signal_ended_at_the_end_of_an_epoch_goes_on_as_an_unbroken_one(
+    at: str, given: tuple[str, ...], tmp_path: Path
+) -> None:
+    epochs = *given, *UNSEEN, "+trainer.limit_train_batches=4"  # of two steps each
+    send_at = send("SIGTERM", at=at, step=1 if at == "step" else 2)
+    stopped = call(distilkit.train.main, *epochs, send_at, "hydra.run.dir=on", cwd=tmp_path)
+    assert (stopped.code, "stopped after step 2" in stopped.out) == (143, True)
+    for run, more in (("on", ["ckpt_path=auto"]), ("whole", [])):
+        done = call(distilkit.train.main, *epochs, *more, f"hydra.run.dir={run}", cwd=tmp_path)
+        assert done.code == 0, done.err
+    assert_equal(tmp_path / "on", tmp_path / "whole")
+    scored = [read_metrics(tmp_path / run / "metrics.csv")["val/nll"] for run in ("on", "whole")]
+    assert scored[0] == scored[1]
+
+
 def test_a_signal_before_the_first_step_ends_a_run_at_once(given: tuple[str, ...], tmp_path: Path) -> None:
     stopped = call(distilkit.train.main, *given, *QUIET, send("SIGTERM", at="setup"), "name=x y", cwd=tmp_path)
     assert stopped.code == 143

@@ -2,14 +2,20 @@
 
 import os
 import shlex
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 
+import distilkit.train
 from distilkit.errors import UserError
 from distilkit.interruption import StopOnSignal, folder_of_slurm_job, note_slurm_job, slurm_job
+from jobs import QUIET, SMALL, call
 
 SCRIPTS = sorted((Path(__file__).parents[2] / "docs" / "slurm").glob("*.sbatch"))
 JOB = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "distil"}
@@ -34,6 +40,30 @@ def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
     return asked
+
+
+def test_a_job_that_is_queued_again_ends_with_the_weights_of_an_unbroken_run(
+    in_job: None, scontrol: Path, tmp_path: Path, text_file: Path, save_teacher: Callable[..., Path]
+) -> None:
+    given = "teacher=hf", f"teacher.name={save_teacher('bert')}", *SMALL, *QUIET, f"data.corpus.paths={text_file}"
+    given = *given, f"cache_dir={tmp_path}/cache", "trainer.max_steps=4", "callbacks.validation.optimizer_steps=2"
+    send = "+callbacks.send={_target_: jobs.Send, name: SIGUSR1, step: 2}"
+    mine = *given, send, "name=mine", "ckpt_path=auto", "validate_first=false"
+    stopped = call(distilkit.train.main, *mine, cwd=tmp_path)
+    assert stopped.code == 128 + signal.SIGUSR1
+    assert stopped.out.count("SLURM job 4711 is queued again") == 1
+    assert scontrol.read_text("utf-8") == "requeue 4711\n"
+    assert list(tmp_path.rglob("hpc_ckpt*")) == []
+    (first,) = tmp_path.glob("outputs/mine/*")
+    assert (first / "slurm_job").read_text("utf-8").splitlines()[0] == "4711"
+    assert torch.load(first / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
+    on = call(distilkit.train.main, *mine, cwd=tmp_path)
+    assert on.code == 0, on.err
+    done = call(distilkit.train.main, *given, "hydra.run.dir=whole", "validate_first=false", cwd=tmp_path)
+    assert done.code == 0, done.err
+    (student,) = tmp_path.glob("outputs/mine/*/student/model.safetensors")
+    one, two = load_file(student), load_file(tmp_path / "whole" / "student" / "model.safetensors")
+    assert all(torch.equal(one[name], two[name]) for name in two)
 
 
 def test_a_run_is_found_by_its_job_among_those_with_a_checkpoint(
