@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from torture.children import run
-from torture.moments import newest_step
+from torture.moments import at, newest_step
 from torture.place import Place
 from torture.table import Row
 
@@ -27,7 +27,7 @@ def disks(place: Place, *, short: bool, seed: int) -> Iterator[Row]:
     cases = {
         "of the run, at its first checkpoint": ("outputs", size // 2),
         "of the run, at a later checkpoint": ("outputs", int(3.5 * size)),
-        "of the run, in the export": ("outputs", int(4.6 * size)),
+        "of the run, in the export": ("outputs", 100_000),
         "of the cache": ("cache", 8),
         "of temporary files": ("tmp", 4),
     }
@@ -47,9 +47,19 @@ def _full(place: Place, case: str, name: str, kilobytes: int) -> Row:
     if name == "tmp":
         environment = {"TMPDIR": str(disk)}
         (disk / "filled").write_bytes(bytes(2048))
+
+    def fill() -> None:
+        with (disk / "filler").open("wb", buffering=0) as stream, contextlib.suppress(OSError):
+            while True:
+                stream.write(bytes(4096))
+
+    setup = at("distilkit.summary:export_checkpoint", act=fill) if "export" in case else None
     try:
-        full = run("train", *overrides, cwd=cwd, environment=environment)
-        row.found = f"status {full.status}, step {newest_step(cwd)} is sound: {full.last_line}".replace(str(cwd), "...")
+        full = run("train", *overrides, cwd=cwd, environment=environment, setup=setup)
+        (disk / "filler").unlink(missing_ok=True)
+        row.found = f"status {full.status}, step {newest_step(cwd)} is sound: {full.last_line[:150]}".replace(
+            str(cwd), "..."
+        )
         row.expect(not full.crashed, "a traceback")
         row.expect(full.status == 1 or (name == "tmp" and full.status == 0), f"status {full.status}")
         row.expect(_mount(disk, kilobytes=100_000), "the disk cannot grow")

@@ -10,7 +10,7 @@ from torture.children import Setup, run, start
 from torture.moments import at, half_written, micro_batch, named, rename, replace, step, validation
 from torture.place import Place
 from torture.table import Row
-from torture.training import STEPS
+from torture.training import STEPS, finished
 
 EXACT: dict[str, list[Setup]] = {  # by the moment of the kill; a second one is that of the run that goes on
     "in the score before the first step": [validation(2)],
@@ -57,15 +57,16 @@ def _exact(place: Place, case: str, setups: list[Setup]) -> Row:
 
 
 def _random(place: Place, index: int, share: float) -> Row:
-    row, cwd = Row("kill", f"at random, after {share:.0%} of the time"), place.new()
-    child = start("train", *place.overrides, "ckpt_path=auto", cwd=cwd)
-    deadline = time.monotonic() + share * place.seconds
-    while child.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    child.kill()
-    ended = child.wait()
-    row.found = "" if ended.status == -9 else f"it had ended with status {ended.status}; "
-    return _on(row, place, cwd, place.overrides)
+    while True:
+        row, cwd = Row("kill", f"at random, after {share:.0%} of the time"), place.new()
+        child = start("train", *place.overrides, "ckpt_path=auto", cwd=cwd)
+        deadline = time.monotonic() + share * place.seconds
+        while child.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        child.kill()
+        if child.wait().status == -9 and not finished(cwd):
+            return _on(row, place, cwd, place.overrides)
+        share *= 0.7  # too late: the run was finished
 
 
 def _on(row: Row, place: Place, cwd: Path, overrides: tuple[str, ...]) -> Row:
