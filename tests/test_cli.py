@@ -85,16 +85,34 @@ def test_a_command_prints_a_replacement_for_what_its_output_cannot_encode(monkey
     assert written.getvalue() == b"\xe9 ?? ?\n"
 
 
-@pytest.mark.parametrize(("folder", "expanded"), [("~/a", "/home/me/a"), ("/b/~", "/b/~")])
+@pytest.mark.parametrize(("folder", "expanded"), [("~/a", "{home}/a"), ("{home}/~", "{home}/~")])
 def test_the_folder_of_a_sweep_may_begin_with_the_home_folder(
-    folder: str, expanded: str, monkeypatch: pytest.MonkeyPatch
+    folder: str, expanded: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("HOME", "/home/me")
+    folder, expanded = folder.format(home=tmp_path), expanded.format(home=tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     config = OmegaConf.create({"hydra": {"sweep": {"dir": folder}, "overrides": {"hydra": []}}})
     OmegaConf.set_readonly(config.hydra, True)
     ExpandHome().on_multirun_start(config)
     assert config.hydra.sweep.dir == expanded
     assert config.hydra.overrides.hydra == ([] if folder == expanded else [f"hydra.sweep.dir='{expanded}'"])
+
+
+def test_the_folder_of_a_run_that_cannot_be_made_or_written_is_said_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    config = OmegaConf.create({"hydra": {"run": {"dir": f"{tmp_path}/file/run"}}})
+    with pytest.raises(SystemExit, match="1"):
+        ExpandHome().on_run_start(config)
+    cure = "; set hydra.run.dir to another folder\n"
+    assert capsys.readouterr().err == f"error: {tmp_path}/file/run cannot be written (Not a directory){cure}"
+    config.hydra.run.dir = str(tmp_path)
+    ExpandHome().on_run_start(config)
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # as for root on a read-only disk
+    with pytest.raises(SystemExit, match="1"):
+        ExpandHome().on_run_start(config)
+    assert capsys.readouterr().err == f"error: {tmp_path} cannot be written (Permission denied){cure}"
 
 
 def test_what_lightning_refuses_is_one_message_with_a_cure() -> None:

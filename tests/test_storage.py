@@ -22,7 +22,7 @@ def test_a_full_disk_or_quota_is_one_message_with_folder_and_cure(tmp_path: Path
     assert caught.value.__cause__ is error
 
 
-@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG])
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR])
 def test_a_place_that_cannot_be_written_is_named_with_the_reason(tmp_path: Path, number: int) -> None:
     file = tmp_path / "a"
     reason = os.strerror(number)

@@ -1,6 +1,7 @@
 """The parts that all commands share: config checks, one-line errors, warnings and memory."""
 
 import ctypes
+import errno
 import functools
 import gc
 import inspect
@@ -33,7 +34,7 @@ from distilkit.credentials import refuse_credentials
 from distilkit.errors import UserError
 from distilkit.run_folder import release
 from distilkit.signals import ENDING, Stopped, command_again, first_rank, inbox, listening
-from distilkit.storage import storage_fault
+from distilkit.storage import storage_fault, writing
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +134,7 @@ def report_errors(entry: Callable[P, R]) -> Callable[P, R]:
 
 
 class ExpandHome(Callback):
-    """Hydra callback: let ``~`` begin the folder of a run or a sweep, which Hydra would create by this name."""
+    """Hydra callback: let ``~`` begin the folder of a run or a sweep, and say in one line if it cannot be written."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Expand hydra.run.dir."""
@@ -150,6 +151,15 @@ class ExpandHome(Callback):
             with flag_override(config, "readonly", False), flag_override(config.hydra, "readonly", False):
                 config.hydra[kind].dir = whole
                 config.hydra.overrides.hydra.append(f"hydra.{kind}.dir='{whole}'")  # each job of a sweep reads these
+        made = Path(config.hydra[kind].dir)
+        try:  # before Hydra, which would show a traceback
+            with writing(made, cure=f"set hydra.{kind}.dir to another folder"):
+                made.mkdir(parents=True, exist_ok=True)
+                if not os.access(made, os.W_OK):
+                    raise PermissionError(errno.EACCES, "")
+        except UserError as error:  # other errors are a warning for Hydra
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(1) from error
 
 
 def _plain(override: str) -> str:

@@ -13,7 +13,7 @@ from socket import gethostname
 from distilkit.errors import UserError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-_CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
+_CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR}
 
 
 def storage_fault(error: Exception, folder: Path | None, *, cure: str) -> UserError | None:
