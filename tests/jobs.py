@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import logging
+import math
 import os
 import random
 import signal
@@ -13,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import torch
@@ -32,6 +33,7 @@ from torch.distributed.fsdp import (
 )
 
 from distilkit.evaluate.job import Job
+from distilkit.objective import Objective
 from tiny import WORDS
 from watch import Watch
 
@@ -230,6 +232,37 @@ class SetClock(Callback):
         self.now += self.seconds
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.patched.stop()
+
+
+class NotFinite(Callback):
+    """Make the loss of some optimizer steps NaN on one rank, and keep their micro-batches; for ``+callbacks.bad``."""
+
+    batches: ClassVar[list[Any]] = []
+
+    def __init__(self, *, steps: list[int], rank: int = 0) -> None:
+        self.steps, self.rank, self.now = steps, rank, False
+        self.batches.clear()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        plain = Objective.loss
+
+        def loss(*args: Any, **kwargs: Any) -> Any:
+            total, terms = plain(*args, **kwargs)
+            return total * (math.nan if self.now else 1.0), terms
+
+        self.patched = patch.object(Objective, "loss", loss)
+        self.patched.start()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.now = trainer.global_step in self.steps and trainer.global_rank == self.rank
+        if self.now:
+            self.batches.append(batch)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.patched.stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.patched.stop()
 
 

@@ -29,6 +29,7 @@ from distilkit.objective import Objective
 from distilkit.student import cut_student
 from distilkit.teacher import Teacher
 from distilkit.throughput import Throughput
+from jobs import NotFinite
 from tiny import build_teacher, full_batch
 from watch import Watch
 
@@ -856,8 +857,100 @@ def test_a_loss_that_is_not_finite_stops_training(tokenizer: PreTrainedTokenizer
     module = build_module(tokenizer)
     with torch.no_grad():
         module.student.vocab_projector.bias[7] = float("nan")
-    with pytest.raises(UserError, match=r"the loss is not finite at step 0 .*Lower optimizer.lr"):
+    with pytest.raises(
+        UserError, match=r"the loss is not finite at step 0 .*Lower optimizer.lr.*there is no checkpoint"
+    ):
         fit(module, [uneven_step(lm="mlm")], micro_batch_size=32)
+
+
+class BadGradient(Callback):
+    """Make one entry of a gradient infinite in some optimizer steps."""
+
+    def __init__(self, *steps: int) -> None:
+        self.steps = steps
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        if trainer.global_step in self.steps:
+            next(pl_module.get_submodule("student").parameters()).grad[7, 0] = float("inf")
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_that_is_left_out_changes_neither_weights_nor_optimizer_nor_schedule(
+    bad: str, fused: bool, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    adam = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.98)}
+    optimizer = functools.partial(torch.optim.AdamW, **adam, fused=fused)
+    module = build_module(tokenizer, optimizer=optimizer, scheduler="linear", max_skipped=1, alphas=DISTILBERT)
+    named = {name: each for name, each in module.student.named_parameters() if each.requires_grad}
+    expected = {name: parameter.detach().clone().requires_grad_() for name, parameter in named.items()}
+    steps, gradients = [uneven_step(lm="mlm", seed=seed, size=8) for seed in range(6)], Gradients()
+    break_ = NotFinite(steps=[2]) if bad == "loss" else BadGradient(2)
+    trainer = fit(module, steps, micro_batch_size=4, callbacks=[gradients, break_], log_every_n_steps=1)
+    assert (trainer.global_step, module.num_skipped) == (6, 1)
+    matrices = [each for name, each in expected.items() if name in module.matrices]
+    others = [each for name, each in expected.items() if name not in module.matrices]
+    plain = torch.optim.AdamW([{"params": matrices}, {"params": others, "weight_decay": 0.0}], **adam)
+    for step in (0, 1, 3, 4, 5):
+        for group in plain.param_groups:
+            group["lr"] = 1e-2 * (1 - step / 6)
+        for name, parameter in expected.items():
+            parameter.grad = gradients.steps[step][name]
+        plain.step()
+    for name, parameter in named.items():
+        torch.testing.assert_close(parameter.detach(), expected[name].detach(), rtol=1e-5, atol=1e-7)
+    state = trainer.optimizers[0].state[next(iter(named.values()))]
+    assert int(state["step"]) == 5
+
+
+def test_a_run_that_leaves_out_too_many_steps_stops_and_names_the_batch(tokenizer: PreTrainedTokenizerBase) -> None:
+    module = build_module(tokenizer, max_skipped=2, seed=5)
+    steps = [uneven_step(lm="mlm", seed=seed, size=4) for seed in range(3)]
+    with pytest.raises(
+        UserError,
+        match=r"at step 5 .*distilkit\.replay\(run, epoch=1, step=2\) returns its batch of seed=5.*; "
+        "max_skipped=2 steps were left out before",
+    ):
+        fit(module, steps, micro_batch_size=4, max_epochs=3, callbacks=[NotFinite(steps=[1, 3, 5])])
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_the_first_step_that_is_not_finite_is_named_although_a_later_one_is_logged(
+    bad: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    module = build_module(tokenizer)
+    steps = [uneven_step(lm="mlm", seed=seed, size=4) for seed in range(3)]
+    break_ = NotFinite(steps=[4]) if bad == "loss" else BadGradient(4)
+    with pytest.raises(
+        UserError, match=r"the loss is not finite at step 4 or .*\(at step 8: .*replay\(run, epoch=1, step=1\)"
+    ):
+        fit(module, steps, micro_batch_size=4, max_epochs=3, callbacks=[break_], log_every_n_steps=9)
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_the_norm_of_the_gradient_is_logged_as_it_was_before_clipping(
+    clip: float | None, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    gradients, module = Gradients(), build_module(tokenizer)
+    trainer = fit(module, [uneven_step(lm="mlm")], micro_batch_size=8, callbacks=[gradients], gradient_clip_val=clip)
+    squares = sum(float(each.double().square().sum()) for each in gradients.steps[0].values())
+    assert float(trainer.callback_metrics["train/gradient_norm"]) == pytest.approx(math.sqrt(squares), rel=1e-5)
+    assert math.sqrt(squares) > 0.2
+
+
+def test_spikes_are_counted_over_a_resume(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    module = build_module(tokenizer)
+    trainer = fit(module, [uneven_step(lm="mlm")], micro_batch_size=32)
+    for spikes in module.spikes.values():
+        for value in (*[1.0] * 20, 1000.0):
+            spikes.add(torch.tensor(value))
+    module.num_skipped = 3
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    again = build_module(tokenizer)
+    resume(again, tmp_path / "a.ckpt")
+    assert again.num_skipped == 3
+    assert [spikes.seen for spikes in again.spikes.values()] == [23, 23]
+    assert int(again.spikes["loss"].count) == 2  # that of the step after the resume, too
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -932,7 +1025,7 @@ def test_a_held_out_loss_that_is_not_finite_is_no_score(tokenizer: PreTrainedTok
         module.student.distilbert.embeddings.word_embeddings.weight[50] = float("nan")
     steps = [uneven_step(lm="mlm", size=8)]
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
-    with pytest.raises(UserError, match="the loss is not finite at step 0"):
+    with pytest.raises(UserError, match="the held-out loss is not finite after step 0"):
         trainer.validate(module, DataLoader(steps, batch_size=None), verbose=False)
 
 

@@ -183,6 +183,7 @@ def test_a_few_blocks_that_only_one_run_has_do_not_count() -> None:
 def faults(**given: Any) -> list[str]:
     settings: dict[str, Any] = {"lm": "mlm", "steps": 150, "rows": rows(), "curves": {}, "moved": 0.1, "copied": False}
     settings |= {"before": {"val/loss_ce": 0.232}, "after": {"val/loss_ce": 0.070}}
+    settings |= {"spikes": {"loss": 0, "gradient_norm": 0}, "skipped": 0}
     return find_faults(**{**settings, "reads_teacher": True, "reads_logits": True, "packing": "blocks", **given})
 
 
@@ -190,6 +191,25 @@ def faults(**given: Any) -> list[str]:
     ("given", "expected"),
     [
         pytest.param({}, [], id="a healthy run"),
+        pytest.param({"spikes": {"loss": 0, "gradient_norm": 1}}, [], id="one spike of the gradient in 150 steps"),
+        pytest.param(
+            {"spikes": {"loss": 1, "gradient_norm": 0}},
+            [
+                "the loss spiked at 1 and the gradient's norm at 0 of 150 steps; lower optimizer.lr or "
+                "trainer.gradient_clip_val, or raise scheduler.warmup_share"
+            ],
+            id="a spike of the loss",
+        ),
+        pytest.param(
+            {"spikes": {"loss": 0, "gradient_norm": 2}, "skipped": 3},
+            [
+                "3 of 150 optimizer steps were left out, because their loss or gradient was not finite; look at their "
+                "batches, and lower optimizer.lr",
+                "the loss spiked at 0 and the gradient's norm at 2 of 150 steps; lower optimizer.lr or "
+                "trainer.gradient_clip_val, or raise scheduler.warmup_share",
+            ],
+            id="many spikes of the gradient, and steps left out",
+        ),
         pytest.param(
             {"copied": True},
             [

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from distilkit.errors import UserError
 
 if TYPE_CHECKING:
-    from distilkit.api import Distilled, distill
+    from distilkit.api import Distilled, distill, replay
     from distilkit.data import DistillationDataModule
     from distilkit.module import DistillationModule
     from distilkit.objective import Objective
@@ -30,6 +30,7 @@ __all__ = [
     "cut_student",
     "distill",
     "load_teacher",
+    "replay",
 ]
 __version__ = version("distilkit")
 
@@ -41,6 +42,7 @@ _MODULES = {
     "cut_student": "distilkit.student",
     "distill": "distilkit.api",
     "load_teacher": "distilkit.teacher",
+    "replay": "distilkit.api",
 }
 
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra import compose, initialize_config_module
@@ -14,12 +15,13 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.version import VersionBase
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distilkit.cli import check_added, expand_home, keep_large_buffers, quiet, replace_unprintable, user_cause
 from distilkit.data.corpus import write_documents
 from distilkit.errors import UserError
+from distilkit.language_model import Batch
 from distilkit.run_folder import release
 from distilkit.train import build, run
 from distilkit.verdict import Verdict
@@ -109,6 +111,26 @@ def distill(
         for scores in (job.module.before, job.module.after)
     )
     return Distilled(path=job.out / "student", run=job.out, before=before, metrics=after, verdict=job.module.verdict)
+
+
+def replay(
+    run: str | Path, *, epoch: int, step: int, rank: int = 0, world_size: int = 1, progress: float = 0.0
+) -> list[Batch]:
+    """Make the batch of an optimizer step of a run again, as micro-batches of one of ``world_size`` ranks.
+
+    ``run`` is its folder. ``epoch`` and ``step``, both from 0, are those that a message about the batch names; by default
+    one rank has the blocks of all. ``progress``, the share of the training before it, matters to a masking rate that
+    changes alone. Nothing is written.
+    """
+    file = Path(run).expanduser() / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"run={str(run)!r} has no config.yaml; give the folder of a run of distilkit.train")
+    cfg: Any = OmegaConf.load(file)
+    cfg.update({"output_dir": str(file.parent / "replay"), "ckpt_path": None, "baseline": None, "logger": {}})
+    cfg.trainer.update({"accelerator": "cpu", "devices": 1, "strategy": "auto", "num_nodes": 1, "precision": "32-true"})
+    with _isolated(), quiet():
+        data = build(cfg).data
+        return data.replay(epoch=epoch, step=step, rank=rank, world_size=world_size, progress=progress)
 
 
 def _literal(path: str | Path) -> str:

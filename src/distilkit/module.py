@@ -4,12 +4,13 @@ import functools
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.plugins.precision import MixedPrecision, Precision
 from pytorch_lightning.strategies import FSDPStrategy
 from pytorch_lightning.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from distilkit.continued import wandb_id
 from distilkit.errors import UserError
 from distilkit.export import student_files
 from distilkit.language_model import LM, Batch, cast_parameters, lm_head
+from distilkit.numbers import Spikes
 from distilkit.objective import Objective, labelled_rows, real_rows
 from distilkit.schedule import build_schedule, piecewise
 from distilkit.teacher import Teacher
@@ -40,6 +42,8 @@ class DistillationModule(LightningModule):
     ranks. ``optimizer`` builds an optimizer from parameter groups. ``scheduler`` and ``scheduler_kwargs`` are name and
     arguments of ``transformers.get_scheduler``, with a warmup over ``warmup_share`` of the steps. With a ``budget`` in
     seconds of training, time takes the place of steps, and ends the run. ``record`` holds what the model card shows.
+    Up to ``max_skipped`` optimizer steps whose loss or gradient is not finite change nothing; with more, or with 0 at the
+    next step that logs, a ``UserError`` ends the run.
     An objective or a schedule that does not fit raises a ``UserError``.
     """
 
@@ -58,6 +62,7 @@ class DistillationModule(LightningModule):
         record: Mapping[str, Any],
         scheduler_kwargs: Mapping[str, Any] | None = None,
         budget: float | None = None,
+        max_skipped: int = 0,
     ) -> None:
         """Check the settings; the teacher moves with the module, but no checkpoint contains it."""
         super().__init__()
@@ -92,6 +97,10 @@ class DistillationModule(LightningModule):
         self.skipped: dict[str, Any] = {}  # the weights of terms that this step leaves out, since it reads no teacher
         self.denominators: dict[str, Tensor] = {}
         self.all_finite = torch.tensor(True)
+        self.first_bad = torch.tensor(-1)  # the first optimizer step whose loss or gradient was not finite
+        self.step_loss = torch.tensor(0.0)  # of the whole optimizer step, over all ranks
+        self.spikes = {"loss": Spikes(), "gradient_norm": Spikes()}
+        self.max_skipped, self.num_skipped = max_skipped, 0
         self.val_metrics: dict[str, MeanMetric] = {}
         self.shown: dict[str, float] = {}  # on the host; Lightning reads its own values from the device at each batch
         self.before: dict[str, float] = {}  # held-out metrics before the first step
@@ -223,17 +232,29 @@ class DistillationModule(LightningModule):
             unread = self.step_objective.unread_parameters(self.student)
             loss = loss + sum(parameter.flatten()[:0].sum() for parameter in unread if parameter.requires_grad)
         # 2. Terms and the check stay on the device until a step is logged, so that the host does not wait.
-        self.all_finite = self.all_finite.to(loss.device) & loss.detach().isfinite()
         for name, term in {**terms, "": loss.detach()}.items():
             self.step_terms[name] = self.step_terms.get(name, 0.0) + term
         if batch["is_last"]:
             self.tokens = self.tokens.to(loss.device) + self.step_tokens
-        log_every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by one of its connectors
-        if batch["is_last"] and log_every and (self.trainer.global_step + 1) % log_every == 0:
-            self._check_finite()
-            self._log_step()
+            self.step_loss = self._sum_over_ranks(self.step_terms[""])
+            self._note(self.step_loss.isfinite())
+            if self._logs(self.trainer.global_step + 1):
+                self._check_finite()
+                self._log_step()
         # 3. Lightning divides by the accumulation and DDP by the ranks, but the denominators contain both.
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    def _logs(self, step: int) -> bool:
+        """Return whether the ``step``-th optimizer step, counted from 1, is logged."""
+        log_every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by one of its connectors
+        return bool(log_every) and step > 0 and step % log_every == 0
+
+    def _note(self, finite: Tensor) -> None:
+        """Keep the first step that is not finite on the device, unless such steps are skipped."""
+        if not self.max_skipped:
+            known, first = self.all_finite.to(finite.device), self.first_bad.to(finite.device)
+            self.first_bad = torch.where(known & ~finite, self.trainer.global_step, first)
+            self.all_finite = known & finite
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """End the optimizer step on the clock, and the run with its budget, before the schedule goes on."""
@@ -267,7 +288,8 @@ class DistillationModule(LightningModule):
         self.clock.stop()
 
     def _log_step(self) -> None:
-        sums = {name: float(self._sum_over_ranks(term)) for name, term in self.step_terms.items()}
+        sums = {name: float(self._sum_over_ranks(term)) for name, term in self.step_terms.items() if name}
+        sums[""] = float(self.step_loss)
         sums[""] += sum(alpha * sums.get(name, 0.0) for name, alpha in self.skipped.items())
         kept: Any = self.trainer._results  # Lightning would log what an earlier step found
         for name in self.objective.weights.keys() - sums.keys():
@@ -288,25 +310,65 @@ class DistillationModule(LightningModule):
         # After a run the module is on the CPU, but the process group may need the root device.
         broken = (~self.all_finite).float().to(self.trainer.strategy.root_device)
         if float(self._sum_over_ranks(broken)):
+            raise UserError(self._not_finite(int(self.first_bad)))
+
+    def _not_finite(self, step: int) -> str:
+        """Describe an optimizer step, counted from 0, that is not finite, or with -1 the held-out loss."""
+        found = f"the held-out loss is not finite after step {self.trainer.global_step}"
+        if step >= 0:
+            batches = self.trainer.num_training_batches
+            epoch, within = divmod(step, math.ceil(batches / self.trainer.accumulate_grad_batches))
             values = ", ".join(f"{name or 'total'}={float(term):.4g}" for name, term in self.step_terms.items())
-            found = f"the loss is not finite at step {self.trainer.global_step} ({values}); no checkpoint contains it"
-            cure = "Lower optimizer.lr, lower trainer.gradient_clip_val, or set trainer.precision=32-true"
-            raise UserError(f"{found}. {cure}")
+            at = f"(at step {self.trainer.global_step}: {values})"
+            found = f"the loss is not finite at step {step} or its gradient is not {at}; distilkit.replay(run, "
+            found += f"epoch={epoch}, step={within}) returns its batch of seed={self.seed}"
+        last = Path(self.trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+        on = f"go on with ckpt_path={last}" if last.is_file() else "there is no checkpoint to go on from"
+        cure = (
+            "Lower optimizer.lr, lower trainer.gradient_clip_val, or set trainer.precision=32-true or non_finite=skip"
+        )
+        return f"{found}. {cure}; {on}"
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip by the global norm, also under FSDP, where each rank has a shard of the gradient."""
-        plugin = self.trainer.precision_plugin
-        if isinstance(self.trainer.strategy, FSDPStrategy) and gradient_clip_val is not None:
+        """Clip by the global norm, count spikes, and leave out a step that is not finite, on all ranks alike."""
+        norm = self._clip(gradient_clip_val, GradClipAlgorithmType(gradient_clip_algorithm or "norm"))
+        scaler: Any = getattr(self.trainer.precision_plugin, "scaler", None)  # it leaves out infinite gradients itself
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            norm = norm / scaler._scale
+        finite = self.step_loss.isfinite() & (norm.isfinite() | (scaler is not None))
+        self._note(finite)
+        if self.max_skipped and not finite:  # the host waits for the device
+            self.num_skipped += 1
+            found = self._not_finite(self.trainer.global_step)
+            if self.num_skipped > self.max_skipped:
+                raise UserError(f"{found}; max_skipped={self.max_skipped} steps were left out before")
+            if self.trainer.is_global_zero:
+                log.warning("left out a step: %s", found.partition(". Lower")[0])
+            if scaler is None:  # without gradients, an optimizer changes neither weights nor its own state
+                optimizer.zero_grad()
+        for name, value in (("loss", self.step_loss), ("gradient_norm", norm)):
+            self.spikes[name].add(value)
+        if self._logs(self.trainer.global_step + 1):
+            counts = {f"train/spikes_{name}": spikes.count.float() for name, spikes in self.spikes.items()}
+            counts |= {"train/skipped_steps": torch.tensor(float(self.num_skipped))} if self.max_skipped else {}
+            self.log_dict({"train/gradient_norm": norm, **counts})
+
+    def _clip(self, limit: float | None, algorithm: GradClipAlgorithmType) -> Tensor:
+        """Clip the gradient, also under FSDP, where each rank has a shard of it; return its global norm before."""
+        if isinstance(self.trainer.strategy, FSDPStrategy):
             sharded: Any = self.trainer.strategy.model
-            sharded.clip_grad_norm_(gradient_clip_val)
-        elif isinstance(plugin, MixedPrecision) and plugin.scaler is None and gradient_clip_val is not None:
-            # Lightning's check also refuses a fused optimizer with bfloat16, where no gradients are unscaled.
-            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or GradClipAlgorithmType.NORM)
-            Precision.clip_gradients(plugin, optimizer, gradient_clip_val, algorithm)
-        else:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            sharded_norm: Tensor = sharded.clip_grad_norm_(limit or math.inf)
+            return sharded_norm
+        # Lightning's own also refuses a fused optimizer with bfloat16, where no gradients are unscaled.
+        parameters = [parameter for parameter in self.student.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
+        if limit and algorithm == GradClipAlgorithmType.VALUE:
+            nn.utils.clip_grad_value_(parameters, limit)
+        elif limit:
+            nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        return norm
 
     def configure_optimizers(self) -> Any:
         """Apply weight decay to matrices only, and schedule over the real number of optimizer steps."""
@@ -419,17 +481,17 @@ class DistillationModule(LightningModule):
             "files": self.files,
             "before": self.before,
             "before_blocks": self.before_blocks,
+            "spikes": {name: spikes.state_dict() for name, spikes in self.spikes.items()},
+            "num_skipped": self.num_skipped,
             "row": self._row(),
             "wandb_id": wandb_id(self.trainer.loggers),
         }
 
     def _row(self) -> dict[str, float]:
         """Return what this step logs, which a checkpoint at its end may come before; nothing at a step without a log."""
-        log_every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by one of its connectors
         results = self.trainer.fit_loop.epoch_loop._results
-        if not log_every or not self.trainer.global_step or self.trainer.global_step % log_every:
-            return {}
-        logged = {name: float(value) for name, value in results.metrics(on_step=True)["log"].items()}
+        found = results.metrics(on_step=True)["log"] if self._logs(self.trainer.global_step) else {}
+        logged = {name: float(value) for name, value in found.items()}
         return {"epoch": self.current_epoch, **logged} if logged else {}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -453,6 +515,9 @@ class DistillationModule(LightningModule):
             raise UserError(f"the checkpoint has {done} epochs, more than trainer.max_epochs={most}; {cure}")
         self.tokens = torch.tensor(saved["tokens_seen"])
         self.before, self.before_blocks = saved.get("before", {}), saved.get("before_blocks", {})
+        self.num_skipped = saved.get("num_skipped", 0)
+        for name, state in saved.get("spikes", {}).items():
+            self.spikes[name].load_state_dict(state)
         # Earlier versions kept the seconds with a callback.
         seconds = checkpoint.get("callbacks", {}).get("Throughput", {}).get("seconds", 0.0)
         self.clock.load_state_dict(saved.get("clock", {"seconds": seconds, "wall": seconds, "pace": 0.0}))

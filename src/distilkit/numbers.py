@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_RECENT, _FEWEST = 128, 32  # values of the band, and those that come before the first count
+_RECENT, _FEWEST = 64, 16  # values of the band, and those that come before the first count
 _BAND = 7.0  # robust standard deviations
 _NORMAL, _LEAST = 1.4826, 0.01  # standard deviations in a median deviation of a normal; of the median, the least one
 
@@ -13,7 +13,7 @@ _NORMAL, _LEAST = 1.4826, 0.01  # standard deviations in a median deviation of a
 class Spikes:
     """Count values of optimizer steps that lie far above recent ones.
 
-    A spike is more than 7 standard deviations above the median of the last 128 values. OLMo 2 (arXiv 2501.00656, section
+    A spike is more than 7 standard deviations above the median of the last 64 values. OLMo 2 (arXiv 2501.00656, section
     3) measures from a rolling mean. The standard deviation here is that of a normal with the median absolute deviation,
     which spikes do not move, and at least 1 % of the median. Values that are not finite are no spikes.
     """

@@ -169,6 +169,8 @@ def _judge(module: DistillationModule, *, out: Path, steps: int, baseline: str |
         reads_teacher=module.objective.reads_teacher,
         reads_logits=module.objective.reads_student_logits,
         packing=module.record["packing"],
+        spikes={name: int(spikes.count) for name, spikes in module.spikes.items()},
+        skipped=module.num_skipped,
     )
     for fault in faults:
         log.warning("%s", fault)
@@ -207,6 +209,8 @@ def finish(trainer: Trainer, module: DistillationModule, *, out: Path, baseline:
             "wall_seconds": round(clock.wall, 1),
             "training_seconds": round(clock.seconds, 3),
             "budget_seconds": clock.budget,
+            "spikes": {name: int(spikes.count) for name, spikes in module.spikes.items()},
+            "skipped_steps": module.num_skipped,
             "peak_memory_mb": peak_memory_mb(trainer.strategy.root_device),
             "input_forms": asdict(forms) if forms else None,
             "before": module.before,

@@ -138,6 +138,7 @@ def build(cfg: DictConfig) -> Job:
         scheduler_kwargs=scheduler["kwargs"],
         seed=cfg.seed,
         budget=budget,
+        max_skipped=cfg.max_skipped if cfg.non_finite == "skip" else 0,
         record=describe(cfg, objective=objective, teacher=teacher, student=student, corpus=data.corpus, choice=choice),
     )
     module.check_precision(trainer)
@@ -219,6 +220,10 @@ def _check_config(cfg: DictConfig) -> None:
             check_type(cfg[key], kind, name=key)
     if not 0 <= cfg.seed < 2**32:
         raise UserError(f"seed={cfg.seed}, but it must be between 0 and {2**32 - 1}")
+    if cfg.non_finite not in ("stop", "skip"):
+        raise UserError(f"non_finite={cfg.non_finite}, but it takes stop or skip")
+    if not isinstance(cfg.max_skipped, int) or cfg.max_skipped < 1:
+        raise UserError(f"max_skipped={cfg.max_skipped}, but it must be a whole number of at least 1")
     check_names(cfg.card or (), ("license", "language"), path="card")
 
 

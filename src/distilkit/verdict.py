@@ -24,6 +24,7 @@ _MOVED = 1e-4  # relative change of the weights; one step of AdamW at the defaul
 _STEPS, _FALL = 50, 0.02  # after so many, the soft-target KL on the same blocks has fallen by this share
 _NATS = 5e-4  # smaller differences are shown as 0.000
 _POINTS, _LAST, _ERRORS = 3, 0.2, 3.0  # of a fifth of a curve; share of the fall in the last fifth; standard errors
+_SPIKES = 0.01  # share of steps whose gradient may spike, which clipping bounds
 _STABLE, _LATE = 0.9, 0.7  # a learning rate near its peak; where such a part ends, if the decay comes late
 
 
@@ -110,14 +111,25 @@ def find_faults(
     reads_teacher: bool,
     reads_logits: bool,
     packing: str,
+    spikes: Mapping[str, int],
+    skipped: int,
 ) -> list[str]:
     """Return what went wrong in a training, one sentence with a cure each.
 
     ``before`` and ``after`` are held-out metrics, ``rows`` the scores of ``judge``, ``curves`` what was logged.
-    ``moved`` is the relative change of the weights. A student that was ``copied`` began as its teacher. With
+    ``spikes`` are numbers of steps with a spike of the ``loss`` and the ``gradient_norm``, ``skipped`` of those that were
+    left out. ``moved`` is the relative change of the weights. A student that was ``copied`` began as its teacher. With
     ``reads_logits`` a term reads the student's predictions.
     """
     faults = []
+    if skipped:
+        found = f"{skipped} of {steps} optimizer steps were left out, because their loss or gradient was not finite"
+        faults.append(f"{found}; look at their batches, and lower optimizer.lr")
+    if spikes["loss"] or spikes["gradient_norm"] > _SPIKES * steps:
+        found = (
+            f"the loss spiked at {spikes['loss']} and the gradient's norm at {spikes['gradient_norm']} of {steps} steps"
+        )
+        faults.append(f"{found}; lower optimizer.lr or trainer.gradient_clip_val, or raise scheduler.warmup_share")
     if copied and reads_teacher:
         found = "teacher and student had the same weights before training, so that soft targets teach nothing"
         faults.append(f"{found}; keep fewer layers, as student=half_depth does, or choose another student")

@@ -17,7 +17,7 @@ import distilkit.train
 from distilkit.records import read_metrics
 from distilkit.student import cut_student
 from distilkit.teacher import load_teacher
-from jobs import QUIET, SMALL, Outcome, call, only, spawn
+from jobs import QUIET, SMALL, NotFinite, Outcome, call, only, spawn
 
 TESTS = Path(__file__).parents[1]
 
@@ -260,6 +260,69 @@ def test_two_ranks_end_at_the_same_step_by_the_clock_of_the_first(given: tuple[s
     assert zero.code == 0, zero.err
     found = summary_of(only(tmp_path, "outputs/zero/*"))
     assert found["before"] == found["after"] != {}
+
+
+# ----------------------------------------------------------------- steps that are not finite
+
+
+def bad(*steps: int, rank: int = 0) -> str:
+    return f"+callbacks.bad={{_target_: jobs.NotFinite, steps: {list(steps)}, rank: {rank}}}"
+
+
+def test_steps_that_are_not_finite_are_left_out_counted_and_made_again(given: tuple[str, ...], tmp_path: Path) -> None:
+    more = *given, "trainer.max_steps=6", "non_finite=skip", "max_skipped=2"
+    done = call(distilkit.train.main, *more, bad(1, 4), "hydra.run.dir=run", cwd=tmp_path)
+    assert done.code == 0, done.err
+    summary = summary_of(tmp_path / "run")
+    assert (summary["skipped_steps"], summary["optimizer_steps"]) == (2, 6)
+    assert "2 of 6 optimizer steps were left out" in " ".join(summary["verdict"]["warnings"])
+    curves = read_metrics(tmp_path / "run" / "metrics.csv")
+    assert [value for _, value in curves["train/skipped_steps"]] == [0, 1, 1, 1, 2, 2]
+    assert "left out a step: the loss is not finite at step 4 or its gradient is not" in done.out
+    assert "distilkit.replay(run, epoch=0, step=4) returns its batch of seed=42" in done.out
+    kept = NotFinite.batches[2:]
+    again = distilkit.replay(tmp_path / "run", epoch=0, step=4)
+    assert len(again) == len(kept) == 2
+    for one, two in zip(again, kept, strict=True):
+        assert torch.equal(one["input_ids"], two["input_ids"])
+        assert torch.equal(one["labels"], two["labels"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+    stopped = call(distilkit.train.main, *more, bad(1, 3, 4), "hydra.run.dir=stopped", cwd=tmp_path)
+    assert stopped.code == 1
+    assert "max_skipped=2 steps were left out before" in stopped.err
+    assert "there is no checkpoint to go on from" in stopped.err
+
+
+@pytest.mark.parametrize("wrong", ["non_finite=ignore", "max_skipped=0", "max_skipped=many"])
+def test_other_ways_to_go_on_are_refused(wrong: str, given: tuple[str, ...], tmp_path: Path) -> None:
+    done = call(distilkit.train.main, *given, wrong, cwd=tmp_path)
+    assert done.code == 1
+    assert f"error: {wrong}, but it " in done.err
+
+
+def test_a_batch_is_made_again_from_the_folder_of_a_run_only(tmp_path: Path) -> None:
+    with pytest.raises(distilkit.UserError, match="has no config.yaml; give the folder of a run of distilkit.train"):
+        distilkit.replay(tmp_path, epoch=0, step=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "jobs.CpuFSDP"])
+def test_two_ranks_leave_out_a_step_that_is_not_finite_on_one_of_them(
+    strategy: str, given: tuple[str, ...], tmp_path: Path
+) -> None:
+    ranks = "trainer.accelerator=cpu", "trainer.devices=2", f"trainer.strategy={strategy}"
+    if strategy != "ddp":
+        ranks = *ranks[:2], f"trainer.strategy={{_target_: {strategy}}}"
+    more = *given, *ranks, "trainer.max_steps=4", "non_finite=skip", "max_skipped=1"
+    environment = {"PYTHONPATH": str(TESTS)}
+    done = spawn(
+        "-m", "distilkit.train", *more, bad(2, rank=1), "hydra.run.dir=run", cwd=tmp_path, environment=environment
+    )
+    assert done.code == 0, done.err
+    assert summary_of(tmp_path / "run")["skipped_steps"] == 1
+    refused = spawn("-m", "distilkit.train", *more, bad(1, 2, rank=1), cwd=tmp_path, environment=environment)
+    assert refused.code == 1
+    assert "max_skipped=1 steps were left out before" in refused.err
 
 
 # ------------------------------------------------------------------------- records over a resume

@@ -164,6 +164,8 @@ def test_the_summary_has_every_field_and_counts_right(run: Run, save_teacher: Ca
         "wall_seconds",
         "training_seconds",
         "budget_seconds",
+        "spikes",
+        "skipped_steps",
         "peak_memory_mb",
         "input_forms",
         "before",
@@ -182,6 +184,7 @@ def test_the_summary_has_every_field_and_counts_right(run: Run, save_teacher: Ca
     assert summary["wall_seconds"] > 0
     assert 0 < summary["training_seconds"] <= summary["wall_seconds"] + 0.1
     assert summary["budget_seconds"] is None
+    assert (summary["spikes"], summary["skipped_steps"]) == ({"loss": 0, "gradient_norm": 0}, 0)
     assert summary["peak_memory_mb"]["host"] > 100
     assert summary["versions"]["torch"] == torch.__version__
     assert summary["input_forms"]["sequences"] > 8
@@ -229,6 +232,7 @@ def test_the_metrics_hold_each_step_and_each_validation(run: Run) -> None:
     curves = read_metrics(run.folder / "metrics.csv")
     assert [step for step, _ in curves["train/loss"]] == [1, 2, 3, 4, 5, 6]
     logged = {"train/loss_ce", "train/loss_mlm", "train/loss_cos", "train/lr"}
+    logged |= {"train/gradient_norm", "train/spikes_loss", "train/spikes_gradient_norm"}
     assert logged | {"throughput/tokens_per_second", "throughput/mfu"} <= set(curves)
     assert [step for step, _ in curves["val/nll"]] == [0, 2, 4, 6]  # before, then after every second step
     weighted = [

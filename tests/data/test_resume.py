@@ -269,3 +269,37 @@ def test_held_out_text_has_the_last_rate(training: Training) -> None:
     for one, two in zip(batches([[0, 0.5], [1, 0.15]]), batches(0.15), strict=True):
         assert torch.equal(one["input_ids"], two["input_ids"])
         assert torch.equal(one["labels"], two["labels"])
+
+
+class Keep(Callback):
+    """Keep the micro-batches of one optimizer step."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.kept = step, []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step:
+            self.kept.append({name: torch.as_tensor(value).clone() for name, value in batch.items()})
+
+
+@packings
+@pytest.mark.parametrize("rate", [0.15, [[0, 0.5], [1, 0.1]]])
+def test_a_batch_is_made_again_from_seed_epoch_and_step(training: Training, data: dict[str, Any], rate: Any) -> None:
+    training.masking = dataclasses.replace(MASKING, mlm_probability=rate)
+    training(data=data, steps=1)
+    step = training.steps_of_epoch + 2
+    keep = Keep(step)
+    training(keep, data=data)
+    again = training.data(**data).replay(epoch=1, step=2, progress=step / 12)
+    assert len(again) == len(keep.kept) == PER_STEP
+    for one, two in zip(again, keep.kept, strict=True):
+        assert one.keys() == two.keys()
+        assert all(torch.equal(torch.as_tensor(one[name]), two[name]) for name in two)  # type: ignore[literal-required]
+    other = training.data(**data).replay(epoch=1, step=1, progress=step / 12)
+    assert not torch.equal(other[0]["input_ids"], again[0]["input_ids"])
+    shares = [
+        training.data(**data).replay(epoch=1, step=2, progress=step / 12, rank=rank, world_size=2) for rank in (0, 1)
+    ]
+    assert sum(len(part["input_ids"]) for share in shares for part in share) == 8
+    with pytest.raises(UserError, match=r"step=99, but an epoch has \d+ steps; count from 0"):
+        training.data(**data).replay(epoch=0, step=99)

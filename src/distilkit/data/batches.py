@@ -447,6 +447,23 @@ class DistillationDataModule(LightningDataModule):
         drawn = np.random.default_rng(self.seed % 2**64).permutation(len(self.train_blocks))[:num_blocks]
         return [_whole_step(self.train_blocks[draw]) for draw in self._in_micro_batches(self.train_blocks, drawn)]
 
+    def replay(
+        self, *, epoch: int, step: int, rank: int = 0, world_size: int = 1, progress: float = 0.0
+    ) -> list[Batch]:
+        """Make the micro-batches again that one rank of ``world_size`` had in a step of an epoch, both counted from 0.
+
+        ``progress`` is the share of the training before it, which a masking rate that changes depends on.
+        """
+        if self.train_blocks is None:
+            self.open()
+        sampler = self._sampler(rank, world_size, progress=lambda *_: progress)
+        sampler.set_epoch(epoch)
+        if not 0 <= step < len(sampler):
+            raise UserError(f"step={step}, but an epoch has {len(sampler)} steps; count from 0")
+        assert self.train_blocks is not None
+        draw = next(sampler.starting_at(step))
+        return split_step(self.train_blocks[draw], self.micro_batch_size, trim=self.packing == "documents")
+
     def _in_micro_batches(self, blocks: Blocks, chosen: Ids) -> list[Draw]:
         """Split blocks (chosen,) that are only scored into micro-batches, with the same masks each time."""
         if self.packing == "documents":  # those of like length in one batch
@@ -469,18 +486,9 @@ class DistillationDataModule(LightningDataModule):
     def _loader(self) -> MicroBatches:
         assert self.train_blocks is not None
         rank, world_size, cuda = self._process()
-        sampler = StepSampler(
-            num_blocks=len(self.train_blocks),
-            global_batch_size=self.global_batch_size,
-            rank=rank,
-            world_size=world_size,
-            seed=self.seed,
-            lengths=self.train_blocks.sizes if self.packing == "documents" else None,
-            progress=self._progress if isinstance(self.masking.mlm_probability, list) and self.trainer else None,
-        )
         loader = MicroBatches(
             self.train_blocks,
-            sampler=sampler,
+            sampler=self._sampler(rank, world_size, progress=self._progress if self.trainer else None),
             micro_batch_size=self.micro_batch_size,
             num_workers=self.num_workers,
             pin_memory=cuda,
@@ -489,6 +497,18 @@ class DistillationDataModule(LightningDataModule):
             given = self.trainer.limit_train_batches
             loader.limit = given if isinstance(given, int) else int(given * len(loader))
         return loader
+
+    def _sampler(self, rank: int, world_size: int, *, progress: Callable[[int, int], float] | None) -> StepSampler:
+        assert self.train_blocks is not None
+        return StepSampler(
+            num_blocks=len(self.train_blocks),
+            global_batch_size=self.global_batch_size,
+            rank=rank,
+            world_size=world_size,
+            seed=self.seed,
+            lengths=self.train_blocks.sizes if self.packing == "documents" else None,
+            progress=progress if isinstance(self.masking.mlm_probability, list) else None,
+        )
 
     def _progress(self, epoch: int, step: int) -> float:
         """Return the share of the training that is done before a step, which workers may prepare early."""
