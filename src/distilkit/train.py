@@ -67,7 +67,7 @@ _TYPES: dict[str, Any] = {  # of the keys of train.yaml that no target reads
     **dict.fromkeys(("compile", "activation_checkpointing", "validate_first"), bool),
     **dict.fromkeys(("ckpt_path", "baseline"), str | None),
     **dict.fromkeys(("card", "row"), dict | None),
-    **{"seed": int, "cache_dir": str},
+    **{"seed": int, "cache_dir": str, "max_skipped": int, "may_change": list[str]},
 }
 
 
@@ -222,8 +222,8 @@ def _check_config(cfg: DictConfig) -> None:
         raise UserError(f"seed={cfg.seed}, but it must be between 0 and {2**32 - 1}")
     if cfg.non_finite not in ("stop", "skip"):
         raise UserError(f"non_finite={cfg.non_finite}, but it takes stop or skip")
-    if not isinstance(cfg.max_skipped, int) or cfg.max_skipped < 1:
-        raise UserError(f"max_skipped={cfg.max_skipped}, but it must be a whole number of at least 1")
+    if cfg.max_skipped < 1:
+        raise UserError(f"max_skipped={cfg.max_skipped}, but it must be at least 1; non_finite=stop skips none")
     check_names(cfg.card or (), ("license", "language"), path="card")
 
 
