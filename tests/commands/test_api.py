@@ -31,6 +31,7 @@ NAMES = {
     "DistillationDataModule": "distilkit.data.batches",
     "distill": "distilkit.api",
     "Distilled": "distilkit.api",
+    "replay": "distilkit.api",
     "UserError": "distilkit.errors",
 }
 SETTINGS = [item for item in SMALL if item != "data=text"]
