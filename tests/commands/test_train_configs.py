@@ -285,8 +285,8 @@ BUILDERS: dict[str, Callable[[DictConfig, Given], Any]] = {
 }
 BUILT: dict[str, Any] = {
     "callbacks/default": [
-        *("ModelCheckpoint", "ModelCheckpoint", "StopOnSignal", "ValidateEvery"),
-        *("CompareForms", "Throughput", "ProgressBar"),
+        *("Checkpoints", "Throughput", "StopOnSignal", "ValidateEvery"),
+        *("CompareForms", "ProgressBar"),
     ],
     "data/base": "TextFiles",
     "data/docstrings": "Docstrings",
