@@ -217,6 +217,18 @@ class NoteWaits(Callback):
         (self.folder / f"waits-{trainer.global_rank}.json").write_text(json.dumps(self.by_step), "utf-8")
 
 
+class SendOnce(Callback):
+    """Send this process a signal after an optimizer step if ``file`` is there, and delete it; for ``+callbacks.send``."""
+
+    def __init__(self, *, name: str, step: int, file: str) -> None:
+        self.number, self.step, self.file = signal.Signals[name], step, Path(file)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step >= self.step and self.file.exists():
+            self.file.unlink()
+            os.kill(os.getpid(), self.number)
+
+
 class SetClock(Callback):
     """Let each optimizer step take so many seconds, times ``of_rank`` on later ranks; for ``+callbacks.clock``."""
 

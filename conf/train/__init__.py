@@ -7,6 +7,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from distilkit.errors import UserError
+from distilkit.sweeps import job_folder
 
 
 def _unless_steps(epochs: int, *, _parent_: Any, _root_: Any) -> int:
@@ -69,3 +70,4 @@ OmegaConf.register_new_resolver("training_seconds", _training_seconds, replace=T
 OmegaConf.register_new_resolver("lm_alone", _lm_alone, replace=True)
 OmegaConf.register_new_resolver("equal_steps", _equal_steps, replace=True)
 OmegaConf.register_new_resolver("same_layers", _same_layers, replace=True)
+OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)

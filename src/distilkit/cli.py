@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import sys
 import traceback
@@ -42,6 +43,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 failures: list[str] = []  # a line for each failed job of the sweep that this process runs
+notes: list[Path] = []  # the folder in which jobs that run in other processes leave theirs
 _shown: set[str] = set()  # where the errors were raised whose traceback was logged
 
 
@@ -147,10 +149,7 @@ class ExpandHome(Callback):
     def _expand(self, config: DictConfig, kind: str) -> None:
         folder = str(config.hydra[kind].dir)
         if folder.startswith("~"):
-            whole = str(Path(folder).expanduser())
-            with flag_override(config, "readonly", False), flag_override(config.hydra, "readonly", False):
-                config.hydra[kind].dir = whole
-                config.hydra.overrides.hydra.append(f"hydra.{kind}.dir='{whole}'")  # each job of a sweep reads these
+            set_folder(config, kind, Path(folder).expanduser())
         made = Path(config.hydra[kind].dir)
         try:  # before Hydra, which would show a traceback
             with writing(made, cure=f"set hydra.{kind}.dir to another folder"):
@@ -162,18 +161,20 @@ class ExpandHome(Callback):
             raise SystemExit(1) from error
 
 
-def _plain(override: str) -> str:
-    """Return an override without quotes, spaces and capitals, which a sweeper may write in its own way."""
-    return re.sub(r"[\s'\"]", "", override).casefold()
+def set_folder(config: DictConfig, kind: str, folder: Path) -> None:
+    """Set the folder of a ``run`` or a ``sweep``, also for the jobs of the sweep."""
+    with flag_override(config, "readonly", False), flag_override(config.hydra, "readonly", False):
+        config.hydra[kind].dir = str(folder)
+        config.hydra.overrides.hydra.append(f"hydra.{kind}.dir='{folder}'")  # each job of a sweep reads these
 
 
-def _unresolved(overrides: Any) -> list[str]:
+def unresolved(overrides: Any) -> list[str]:
     """Return overrides with each ``${...}`` as it was given, which may have a value in its own job only."""
     given: Any = OmegaConf.to_container(overrides, resolve=False)
-    return list(given)
+    return list(map(str, given))
 
 
-def note_failure(what: str, error: Exception) -> None:
+def note_failure(what: str, error: Exception) -> str:
     """Add to ``failures`` and log why ``what`` failed; a fault of ours with its traceback, the first of its kind."""
     cause = user_cause(error)
     reason = " ".join(str(cause or f"{type(error).__name__}: {error}").split())
@@ -182,41 +183,23 @@ def note_failure(what: str, error: Exception) -> None:
     bug = os.environ.get("HYDRA_FULL_ERROR") == "1" or (cause is None and raised_at not in _shown)
     _shown.add(raised_at)
     log.error("%s", failures[-1], exc_info=error if bug else None)
+    return failures[-1]
 
 
-class SweepFailures(Callback):
-    """Hydra callback: let a sweep go on after a failed job, and end it with exit status 1 and the list of failures.
+def forget_failures(folder: Path) -> None:
+    """Begin a sweep; its jobs in other processes will leave a file for each failure in ``folder``."""
+    failures.clear()
+    _shown.clear()
+    notes[:] = [folder]
 
-    It stands before other callbacks in the config, so that it ends the command after they have printed their tables.
-    """
 
-    common: frozenset[str] = frozenset()  # the overrides of the command line, which all jobs share
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Forget an earlier sweep of this process."""
-        replace_unprintable()
-        failures.clear()
-        _shown.clear()
-        self.common = frozenset(map(_plain, _unresolved(config.hydra.overrides.task)))
-
-    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Log the error of a job, and give Hydra's own sweeper NaN instead; others have rules for failed jobs."""
-        if config.hydra.mode != RunMode.MULTIRUN or job_return.status != JobStatus.FAILED:
-            return
-        error: Any = job_return._return_value  # the property would raise it
-        own = ", ".join(each for each in job_return.overrides or () if _plain(each) not in self.common)
-        note_failure(f"job {config.hydra.job.num} ({own})", error)
-        parts = config.hydra.launcher._target_, config.hydra.sweeper._target_
-        if all(part.startswith("hydra._internal.core_plugins.basic_") for part in parts):
-            job_return.status, job_return.return_value = JobStatus.COMPLETED, math.nan
-            traceback.clear_frames(error.__traceback__)  # they hold the models, whose memory the next job needs
-            gc.collect()
-
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """List the failures, and end with exit status 1; Hydra would turn an error into a warning."""
-        if failures:
-            print(f"{len(failures)} failed:", *failures, sep="\n")
-            raise SystemExit(1)
+def all_failures() -> list[str]:
+    """Return ``failures`` with those of jobs that ran in other processes first, in the order of the jobs."""
+    files = sorted(file for folder in notes for file in folder.glob("*"))
+    failures[:0] = [file.read_text("utf-8") for file in files]
+    for folder in notes if files else ():
+        shutil.rmtree(folder, ignore_errors=True)
+    return failures
 
 
 def check_names(names: Iterable[Any], known: Iterable[str], *, path: str) -> None:
@@ -237,7 +220,7 @@ def check_added(cfg: DictConfig, *, config: str, overrides: Iterable[str] | None
     """
     refuse_credentials(cfg)
     if overrides is None:
-        overrides = _unresolved(HydraConfig.get().overrides.task) if HydraConfig.initialized() else ()
+        overrides = unresolved(HydraConfig.get().overrides.task) if HydraConfig.initialized() else ()
     own: Any = OmegaConf.create(resources.files("distilkit.conf").joinpath(config).read_text("utf-8"))
     groups = [name for entry in own.defaults if isinstance(entry, DictConfig) for name in map(str, entry)]
     known = [

@@ -243,7 +243,7 @@ def _overrides(folder: Path) -> list[str]:
     if not file.is_file():
         return []
     given: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)  # which may hold ${...}
-    return list(map(str, given))
+    return [each for each in map(str, given) if not each.startswith(("ckpt_path=", "may_change="))]
 
 
 def run_label(folder: Path, common: set[str]) -> str:

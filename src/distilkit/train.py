@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from distilkit import same_run
 from distilkit.budget import parse_budget
 from distilkit.callbacks import ValidateEvery
-from distilkit.checkpoints import LAST, find_checkpoint, is_finished, read_checkpoint
+from distilkit.checkpoints import LAST, checkpoints_of, find_checkpoint, is_finished, read_checkpoint
 from distilkit.cli import (
     check_added,
     check_keys,
@@ -57,6 +57,7 @@ from distilkit.signals import ENDING, listening, release
 from distilkit.storage import writing
 from distilkit.student import measure_layers
 from distilkit.summary import describe, finish, print_result
+from distilkit.sweeps import take_up
 from distilkit.teacher import Teacher
 
 log = logging.getLogger(__name__)
@@ -97,6 +98,8 @@ def build(cfg: DictConfig) -> Job:
         raise UserError(
             f"{out} holds a finished run; choose another hydra.run.dir (from Python: out), or delete {out / 'student'}"
         )
+    if in_sweep() and (cfg.ckpt_path in (None, "last") or checkpoints_of(out)):
+        cfg.ckpt_path = "auto"  # the job's own goes before one that the command names for all jobs
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     checkpoint = find_checkpoint(
         cfg.ckpt_path,
@@ -389,6 +392,8 @@ def _score(job: Job) -> None:
 def main(cfg: DictConfig) -> float:
     """Run one job, and return the metric that sweepers minimise."""
     keep_large_buffers()
+    if in_sweep() and (score := take_up(Path(cfg.output_dir))) is not None:
+        return score
     with quiet(), watching(num_nodes=cfg.trainer.get("num_nodes", 1), seconds=cfg.rank_timeout):
         job = build(cfg)
         nll = run(job)

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,11 @@ import pytest
 import torch
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 import distilkit.evaluate.__main__
 import distilkit.train
-from distilkit import cli, losses
+from distilkit import cli, losses, sweeps
 from distilkit.errors import UserError
 from jobs import QUIET, SMALL, Outcome, call, only, write_rows
 
@@ -133,22 +135,167 @@ def test_a_sweep_of_evaluations_goes_on_after_a_task_without_data(
     assert "Traceback" not in done.out + done.err
 
 
+def config_of(sweep: Path, *overrides: str, sweeper: str = "hydra._internal.core_plugins.basic_sweeper.X") -> DictConfig:
+    """Return what Hydra's callbacks read of a sweep's config."""
+    hydra = {"mode": RunMode.MULTIRUN, "job": {"num": 3}, "overrides": {"task": list(overrides), "hydra": []}}
+    hydra |= {"sweep": {"dir": str(sweep)}, "sweeper": {"_target_": sweeper}}
+    own = dict(each.split("=") for each in overrides if each.startswith("ckpt_path="))
+    return OmegaConf.create({"hydra": hydra, **own})
+
+
 @pytest.mark.parametrize("plugin", ["hydra._internal.core_plugins.basic_sweeper.BasicSweeper", "optuna.Sweeper"])
-def test_a_failed_job_is_nan_to_hydras_sweeper_and_an_error_to_others(plugin: str) -> None:
-    launcher = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
-    hydra = {"mode": RunMode.MULTIRUN, "job": {"num": 3}, "overrides": {"task": ["a=1"]}}
-    config = OmegaConf.create({"hydra": {**hydra, "launcher": {"_target_": launcher}, "sweeper": {"_target_": plugin}}})
-    callback, returned = cli.SweepFailures(), JobReturn(overrides=["a=1", "b=2"], status=JobStatus.FAILED)
+@pytest.mark.parametrize("same_process", [True, False])
+def test_a_failed_job_is_nan_to_hydras_sweeper_and_an_error_to_others(
+    plugin: str, same_process: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(tmp_path, "a=1", sweeper=plugin)
+    callback, returned = sweeps.SweepFailures(), JobReturn(overrides=["a=1", "b=2"], status=JobStatus.FAILED)
     returned.return_value = UserError("wrong")
     callback.on_multirun_start(config)
-    callback.on_job_end(config, returned)
-    assert cli.failures == ["job 3 (b=2) failed: wrong"]
-    if "Basic" in plugin:
+    with monkeypatch.context() as there:
+        if not same_process:
+            there.setattr(cli, "notes", [])
+            there.setattr(cli, "failures", [])
+        pickle.loads(pickle.dumps(callback)).on_job_end(config, returned)
+    assert pickle.loads(pickle.dumps(returned)).status == returned.status
+    assert cli.all_failures() == ["job 3 (b=2) failed: wrong"]
+    if "basic" in plugin:
         assert math.isnan(returned.return_value)
     else:
-        assert returned.status == JobStatus.FAILED
+        with pytest.raises(UserError, match="wrong"):
+            print(returned.return_value)
     with pytest.raises(SystemExit) as stopped:
         callback.on_multirun_end(config)
     assert stopped.value.code == 1
+    assert list(tmp_path.iterdir()) == []
     callback.on_multirun_start(config)
     callback.on_multirun_end(config)  # nothing is left of the earlier sweep
+
+
+@pytest.mark.parametrize(("plugin", "fails"), [("hydra._internal.core_plugins.basic_sweeper.X", 0), ("optuna.X", 1)])
+def test_a_job_without_a_score_has_failed_for_a_sweeper_that_needs_one(plugin: str, fails: int, tmp_path: Path) -> None:
+    config = config_of(tmp_path, "a=1", sweeper=plugin)
+    callback, returned = sweeps.SweepFailures(), JobReturn(overrides=["b=2"], status=JobStatus.COMPLETED)
+    returned.return_value = math.nan
+    callback.on_multirun_start(config)
+    callback.on_job_end(config, returned)
+    assert cli.all_failures() == ["job 3 (b=2) failed: it has no score"] * fails
+    assert returned.status == (JobStatus.FAILED if fails else JobStatus.COMPLETED)
+
+
+# -------------------------------------------------------------------------------- going on
+
+KILL = "+callbacks.send={_target_: jobs.SendOnce, name: SIGTERM, step: 2, file: '${output_dir}/kill'}"
+
+
+def logged(folder: Path) -> str:
+    return only(folder, "*.log").read_text("utf-8")
+
+
+def test_a_sweep_goes_on_where_it_was_stopped_and_trains_no_job_twice(
+    sweep: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    given = "objective.temperature=2,0,4,8", "trainer.max_steps=4", KILL
+    (tmp_path / "sweep" / "2").mkdir(parents=True)
+    (tmp_path / "sweep" / "2" / "kill").touch()
+    assert sweep(*given).code == 143
+    assert not (tmp_path / "sweep" / "3").exists()
+    done = sweep(*given)
+    assert done.code == 1
+    (failure,) = done.out.rpartition("1 failed:\n")[2].splitlines()
+    assert failure.startswith("job 1 (objective.temperature=0) failed: ")
+    summaries = [json.loads((tmp_path / f"sweep/{job}/summary.json").read_text("utf-8")) for job in (0, 2, 3)]
+    assert [(each["objective"]["temperature"], each["optimizer_steps"]) for each in summaries] == [(2, 4), (4, 4), (8, 4)]
+    begun = [logged(tmp_path / "sweep" / job).count("student: ") for job in "023"]
+    assert begun == [1, 2, 1]
+    assert "has finished before, and is not trained again" in logged(tmp_path / "sweep/0")
+    assert f"resuming from {tmp_path}/sweep/2/checkpoints/last.ckpt" in logged(tmp_path / "sweep/2")
+    assert table_of(tmp_path / "sweep") == ["teacher", *(f"objective.temperature={each}" for each in (2, 4, 8))]
+    assert "Traceback" not in done.out + done.err
+
+
+def test_a_job_is_found_by_its_overrides_where_the_grid_has_changed(
+    sweep: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    assert sweep("objective.temperature=2,4").code == 0
+    done = sweep("objective.temperature=3,2,8", "ckpt_path=auto")
+    assert done.code == 0, done.out + done.err
+    found = {
+        folder.name: json.loads((folder / "summary.json").read_text("utf-8"))["objective"]["temperature"]
+        for folder in (tmp_path / "sweep").iterdir()
+        if folder.is_dir()
+    }
+    assert found == {"0": 2, "1": 4, "0-2": 3, "2": 8}
+    assert [logged(tmp_path / "sweep" / job).count("student: ") for job in found] == [1] * 4
+    assert sorted(table_of(tmp_path / "sweep")) == [*(f"objective.temperature={each}" for each in (2, 3, 4, 8)), "teacher"]
+
+
+def record(folder: Path, *overrides: str) -> None:
+    folder.mkdir(parents=True)
+    (folder / "job.json").write_text(json.dumps(overrides), "utf-8")
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["a=1,2", "b=4"], "has b=3, where this command has b=4; choose another hydra.sweep.dir"),
+        (["a=1,2"], "has b=3, where this command has nothing more; choose"),
+        (["a=1,2", "b=3", "c=0"], "has nothing more, where this command has c=0; choose"),
+        (["a=1,2", "b=3"], None),
+        (["a=5,6", "b='3'", "ckpt_path=auto"], None),
+        (["a=2", "b=3,4"], None),
+    ],
+)
+def test_a_sweeps_folder_is_not_taken_by_a_command_of_other_settings(
+    command: list[str], message: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for job in (1, 2):
+        record(tmp_path / "sweep" / str(job), f"a={job}", "b=3")
+    config = config_of(tmp_path / "sweep", *command)
+    if message is None:
+        sweeps.SweepFailures().on_multirun_start(config)
+        return
+    with pytest.raises(SystemExit) as stopped:
+        sweeps.SweepFailures().on_multirun_start(config)
+    assert stopped.value.code == 1
+    assert f"error: the sweep in {tmp_path}/sweep {message}" in capsys.readouterr().err
+
+
+def test_a_folder_of_another_job_is_refused_and_stays_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record(tmp_path / "row", "seed=1")
+    (tmp_path / "row" / "student").mkdir()
+    (tmp_path / "row" / "summary.json").write_text('{"after": {"val/nll": 2.5}}')
+    hydra = OmegaConf.create({"overrides": {"task": ["seed=2"]}})
+    monkeypatch.setattr(sweeps.HydraConfig, "get", lambda: hydra)
+    with pytest.raises(UserError, match="row holds a job with seed=1, where this command has seed=2; choose another"):
+        sweeps.take_up(tmp_path / "row")
+    assert sweeps.take_up(tmp_path / "new") is None
+    assert json.loads((tmp_path / "new" / "job.json").read_text("utf-8")) == ["seed=2"]
+    hydra.overrides.task = ["seed='1'"]
+    assert sweeps.take_up(tmp_path / "row") == 2.5
+    (tmp_path / "row" / "summary.json").write_text('{"after": {}}')
+    assert math.isnan(sweeps.take_up(tmp_path / "row") or 0)
+
+
+def test_the_last_sweep_is_the_newest_of_the_same_overrides(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands = ["a=1,2"], ["a=1,2"], ["a=1,3"]
+    for index, overrides in enumerate(commands):
+        folder = tmp_path / f"{9 - index}"
+        folder.mkdir()
+        OmegaConf.save({"hydra": {"overrides": {"task": overrides}}}, folder / "multirun.yaml")
+        os.utime(folder / "multirun.yaml", (index, index))
+    for choice in ("last", "auto"):
+        config = config_of(tmp_path / "new", "a=1,2", f"ckpt_path={choice}")
+        sweeps.SweepFailures().on_multirun_start(config)
+        assert config.hydra.sweep.dir == f"{tmp_path}/8"
+        assert config.hydra.overrides.hydra == [f"hydra.sweep.dir='{tmp_path}/8'"]
+    config = config_of(tmp_path / "new", "a=7,8", "ckpt_path=auto")
+    sweeps.SweepFailures().on_multirun_start(config)
+    assert config.hydra.sweep.dir == f"{tmp_path}/new"
+    with pytest.raises(SystemExit):
+        sweeps.SweepFailures().on_multirun_start(config_of(tmp_path / "new", "a=7,8", "ckpt_path=last"))
+    assert f"ckpt_path=last, but no sweep below {tmp_path} has the overrides of this command" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from omegaconf import DictConfig, OmegaConf
 
-from distilkit.cli import failures, quiet
+from distilkit.cli import all_failures, quiet
 from distilkit.records import read_metrics, read_results, read_runs, write_json
 from distilkit.report.ablation import Run
 from distilkit.report.drawing import COLOURS, WIDTH, finish, plain, png
@@ -246,4 +246,4 @@ class SweepReport(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Print and write the comparison."""
-        compare(Path(config.hydra.sweep.dir), latency=self.measure_latency, failed=failures)
+        compare(Path(config.hydra.sweep.dir), latency=self.measure_latency, failed=all_failures())

@@ -1,0 +1,187 @@
+"""A sweep whose jobs may fail or be stopped: the others run, and the same command goes on where it ended."""
+
+import gc
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import sys
+import traceback
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import OverrideParseException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from distilkit import cli
+from distilkit.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_RECORD = "job.json"  # in the folder of each job: its overrides
+_NOT_SETTINGS = ("ckpt_path=", "may_change=")  # they belong to a resume
+_OWN = ("last", "auto")  # for a sweep: each job's own checkpoint
+
+
+def _plain(override: str) -> str:
+    """Return an override without quotes, spaces and capitals, which a sweeper may write in its own way."""
+    return re.sub(r"[\s'\"]", "", override).casefold()
+
+
+def _settings(overrides: Iterable[str]) -> frozenset[str]:
+    """Return what identifies a job."""
+    return frozenset(each for each in map(_plain, overrides) if not each.startswith(_NOT_SETTINGS))
+
+
+def _keys(settings: Iterable[str]) -> set[str]:
+    return {each.partition("=")[0] for each in settings}
+
+
+def _recorded(sweep: Path) -> dict[str, frozenset[str]]:
+    """Read the settings of each job of a sweep by the name of its folder."""
+    files = sorted(sweep.glob(f"*/{_RECORD}"))
+    return {file.parent.name: _settings(json.loads(file.read_text("utf-8"))) for file in files}
+
+
+def job_folder() -> str:
+    """Return the name of this job's folder in its sweep: that of a job of the same overrides, or else a free one.
+
+    It is the job's number, unless that is taken by a job of other overrides, since the grid has changed.
+    """
+    hydra: Any = HydraConfig.get()
+    number, own = str(hydra.job.num), _settings(cli.unresolved(hydra.overrides.task))
+    recorded = _recorded(Path(hydra.sweep.dir))
+    same = [name for name, settings in recorded.items() if settings == own]
+    names = itertools.chain([number], (f"{number}-{n}" for n in itertools.count(2)))
+    return min(same, key=lambda name: name != number) if same else next(name for name in names if name not in recorded)
+
+
+def take_up(folder: Path) -> float | None:
+    """Record this job's overrides in its folder; return its score there if it has finished before, else None.
+
+    The score is the held-out cross-entropy, or nan where nothing was scored. A folder of other overrides is an error.
+    """
+    given = cli.unresolved(HydraConfig.get().overrides.task)
+    own, recorded = _settings(given), _recorded(folder.parent).get(folder.name)
+    if recorded is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f"{_RECORD}.{os.getpid()}"  # ranks that torchrun has started write the same
+        temporary.write_text(json.dumps(given), "utf-8")
+        temporary.replace(folder / _RECORD)
+    elif recorded != own:
+        raise UserError(f"{folder} holds a job with {_difference(recorded, own)}; choose another hydra.sweep.dir")
+    elif (folder / "summary.json").is_file() and (folder / "student").is_dir():
+        log.info("%s has finished before, and is not trained again", folder)
+        after: dict[str, float] = json.loads((folder / "summary.json").read_text("utf-8"))["after"]
+        return after.get("val/nll", math.nan)
+    return None
+
+
+def _difference(recorded: Iterable[str], own: Iterable[str]) -> str:
+    there, here = (", ".join(sorted(set(a) - set(b))) or "nothing more" for a, b in ((recorded, own), (own, recorded)))
+    return f"{there}, where this command has {here}"
+
+
+def newest_checkpoint(ckpt_path: str | None, folder: Path) -> str | None:
+    """Return the checkpoint that a job goes on from: its own last one, or what the command names for all jobs."""
+    own = folder / "checkpoints" / "last.ckpt"
+    return str(own) if own.is_file() else None if ckpt_path in _OWN else ckpt_path
+
+
+class SweepFailures(Callback):
+    """Hydra callback: let a sweep go on after failed jobs, and end it with exit status 1 and the list of failures.
+
+    It stands before other callbacks in the config, so that it ends the command after they have printed their tables.
+    Launchers give the processes of jobs a copy of it, which leaves a file for each failed job.
+    """
+
+    common: frozenset[str] = frozenset()  # the overrides of the command line, which all jobs share
+    notes: Path
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Forget an earlier sweep of this process, and find the one that this command goes on with."""
+        cli.replace_unprintable()
+        given = cli.unresolved(config.hydra.overrides.task)
+        self.common = frozenset(map(_plain, given))
+        try:
+            _find_sweep(config, given)
+            _check_sweep(config, given)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(1) from error
+        self.notes = Path(config.hydra.sweep.dir).expanduser().resolve() / f".failures-{uuid.uuid4().hex[:8]}"
+        cli.forget_failures(self.notes)
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Log the error of a job, and give Hydra's own sweeper NaN instead; others have rules for failed jobs."""
+        if config.hydra.mode != RunMode.MULTIRUN:
+            return
+        own_sweeper = config.hydra.sweeper._target_.startswith("hydra._internal.core_plugins.basic_")
+        result: Any = job_return._return_value  # the property would raise an error
+        if not own_sweeper and job_return.status == JobStatus.COMPLETED and result != result:  # NaN is no score to them
+            job_return.status, job_return.return_value = JobStatus.FAILED, UserError("it has no score")
+        if job_return.status != JobStatus.FAILED:
+            return
+        error: Any = job_return._return_value
+        own = ", ".join(each for each in job_return.overrides or () if _plain(each) not in self.common)
+        note = cli.note_failure(f"job {config.hydra.job.num} ({own})", error)
+        if not cli.notes:  # in a process of its own
+            self.notes.mkdir(parents=True, exist_ok=True)
+            (self.notes / f"{config.hydra.job.num:06}").write_text(note, "utf-8")
+            job_return.return_value = UserError(note)  # of any error it is not known whether it can be sent
+        if own_sweeper:
+            job_return.status, job_return.return_value = JobStatus.COMPLETED, math.nan
+        traceback.clear_frames(error.__traceback__)  # they hold the models, whose memory the next job needs
+        gc.collect()
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """List the failures, and end with exit status 1; Hydra would turn an error into a warning."""
+        if failures := cli.all_failures():
+            print(f"{len(failures)} failed:", *failures, sep="\n")
+            raise SystemExit(1)
+
+
+def _find_sweep(config: DictConfig, given: list[str]) -> None:
+    """With ``ckpt_path=last`` or ``auto``, set the sweep's folder to that of the newest sweep of the same overrides."""
+    folder = Path(config.hydra.sweep.dir).expanduser()
+    if config.get("ckpt_path") not in _OWN or (folder / "multirun.yaml").is_file():
+        return
+    same = []
+    for file in sorted(folder.parent.glob("*/multirun.yaml"), key=lambda file: file.stat().st_mtime):
+        overrides: Any = OmegaConf.load(file)
+        if _settings(cli.unresolved(overrides.hydra.overrides.task)) == _settings(given):
+            same.append(file.parent)
+    if same:
+        log.info("going on with the sweep in %s", same[-1])
+        cli.set_folder(config, "sweep", same[-1])
+    elif config.ckpt_path == "last":
+        raise UserError(
+            f"ckpt_path=last, but no sweep below {folder.parent} has the overrides of this command; "
+            "give the sweep's folder as hydra.sweep.dir, or start without ckpt_path"
+        )
+
+
+def _check_sweep(config: DictConfig, given: list[str]) -> None:
+    """Refuse the folder of a sweep with other settings: the finished jobs there are not jobs of this command."""
+    sweep = Path(config.hydra.sweep.dir).expanduser()
+    recorded = list(_recorded(sweep).values())
+    try:
+        parsed = OverridesParser.create().parse_overrides(given)
+    except OverrideParseException:  # Hydra will say so
+        return
+    shared = _settings(each.input_line or "" for each in parsed if not each.is_sweep_override())
+    keys = _keys(_settings(given)) | set(config.hydra.sweeper.get("params") or {})
+    if recorded and not any(shared <= job and _keys(job) == keys for job in recorded):
+        job = min(recorded, key=lambda each: len(shared - each) + len(_keys(each) ^ keys))
+        there = {each for each in job if _keys([each]) & (_keys(shared) | (_keys(job) - keys))}
+        here = shared | (keys - _keys(job) - _keys(shared))
+        raise UserError(f"the sweep in {sweep} has {_difference(there, here)}; choose another hydra.sweep.dir")
