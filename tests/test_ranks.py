@@ -5,9 +5,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
+from lightning_fabric.strategies.launchers.subprocess_script import _hydra_subprocess_cmd
+from omegaconf import OmegaConf
 
 from distilkit import ranks
 from distilkit.ranks import ranks_on_config, starter
@@ -36,3 +39,22 @@ def test_a_run_tells_its_ranks_of_itself_and_then_forgets_it(tmp_path: Path, mon
     assert dict(os.environ) == before
     monkeypatch.setenv("DISTILKIT_STARTER", "7")
     assert starter() == 7
+
+
+@pytest.mark.parametrize(
+    ("launcher", "program"), [("hydra._internal.core_plugins.basic.X", "my.worker"), ("joblib.X", "distilkit.train")]
+)
+def test_ranks_run_the_training_also_where_a_launcher_has_started_this_process(
+    launcher: str, program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = ModuleType("__main__")
+    worker.__spec__ = spec = SimpleNamespace(name="my.worker")  # type: ignore[assignment]
+    monkeypatch.setitem(sys.modules, "__main__", worker)
+    monkeypatch.setattr(ranks, "in_sweep", lambda: True)
+    hydra = {"launcher": {"_target_": launcher}, "run": {"dir": "x"}, "runtime": {"cwd": str(tmp_path)}}
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", OmegaConf.create({"hydra": hydra}))
+    with ranks_on_config(tmp_path / "config.yaml"):
+        command, folder = _hydra_subprocess_cmd(local_rank=1)
+    assert command[:5] == [sys.executable, "-m", program, f"--config-path={tmp_path}", "--config-name=config"]
+    assert folder == str(tmp_path)
+    assert worker.__spec__ is spec

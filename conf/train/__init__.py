@@ -65,9 +65,17 @@ def _same_layers(folder: str) -> dict[str, list[int]]:
     return {"layers": found["layers"]} if found.get("layer_choice") else {}
 
 
+def _suggest(*, _root_: Any) -> dict[str, Any]:
+    """Return what the trial of this job sets."""
+    from distilkit.search import suggest  # only a search needs Optuna
+
+    return suggest(_root_.optuna, seed=_root_.seed)
+
+
 OmegaConf.register_new_resolver("unless_steps", _unless_steps, replace=True)
 OmegaConf.register_new_resolver("training_seconds", _training_seconds, replace=True)
 OmegaConf.register_new_resolver("lm_alone", _lm_alone, replace=True)
 OmegaConf.register_new_resolver("equal_steps", _equal_steps, replace=True)
 OmegaConf.register_new_resolver("same_layers", _same_layers, replace=True)
 OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
+OmegaConf.register_new_resolver("suggest", _suggest, replace=True)

@@ -3,12 +3,10 @@
 import ctypes
 import errno
 import functools
-import gc
 import inspect
 import io
 import json
 import logging
-import math
 import os
 import platform
 import re
@@ -24,7 +22,6 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import InstantiationException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode

@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +65,16 @@ def _command_line(config_file: Path) -> Iterator[None]:
         return
     folder, arguments = str(config_file.parent.resolve()), sys.argv[1:]
     hydra: Any = HydraConfig.get()
-    run_dir = hydra.run.dir
+    main, run_dir = sys.modules["__main__"], hydra.run.dir
+    spec = main.__spec__
+    if in_sweep() and not hydra.launcher._target_.startswith("hydra._internal."):  # the program is the launcher's
+        main.__spec__ = find_spec("distilkit.train")  # Lightning starts a rank with -m and this name
     sys.argv[1:] = [f"--config-path={folder}", f"--config-name={config_file.stem}"]
     with flag_override(hydra, "readonly", False):
         hydra.run.dir = folder  # Lightning passes it to the children
     try:
         yield
     finally:
-        sys.argv[1:] = arguments
+        sys.argv[1:], main.__spec__ = arguments, spec
         with flag_override(hydra, "readonly", False):
             hydra.run.dir = run_dir

@@ -27,6 +27,7 @@ from distilkit.errors import UserError
 
 log = logging.getLogger(__name__)
 
+PRUNED = "pruned.json"  # in the folder of a job that a search has ended early
 _RECORD = "job.json"  # in the folder of each job: its overrides
 _NOT_SETTINGS = ("ckpt_path=", "may_change=")  # they belong to a resume
 _OWN = ("last", "auto")  # for a sweep: each job's own checkpoint
@@ -79,6 +80,9 @@ def take_up(folder: Path) -> float | None:
         temporary.replace(folder / _RECORD)
     elif recorded != own:
         raise UserError(f"{folder} holds a job with {_difference(recorded, own)}; choose another hydra.sweep.dir")
+    elif (folder / PRUNED).is_file():
+        log.info("%s was pruned before, and is not trained again", folder)
+        return math.nan
     elif (folder / "summary.json").is_file() and (folder / "student").is_dir():
         log.info("%s has finished before, and is not trained again", folder)
         after: dict[str, float] = json.loads((folder / "summary.json").read_text("utf-8"))["after"]
@@ -178,7 +182,8 @@ def _check_sweep(config: DictConfig, given: list[str]) -> None:
         parsed = OverridesParser.create().parse_overrides(given)
     except OverrideParseException:  # Hydra will say so
         return
-    shared = _settings(each.input_line or "" for each in parsed if not each.is_sweep_override())
+    last = {each.get_key_element(): each for each in parsed}.values()  # of each key
+    shared = _settings(each.input_line or "" for each in last if not each.is_sweep_override())
     keys = _keys(_settings(given)) | set(config.hydra.sweeper.get("params") or {})
     if recorded and not any(shared <= job and _keys(job) == keys for job in recorded):
         job = min(recorded, key=lambda each: len(shared - each) + len(_keys(each) ^ keys))

@@ -16,9 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 
 import distilkit.evaluate.__main__
 import distilkit.train
-from distilkit import cli, losses, sweeps
+from distilkit import cli, losses, search, sweeps
 from distilkit.errors import UserError
-from jobs import QUIET, SMALL, Outcome, call, only, write_rows
+from jobs import QUIET, SMALL, Outcome, call, only, spawn, write_rows
 
 
 @pytest.fixture
@@ -135,7 +135,9 @@ def test_a_sweep_of_evaluations_goes_on_after_a_task_without_data(
     assert "Traceback" not in done.out + done.err
 
 
-def config_of(sweep: Path, *overrides: str, sweeper: str = "hydra._internal.core_plugins.basic_sweeper.X") -> DictConfig:
+def config_of(
+    sweep: Path, *overrides: str, sweeper: str = "hydra._internal.core_plugins.basic_sweeper.X"
+) -> DictConfig:
     """Return what Hydra's callbacks read of a sweep's config."""
     hydra = {"mode": RunMode.MULTIRUN, "job": {"num": 3}, "overrides": {"task": list(overrides), "hydra": []}}
     hydra |= {"sweep": {"dir": str(sweep)}, "sweeper": {"_target_": sweeper}}
@@ -201,11 +203,15 @@ def test_a_sweep_goes_on_where_it_was_stopped_and_trains_no_job_twice(
     assert sweep(*given).code == 143
     assert not (tmp_path / "sweep" / "3").exists()
     done = sweep(*given)
-    assert done.code == 1
+    assert done.code == 1 and "failed:" in done.out, done.out + done.err
     (failure,) = done.out.rpartition("1 failed:\n")[2].splitlines()
     assert failure.startswith("job 1 (objective.temperature=0) failed: ")
     summaries = [json.loads((tmp_path / f"sweep/{job}/summary.json").read_text("utf-8")) for job in (0, 2, 3)]
-    assert [(each["objective"]["temperature"], each["optimizer_steps"]) for each in summaries] == [(2, 4), (4, 4), (8, 4)]
+    assert [(each["objective"]["temperature"], each["optimizer_steps"]) for each in summaries] == [
+        (2, 4),
+        (4, 4),
+        (8, 4),
+    ]
     begun = [logged(tmp_path / "sweep" / job).count("student: ") for job in "023"]
     assert begun == [1, 2, 1]
     assert "has finished before, and is not trained again" in logged(tmp_path / "sweep/0")
@@ -227,7 +233,10 @@ def test_a_job_is_found_by_its_overrides_where_the_grid_has_changed(
     }
     assert found == {"0": 2, "1": 4, "0-2": 3, "2": 8}
     assert [logged(tmp_path / "sweep" / job).count("student: ") for job in found] == [1] * 4
-    assert sorted(table_of(tmp_path / "sweep")) == [*(f"objective.temperature={each}" for each in (2, 3, 4, 8)), "teacher"]
+    assert sorted(table_of(tmp_path / "sweep")) == [
+        *(f"objective.temperature={each}" for each in (2, 3, 4, 8)),
+        "teacher",
+    ]
 
 
 def record(folder: Path, *overrides: str) -> None:
@@ -261,9 +270,7 @@ def test_a_sweeps_folder_is_not_taken_by_a_command_of_other_settings(
     assert f"error: the sweep in {tmp_path}/sweep {message}" in capsys.readouterr().err
 
 
-def test_a_folder_of_another_job_is_refused_and_stays_as_it_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_of_another_job_is_refused_and_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record(tmp_path / "row", "seed=1")
     (tmp_path / "row" / "student").mkdir()
     (tmp_path / "row" / "summary.json").write_text('{"after": {"val/nll": 2.5}}')
@@ -279,9 +286,7 @@ def test_a_folder_of_another_job_is_refused_and_stays_as_it_is(
     assert math.isnan(sweeps.take_up(tmp_path / "row") or 0)
 
 
-def test_the_last_sweep_is_the_newest_of_the_same_overrides(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_last_sweep_is_the_newest_of_the_same_overrides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     commands = ["a=1,2"], ["a=1,2"], ["a=1,3"]
     for index, overrides in enumerate(commands):
         folder = tmp_path / f"{9 - index}"
@@ -299,3 +304,73 @@ def test_the_last_sweep_is_the_newest_of_the_same_overrides(
     with pytest.raises(SystemExit):
         sweeps.SweepFailures().on_multirun_start(config_of(tmp_path / "new", "a=7,8", "ckpt_path=last"))
     assert f"ckpt_path=last, but no sweep below {tmp_path} has the overrides of this command" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------- a search
+
+SEARCH = "sweep=optuna", "optuna.trials=4", "optuna.sampler._target_=optuna.samplers.BruteForceSampler"
+
+
+def states(folder: Path) -> dict[float, str]:
+    """Return how the newest trial of each temperature ended."""
+    trials = search._open(str(folder / "optuna.journal")).get_trials()
+    return {each.params["objective.temperature"]: each.state.name for each in trials}
+
+
+def test_a_search_goes_on_where_it_was_stopped_and_trains_no_trial_twice(
+    sweep: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    given = *SEARCH, 'optuna.space=["objective.temperature=2,0,4,8"]', "trainer.max_steps=4", KILL
+    (tmp_path / "sweep" / "2").mkdir(parents=True)
+    (tmp_path / "sweep" / "2" / "kill").touch()
+    first = sweep(*given)
+    assert first.code == 143, first.out + first.err
+    done = sweep(*given)
+    assert done.code == 1 and "1 failed:" in done.out, done.out + done.err
+    assert "temperature=0" in done.out.rpartition("1 failed:\n")[2]
+    assert states(tmp_path / "sweep") == {2: "COMPLETE", 0: "FAIL", 4: "COMPLETE", 8: "COMPLETE"}
+    summaries = [json.loads(file.read_text("utf-8")) for file in (tmp_path / "sweep").glob("*/summary.json")]
+    assert sorted(each["objective"]["temperature"] for each in summaries) == [2, 4, 8]
+    assert {each["optimizer_steps"] for each in summaries} == {4}
+    begun = [logged(tmp_path / "sweep" / job).count("student: ") for job in "0123"]
+    assert sorted(begun) in ([0, 1, 1, 2], [0, 1, 1, 1])  # the job that was stopped began twice, if it did not fail
+    best = json.loads((tmp_path / "sweep/best.json").read_text("utf-8"))
+    assert best["val/nll"] == min(each["after"]["val/nll"] for each in summaries)
+    assert "3 trials finished, 0 pruned" in done.out
+
+
+def test_a_pruned_trial_is_no_failure_and_is_not_trained_again(sweep: Callable[..., Outcome], tmp_path: Path) -> None:
+    pruner = "optuna.pruner={_target_: optuna.pruners.ThresholdPruner, upper: 0.0}"
+    given = *SEARCH, 'optuna.space=["objective.temperature=2,4"]', "optuna.trials=2", "trainer.max_steps=4", pruner
+    for _ in range(2):
+        done = sweep(*given, "callbacks.validation.optimizer_steps=2")
+        assert done.code == 0, done.out + done.err
+        assert states(tmp_path / "sweep") == {2: "PRUNED", 4: "PRUNED"}
+    assert [logged(tmp_path / "sweep" / job).count("student: ") for job in "01"] == [1, 1]
+    assert "was pruned before, and is not trained again" in logged(tmp_path / "sweep/1")
+    assert not list((tmp_path / "sweep").glob("*/student"))
+    assert "pruned after step 2" in logged(tmp_path / "sweep/0")
+    assert "0 trials finished, 2 pruned" in done.out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), SEARCH])
+def test_jobs_in_other_processes_fail_alone_and_go_on(
+    more: tuple[str, ...], text_file: Path, tmp_path: Path, save_teacher: Callable[..., Path]
+) -> None:
+    grid = 'optuna.space=["objective.temperature=2,0,4,8"]' if more else "objective.temperature=2,0,4,8"
+    given = ["-m", "teacher=hf", f"teacher.name={save_teacher('bert')}", *SMALL, *QUIET, grid, *more, KILL]
+    given += [f"data.corpus.paths={text_file}", f"cache_dir={tmp_path}/cache", "hydra.sweep.dir=sweep"]
+    given += ["trainer.max_steps=4", "validate_first=false", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    for job in "02":
+        (tmp_path / "sweep" / job).mkdir(parents=True)
+        (tmp_path / "sweep" / job / "kill").touch()
+    environment = {"PYTHONPATH": str(Path(__file__).parents[1])}
+    first = spawn("-m", "distilkit.train", *given, cwd=tmp_path, environment=environment)
+    assert first.code == 143, first.out + first.err
+    done = spawn("-m", "distilkit.train", *given, cwd=tmp_path, environment=environment)
+    assert done.code == 1 and "1 failed:" in done.out, done.out + done.err
+    assert "temperature=0" in done.out.rpartition("1 failed:\n")[2]
+    summaries = [json.loads(file.read_text("utf-8")) for file in (tmp_path / "sweep").glob("*/summary.json")]
+    assert sorted(each["objective"]["temperature"] for each in summaries) == [2, 4, 8]
+    assert len(table_of(tmp_path / "sweep")) == 4
