@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 from distilkit import search
 from distilkit.errors import UserError
 
-SPACE = ["optimizer.lr=tag(log,interval(1e-5,1e-3))", "data.epochs=interval(1,4)"]
+SPACE = ["optimizer.lr=tag(log,interval(1e-5,1e-3))", "data.epochs=int(interval(1,4))"]
 
 
 def node(folder: Path, trial: int, *, space: list[str] = SPACE) -> DictConfig:
@@ -30,10 +30,17 @@ def trials(folder: Path) -> list[optuna.trial.FrozenTrial]:
 
 
 def test_values_are_given_as_on_the_command_line() -> None:
-    given = [*SPACE, "objective.temperature=1,2.5", "student.layers=range(2,9,3)", "scheduler.name=linear,'cosine'"]
+    given = [
+        *SPACE,
+        "a=interval(1,4)",
+        "objective.temperature=1,2.5",
+        "student.layers=range(2,9,3)",
+        "scheduler.name=linear,'cosine'",
+    ]
     assert search.space_of(given) == {
         "optimizer.lr": FloatDistribution(1e-5, 1e-3, log=True),
         "data.epochs": IntDistribution(1, 4),
+        "a": FloatDistribution(1, 4),
         "objective.temperature": CategoricalDistribution([1, 2.5]),
         "student.layers": IntDistribution(2, 8, step=3),
         "scheduler.name": CategoricalDistribution(["linear", "cosine"]),

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from distilkit.errors import UserError
 from distilkit.sweeps import job_folder
@@ -65,7 +65,7 @@ def _same_layers(folder: str) -> dict[str, list[int]]:
     return {"layers": found["layers"]} if found.get("layer_choice") else {}
 
 
-def _suggest(*, _root_: Any) -> dict[str, Any]:
+def _suggest(*, _root_: Any) -> DictConfig:
     """Return what the trial of this job sets."""
     from distilkit.search import suggest  # only a search needs Optuna
 

@@ -74,7 +74,7 @@ def space_of(lines: Any) -> dict[str, BaseDistribution]:
     return space
 
 
-def suggest(own: DictConfig, *, seed: int) -> dict[str, Any]:
+def suggest(own: DictConfig, *, seed: int) -> DictConfig:
     """Return what the trial of a job sets, as a row of a sweep.
 
     A job that was stopped keeps its trial. A failed one gets another trial with the same values, because a trial of a
@@ -83,17 +83,19 @@ def suggest(own: DictConfig, *, seed: int) -> dict[str, Any]:
     (state,) = np.random.SeedSequence([seed, own.trial]).generate_state(1)
     study = _open(own.journal, sampler=instantiate(own.sampler, seed=int(state)))
     trial = _trial_of(study, own.trial)
-    params = trial.params if trial else {}
-    if trial is None or trial.state == TrialState.FAIL:
-        if trial:
-            study.sampler = optuna.samplers.PartialFixedSampler(params, study.sampler)
+    if trial is None:
         asked = study.ask(space_of(own.space))
         asked.set_user_attr("job", own.trial)
         params = asked.params
+    else:
+        params = trial.params
+        if trial.state == TrialState.FAIL:
+            again: Any = {"params": params, "distributions": trial.distributions, "user_attrs": trial.user_attrs}
+            study.add_trial(optuna.trial.create_trial(state=TrialState.RUNNING, **again))
     row = OmegaConf.create({})
     for key, value in params.items():
         OmegaConf.update(row, key, value)
-    return dict(row)
+    return row
 
 
 class Prune(Callback):

@@ -323,8 +323,7 @@ def test_a_search_goes_on_where_it_was_stopped_and_trains_no_trial_twice(
     given = *SEARCH, 'optuna.space=["objective.temperature=2,0,4,8"]', "trainer.max_steps=4", KILL
     (tmp_path / "sweep" / "2").mkdir(parents=True)
     (tmp_path / "sweep" / "2" / "kill").touch()
-    first = sweep(*given)
-    assert first.code == 143, first.out + first.err
+    assert sweep(*given).code == 143
     done = sweep(*given)
     assert done.code == 1 and "1 failed:" in done.out, done.out + done.err
     assert "temperature=0" in done.out.rpartition("1 failed:\n")[2]
@@ -340,8 +339,8 @@ def test_a_search_goes_on_where_it_was_stopped_and_trains_no_trial_twice(
 
 
 def test_a_pruned_trial_is_no_failure_and_is_not_trained_again(sweep: Callable[..., Outcome], tmp_path: Path) -> None:
-    pruner = "optuna.pruner={_target_: optuna.pruners.ThresholdPruner, upper: 0.0}"
-    given = *SEARCH, 'optuna.space=["objective.temperature=2,4"]', "optuna.trials=2", "trainer.max_steps=4", pruner
+    pruner = "optuna.pruner._target_=optuna.pruners.ThresholdPruner", "+optuna.pruner.upper=0.0"
+    given = *SEARCH, 'optuna.space=["objective.temperature=2,4"]', "optuna.trials=2", "trainer.max_steps=4", *pruner
     for _ in range(2):
         done = sweep(*given, "callbacks.validation.optimizer_steps=2")
         assert done.code == 0, done.out + done.err
