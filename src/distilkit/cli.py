@@ -28,10 +28,11 @@ from hydra.types import RunMode
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf, flag_override
 
+from distilkit import signals  # as a whole: a launcher's processes get a copy of what wrapped() names
 from distilkit.credentials import refuse_credentials
 from distilkit.errors import UserError
 from distilkit.run_folder import release
-from distilkit.signals import ENDING, Stopped, command_again, first_rank, inbox, listening
+from distilkit.signals import ENDING, Stopped, command_again, first_rank, listening
 from distilkit.storage import storage_fault, writing
 
 log = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ def report_errors(entry: Callable[P, R]) -> Callable[P, R]:
                 expand_home(given)
         with listening(*ENDING):
             spec = getattr(entry, "__globals__", {}).get("__spec__")  # run by python -m, __module__ is __main__
-            inbox.command = [spec.name.removesuffix(".__main__") if spec else sys.argv[0], *sys.argv[1:]]
+            signals.inbox.command = [spec.name.removesuffix(".__main__") if spec else sys.argv[0], *sys.argv[1:]]
             try:
                 return entry(*args, **kwargs)
             except Exception as error:
@@ -123,7 +124,7 @@ def report_errors(entry: Callable[P, R]) -> Callable[P, R]:
                 sys.exit(1)
             except Stopped:
                 if first_rank():
-                    name, again = signal.Signals(inbox.received).name, command_again(changes_of_sweep())
+                    name, again = signal.Signals(signals.inbox.received).name, command_again(changes_of_sweep())
                     log.warning("%s ended the command, which starts again with: %s", name, again)
                 raise
             finally:

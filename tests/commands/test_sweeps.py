@@ -343,7 +343,7 @@ def test_a_pruned_trial_is_no_failure_and_is_not_trained_again(sweep: Callable[.
     given = *SEARCH, 'optuna.space=["objective.temperature=2,4"]', "optuna.trials=2", "trainer.max_steps=4", *pruner
     for _ in range(2):
         done = sweep(*given, "callbacks.validation.optimizer_steps=2")
-        assert done.code == 0, done.out + done.err
+        assert done.code == 0, (done.out + done.err)[-3000:]
         assert states(tmp_path / "sweep") == {2: "PRUNED", 4: "PRUNED"}
     assert [logged(tmp_path / "sweep" / job).count("student: ") for job in "01"] == [1, 1]
     assert "was pruned before, and is not trained again" in logged(tmp_path / "sweep/1")
@@ -352,24 +352,86 @@ def test_a_pruned_trial_is_no_failure_and_is_not_trained_again(sweep: Callable[.
     assert "0 trials finished, 2 pruned" in done.out
 
 
+@pytest.fixture
+def start(tmp_path: Path, text_file: Path, save_teacher: Callable[..., Path]) -> Callable[..., Outcome]:
+    """Train a sweep in a process of its own, whose launcher starts others."""
+
+    def go(launcher: str, *overrides: str) -> Outcome:
+        given = [
+            "-m",
+            "teacher=hf",
+            f"teacher.name={save_teacher('bert')}",
+            *SMALL,
+            *QUIET,
+            f"hydra/launcher={launcher}",
+        ]
+        given += [f"data.corpus.paths={text_file}", f"cache_dir={tmp_path}/cache", "hydra.sweep.dir=sweep"]
+        given += ["trainer.max_steps=4", "validate_first=false", *overrides]
+        environment = {"PYTHONPATH": str(Path(__file__).parents[1])}
+        return spawn("-m", "distilkit.train", *given, cwd=tmp_path, environment=environment)
+
+    return go
+
+
+def ended(folder: Path) -> dict[float, int]:
+    """Return the optimizer steps of each temperature that has a student."""
+    summaries = [json.loads(file.read_text("utf-8")) for file in folder.glob("*/summary.json")]
+    return {each["objective"]["temperature"]: each["optimizer_steps"] for each in summaries}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [(), SEARCH])
-def test_jobs_in_other_processes_fail_alone_and_go_on(
-    more: tuple[str, ...], text_file: Path, tmp_path: Path, save_teacher: Callable[..., Path]
+@pytest.mark.parametrize("search", [False, True])
+def test_jobs_that_run_side_by_side_fail_alone_and_go_on(
+    search: bool, start: Callable[..., Outcome], tmp_path: Path
 ) -> None:
-    grid = 'optuna.space=["objective.temperature=2,0,4,8"]' if more else "objective.temperature=2,0,4,8"
-    given = ["-m", "teacher=hf", f"teacher.name={save_teacher('bert')}", *SMALL, *QUIET, grid, *more, KILL]
-    given += [f"data.corpus.paths={text_file}", f"cache_dir={tmp_path}/cache", "hydra.sweep.dir=sweep"]
-    given += ["trainer.max_steps=4", "validate_first=false", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    for job in "02":
-        (tmp_path / "sweep" / job).mkdir(parents=True)
-        (tmp_path / "sweep" / job / "kill").touch()
-    environment = {"PYTHONPATH": str(Path(__file__).parents[1])}
-    first = spawn("-m", "distilkit.train", *given, cwd=tmp_path, environment=environment)
+    grid = "objective.temperature=2,0,4,8"
+    given = "joblib", "hydra.launcher.n_jobs=2", KILL, *((*SEARCH, f'optuna.space=["{grid}"]') if search else (grid,))
+    (tmp_path / "sweep" / "2").mkdir(parents=True)
+    (tmp_path / "sweep" / "2" / "kill").touch()
+    first = start(*given)
     assert first.code == 143, first.out + first.err
-    done = spawn("-m", "distilkit.train", *given, cwd=tmp_path, environment=environment)
-    assert done.code == 1 and "1 failed:" in done.out, done.out + done.err
-    assert "temperature=0" in done.out.rpartition("1 failed:\n")[2]
-    summaries = [json.loads(file.read_text("utf-8")) for file in (tmp_path / "sweep").glob("*/summary.json")]
-    assert sorted(each["objective"]["temperature"] for each in summaries) == [2, 4, 8]
+    assert f"hydra.sweep.dir={tmp_path}/sweep" in first.out  # how it goes on
+    done = start(*given)
+    assert done.code == 1, done.out + done.err
+    (failure,) = done.out.rpartition("1 failed:\n")[2].splitlines()
+    assert "objective.temperature=0.0, but it must be above 0" in failure
+    assert ended(tmp_path / "sweep") == {2: 4, 4: 4, 8: 4}
     assert len(table_of(tmp_path / "sweep")) == 4
+    assert json.loads((tmp_path / "sweep/comparison.json").read_text("utf-8"))["failed"] == [failure]
+    before = {file: file.stat().st_mtime for file in (tmp_path / "sweep").glob("*/summary.json")}
+    assert start(*given).code == 1
+    assert {file: file.stat().st_mtime for file in (tmp_path / "sweep").glob("*/summary.json")} == before
+    assert not list((tmp_path / "sweep").glob(".failures-*"))
+
+
+@pytest.mark.slow
+def test_jobs_of_submitit_fail_alone_and_go_on(start: Callable[..., Outcome], tmp_path: Path) -> None:
+    done = start("submitit_local", "objective.temperature=2,0")
+    assert done.code == 1, done.out + done.err
+    assert done.out.rpartition("1 failed:\n")[2].startswith("job 1 (objective.temperature=0) failed: objective.temp")
+    assert ended(tmp_path / "sweep") == {2: 4}
+    written = (tmp_path / "sweep" / "0" / "summary.json").stat().st_mtime
+    more = start("submitit_local", "objective.temperature=4,2")
+    assert more.code == 0, more.out + more.err
+    assert ended(tmp_path / "sweep") == {2: 4, 4: 4}
+    assert (tmp_path / "sweep" / "0" / "summary.json").stat().st_mtime == written
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_jobs_of_a_launcher_start_ranks(launcher: str, start: Callable[..., Outcome], tmp_path: Path) -> None:
+    ranks = "trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp"
+    done = start(launcher, "objective.temperature=2,0,4", *ranks)
+    assert done.code == 1, done.out + done.err
+    assert "1 failed:" in done.out, done.out + done.err
+    assert ended(tmp_path / "sweep") == {2: 4, 4: 4}
+    assert set(table_of(tmp_path / "sweep")) == {"teacher", "objective.temperature=2", "objective.temperature=4"}
+
+
+@pytest.mark.slow
+def test_rows_that_read_each_other_keep_their_order_with_any_launcher(
+    start: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    done = start("joblib", "hydra.launcher.n_jobs=2", "sweep=versus", "trainer.max_steps=12")
+    assert done.code == 0, done.out + done.err
+    assert table_of(tmp_path / "sweep") == ["teacher", *ROWS]
