@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import sys
 import traceback
 import uuid
@@ -122,7 +123,10 @@ class SweepFailures(Callback):
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(1) from error
-        self.notes = Path(config.hydra.sweep.dir).expanduser().resolve() / f".failures-{uuid.uuid4().hex[:8]}"
+        folder = Path(config.hydra.sweep.dir).expanduser().resolve()
+        for left in folder.glob(".failures-*") if _recorded(folder) else ():  # where jobs have no folders, sweeps share it
+            shutil.rmtree(left, ignore_errors=True)
+        self.notes = folder / f".failures-{uuid.uuid4().hex[:8]}"
         cli.forget_failures(self.notes)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
