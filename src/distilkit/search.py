@@ -22,6 +22,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.trainer.states import TrainerFn
 
 from distilkit.errors import UserError
 from distilkit.module import DistillationModule
@@ -112,7 +113,7 @@ class Prune(Callback):
         """Raise ``TrialPruned`` on the first rank, and end the others without a word; not at the end of the training."""
         assert isinstance(pl_module, DistillationModule)
         step = trainer.global_step
-        if not trainer.training or not step:
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING or not step:
             return
         stop = False
         if trainer.is_global_zero:

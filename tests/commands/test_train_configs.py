@@ -43,6 +43,7 @@ FILLED = {  # what a user of the option has to fill in
     "teacher/hf": ["teacher.name=someone/something"],
     "trainer/multi_node": ["trainer.num_nodes=2"],
     "experiment/demo": ["stage=teacher"],
+    "sweep/optuna": ["optuna.trial=0"],
     "experiment/demo_student": ["teacher.name=someone/something"],
 }
 GIVEN_BY_TRAIN = {"teacher", "tokenizer", "lm", "needs_head", "params", "callbacks", "logger"}
