@@ -96,12 +96,6 @@ def _difference(recorded: Iterable[str], own: Iterable[str]) -> str:
     return f"{there}, where this command has {here}"
 
 
-def newest_checkpoint(ckpt_path: str | None, folder: Path) -> str | None:
-    """Return the checkpoint that a job goes on from: its own last one, or what the command names for all jobs."""
-    own = folder / "checkpoints" / "last.ckpt"
-    return str(own) if own.is_file() else None if ckpt_path in _OWN else ckpt_path
-
-
 class SweepFailures(Callback):
     """Hydra callback: let a sweep go on after failed jobs, and end it with exit status 1 and the list of failures.
 
@@ -124,7 +118,9 @@ class SweepFailures(Callback):
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(1) from error
         folder = Path(config.hydra.sweep.dir).expanduser().resolve()
-        for left in folder.glob(".failures-*") if _recorded(folder) else ():  # where jobs have no folders, sweeps share it
+        for left in (
+            folder.glob(".failures-*") if _recorded(folder) else ()
+        ):  # where jobs have no folders, sweeps share it
             shutil.rmtree(left, ignore_errors=True)
         self.notes = folder / f".failures-{uuid.uuid4().hex[:8]}"
         cli.forget_failures(self.notes)

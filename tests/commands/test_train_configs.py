@@ -144,7 +144,7 @@ def test_what_an_option_wants_from_the_user_has_no_value_of_its_own(option: str)
     wanted = {name for name, value in flat(OmegaConf.load(CONF / f"{option}.yaml")).items() if value == "???"}
     group, name = option.split("/")
     cfg = composed(f"{group}={name}")
-    parent = cfg if group == "experiment" else cfg[group]
+    parent = cfg if group in ("experiment", "sweep") else cfg[group]
     for dotted in wanted:
         *above, last = dotted.split(".")
         node = OmegaConf.select(parent, ".".join(above)) if above else parent
