@@ -94,12 +94,12 @@ def build(cfg: DictConfig) -> Job:
     _apply_row(cfg)
     budget = _budget(cfg)
     out = Path(cfg.output_dir).resolve()
+    if in_sweep() and (cfg.ckpt_path in (None, "last") or checkpoints_of(out)):
+        cfg.ckpt_path = "auto"  # the job's own goes before one that the command names for all jobs
     if (out / "student").exists() and (is_finished(out) or cfg.ckpt_path != "auto"):
         raise UserError(
             f"{out} holds a finished run; choose another hydra.run.dir (from Python: out), or delete {out / 'student'}"
         )
-    if in_sweep() and (cfg.ckpt_path in (None, "last") or checkpoints_of(out)):
-        cfg.ckpt_path = "auto"  # the job's own goes before one that the command names for all jobs
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     checkpoint = find_checkpoint(
         cfg.ckpt_path,
