@@ -342,11 +342,16 @@ def train(
 
 
 def test_the_clock_saves_before_a_step_would_lose_more_than_its_interval(
-    time: Time, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+    time: Time, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def gather(self: Any, optimizer: Any) -> Any:
+        time.now += 50.0  # as ranks do before a save
+        return optimizer.state_dict()
+
+    monkeypatch.setattr(SingleDeviceStrategy, "optimizer_state", gather)
     saved, module = train(tmp_path, tokenizer, time, itertools.repeat(60.0), train_time_interval="5m")
     assert saved == [5, 10, 15, 20]
-    assert module.clock.seconds == 20 * 60.0  # without the 500 seconds of each save
+    assert module.clock.seconds == 20 * 60.0  # without the 550 seconds of each save
     last, before = (read_checkpoint(tmp_path / name)["global_step"] for name in ("last.ckpt", "last-1.ckpt"))
     assert (last, before) == (20, 15)
 

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import logging
-import os
 import pickle
 import re
 import zipfile
@@ -14,12 +13,12 @@ from typing import Any
 import torch
 
 from distilkit.errors import UserError
+from distilkit.signals import first_rank
 
 log = logging.getLogger(__name__)
 
 LAST = "last.ckpt"  # the newest; those before it are last-1.ckpt, last-2.ckpt, ...
 _NUMBER = re.compile(r"last(?:-(\d+))?\.ckpt")
-_ENDS = (("trainer", "max_steps"), ("trainer", "max_epochs"), ("trainer", "max_time"), ("budget",))  # of a training
 
 
 def check(file: Path) -> None:
@@ -105,33 +104,33 @@ def find_checkpoint(
     is taken. No sound checkpoint, a run that ``out`` holds already, and a finished run raise a ``UserError``.
     """
     if given is None:
-        alone = not in_sweep and os.environ.get("LOCAL_RANK", "0") == "0"
-        if alone and (files := checkpoints_of(out)):  # which it would write over
+        if not in_sweep and first_rank() and (files := checkpoints_of(out)):  # which it would write over
             raise UserError(
                 f"{out} holds a run that broke off, with {files[0]}; set ckpt_path=auto to go on with it, choose another "
                 f"hydra.run.dir, or delete {files[0].parent}"
             )
         return None
     if given == "auto":
-        files = _auto(
-            out, config=config, differs=differs, folders=[out, *([requeued] if requeued else [])], alone=in_sweep
-        )
+        own = next((files for folder in (out, requeued) if folder and (files := checkpoints_of(folder))), None)
+        found = _newest_sound(own) if own else _auto(out, config=config, differs=differs, in_sweep=in_sweep)
+        if found is None:
+            return None
     elif given == "last":
         if in_sweep:  # its neighbours are jobs with other settings
-            raise UserError(
-                "ckpt_path=last is not defined in a sweep; give the file, or auto for each job's own folder"
-            )
-        files = checkpoints_of(_last(out.parent, config=config, differs=differs))
+            cure = "give the file, or auto for each job's own folder"
+            raise UserError(f"ckpt_path=last is not defined in a sweep; {cure}")
+        found = _newest_sound(checkpoints_of(_last(out.parent, config=config, differs=differs)))
     else:
         path = Path(str(given)).expanduser()
         if not path.exists():
             raise UserError(f"ckpt_path={given} is no file; give a .ckpt or the folder of a run, or auto, or last")
-        files = checkpoints_of(path if path.is_dir() else path.parent) if path.is_dir() or path.name == LAST else [path]
+        files = (
+            [path] if path.is_file() and path.name != LAST else checkpoints_of(path if path.is_dir() else path.parent)
+        )
         if not files:
             raise UserError(f"ckpt_path={given} has no checkpoint; give the folder of a run, as outputs/distil/RUN")
-    if not files:
-        return None
-    file, step = _newest_sound(files)
+        found = _newest_sound(files)
+    file, step = found
     if step:
         log.info("ckpt_path=%s goes on from step %d of %s", given, step, file)
         return file.resolve()
@@ -140,27 +139,21 @@ def find_checkpoint(
 
 
 def _auto(
-    out: Path,
-    *,
-    config: Mapping[str, Any],
-    differs: Callable[[Mapping[str, Any]], bool],
-    folders: list[Path],
-    alone: bool,
-) -> list[Path]:
-    """Return the checkpoints of the run to go on with, or none."""
-    for folder in folders:
-        if files := checkpoints_of(folder):
-            return files
-    for run in [] if alone else _runs(out.parent):
+    out: Path, *, config: Mapping[str, Any], differs: Callable[[Mapping[str, Any]], bool], in_sweep: bool
+) -> tuple[Path, int] | None:
+    """Return the newest sound checkpoint of another run to go on with, and its step, or say why there is none."""
+    for run in [] if in_sweep else _runs(out.parent):
         record = _record(run)
         if record is None or record["name"] != config["name"] or differs(record):
             continue
-        if not is_finished(run):
-            return checkpoints_of(run)
-        log.info("ckpt_path=auto starts: the newest run of these settings, %s, is finished", run)
-        return []
-    log.info("ckpt_path=auto starts: there is nothing to go on from %s %s", "in" if alone else "beside", out)
-    return []
+        if is_finished(run):
+            log.info("ckpt_path=auto starts: the newest run of these settings, %s, is finished", run)
+            return None
+        with contextlib.suppress(UserError):
+            return _newest_sound(checkpoints_of(run))
+        log.warning("%s has no checkpoint that can be read", run)
+    log.info("ckpt_path=auto starts: there is nothing to go on from %s %s", "in" if in_sweep else "beside", out)
+    return None
 
 
 def _last(folder: Path, *, config: Mapping[str, Any], differs: Callable[[Mapping[str, Any]], bool]) -> Path:
@@ -172,7 +165,7 @@ def _last(folder: Path, *, config: Mapping[str, Any], differs: Callable[[Mapping
         record = _record(run)
         if record is None or differs(record):
             others.append(run)
-        elif all(_value(record["config"], key) == _value(config, key) for key in _ENDS):
+        elif _ends(record["config"]) == _ends(config):
             cure = "set trainer.max_steps, trainer.max_epochs or budget above what it has, or start without ckpt_path"
             raise UserError(f"ckpt_path=last, but {run} has finished this training, with {run / 'student'}; {cure}")
         else:
@@ -199,8 +192,9 @@ def _record(run: Path) -> dict[str, Any] | None:
     return None
 
 
-def _value(config: Any, key: tuple[str, ...]) -> Any:
-    return functools.reduce(lambda node, name: (node or {}).get(name), key, config)
+def _ends(config: Mapping[str, Any]) -> list[Any]:
+    """Return what ends a training."""
+    return [config["budget"], *(config["trainer"].get(name) for name in ("max_steps", "max_epochs", "max_time"))]
 
 
 def _newest_sound(files: list[Path]) -> tuple[Path, int]:
