@@ -281,7 +281,7 @@ def find_runs(folders: Iterable[Path]) -> list[dict[str, Any]]:
         for sweep in sorted({PurePath(run).parent for run in found}):
             try:
                 some = read_runs(Path(sweep), only=found)
-            except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+            except (json.JSONDecodeError, UnicodeDecodeError, TypeError, RecursionError) as error:
                 raise UserError(f"a summary.json below {sweep} is damaged ({error}); delete it") from error
             for run in some if len(some) == 1 else ():  # there is no other run to compare its overrides with
                 if ", " in run["label"] or _DATED.match(run["label"]):
