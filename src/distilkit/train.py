@@ -384,6 +384,8 @@ def _score(job: Job) -> None:
             f"{job.checkpoint or job.out} was trained to its end before, and trainer=fsdp cannot score it again; "
             f"export it with python -m distilkit.export ckpt={job.out / 'checkpoints' / LAST} out=my-student"
         )
+    if job.trainer.global_step:  # a fit logs a validation before it counts the step
+        job.trainer.fit_loop.epoch_loop._batches_that_stepped -= 1
     job.trainer.validate(job.module, datamodule=job.data, verbose=False)
 
 
