@@ -59,7 +59,8 @@ def user_cause(error: Exception) -> Exception | None:
     refused = type(cause).__name__ == "MisconfigurationException" or isinstance(
         cause, ValueError | TypeError | RuntimeError
     )
-    if refused and target and not isinstance(cause, UserError) and not target[1].startswith("distilkit."):
+    foreign = target and (not target[1].startswith("distilkit.") or "Misconfiguration" in type(cause).__name__)
+    if refused and target and foreign and not isinstance(cause, UserError):
         key = str(error).rpartition("full_key: ")[2]
         who = "Lightning" if target[1].startswith("pytorch_lightning.") else target[1]
         cure = " Without a GPU, set trainer=cpu" if re.search("gpu|cuda", str(cause), re.IGNORECASE) else ""

@@ -312,7 +312,7 @@ def _apply_options(cfg: DictConfig, *, teacher: Teacher | None, student: PreTrai
 def _build_trainer(cfg: DictConfig) -> Trainer:
     """Build the trainer with its callbacks and loggers."""
     plain: Any = {"_convert_": "all"}  # Lightning compares types: max_time may be a dict, but not a DictConfig
-    found = {"callbacks": instantiate(cfg.callbacks, **plain), "logger": instantiate(cfg.logger, **plain)}
+    found = {group: instantiate(cfg[group] or {}, **plain) for group in ("callbacks", "logger")}
     for group, kind in (("callbacks", Callback), ("logger", Logger)):
         for name, each in found[group].items():
             if not isinstance(each, kind | None):
