@@ -54,7 +54,7 @@ def _distribution(override: Override) -> BaseDistribution:
         whole = isinstance(value.start, int) and isinstance(value.end, int)
         of_kind = IntDistribution if whole else FloatDistribution
         return of_kind(value.start, value.end, log="log" in value.tags)  # type: ignore[arg-type]
-    values = [each.text if isinstance(each, QuotedString) else each for each in override.sweep_iterator()]
+    values: Any = [each.text if isinstance(each, QuotedString) else each for each in override.sweep_iterator()]
     if isinstance(value, RangeSweep) and all(isinstance(each, int) for each in values):
         return IntDistribution(min(values), max(values), step=abs(int(value.step)))
     if wrong := [each for each in values if not isinstance(each, str | int | float | None)]:
