@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.strategies import FSDPStrategy
 from pytorch_lightning.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecision as FSDPMixedPrecision
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
@@ -116,7 +116,6 @@ class DistillationModule(LightningModule):
         self.verdict: Verdict | None = None  # of the finished run, on the first rank
         self.strict_loading = False  # no teacher in checkpoints; ``on_load_checkpoint`` checks the student
         self.shapes = {name: list(tensor.shape) for name, tensor in student.state_dict().items()}  # before any sharding
-        self.matrices = {name for name, parameter in student.named_parameters() if parameter.ndim >= 2}
         for parameter in objective.unread_parameters(student):  # DDP would wait for their gradients
             parameter.requires_grad_(False)
         settings = {"scheduler": scheduler, "warmup_share": warmup_share, "seed": seed, "scheduler_kwargs": kwargs}
@@ -158,14 +157,8 @@ class DistillationModule(LightningModule):
             found = f"rank {self.global_rank} was started with another config than rank 0"
             raise UserError(f"{found}; start all ranks with one command line")
         self.check_precision(self.trainer)
-        if not precision.startswith("bf16"):
-            return
-        if not isinstance(strategy, FSDPStrategy):
-            if self.teacher is not None and not self.keeps_teacher_dtype:
-                cast_parameters(self.teacher, torch.bfloat16)
-        elif strategy.mixed_precision is None:
-            # Lightning's default would also cast the rotary frequencies, and sum gradients in bfloat16.
-            strategy.mixed_precision = FSDPMixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        if precision.startswith("bf16") and self.teacher is not None and not self.keeps_teacher_dtype:
+            cast_parameters(self.teacher, torch.bfloat16)
 
     def check_precision(self, trainer: Trainer) -> None:
         """Refuse a precision of ``trainer`` that does not fit the models; also before any data are read."""
@@ -180,15 +173,6 @@ class DistillationModule(LightningModule):
                 f"objective.alpha_mse={self.objective.alpha_mse} overflows in trainer.precision={precision}: "
                 "squared logits are too large for float16; set trainer.precision=bf16-mixed or 32-true"
             )
-        alone = not self.objective.reads_student_states
-        if alone and isinstance(trainer.strategy, FSDPStrategy):  # it waits for the gradient of a layer's output
-            found = "the relations of objective.alpha_rel alone need no layer's output, which trainer=fsdp waits for"
-            raise UserError(f"{found}; set trainer=ddp, or objective.alpha_mlm (causal: alpha_clm) above 0")
-        # FSDP puts both models into one flat parameter, which has one dtype.
-        sharded = isinstance(trainer.strategy, FSDPStrategy) and precision.startswith("bf16")
-        if sharded and self.keeps_teacher_dtype:
-            found = f"teacher.dtype=float32, but trainer=fsdp holds both models in one precision, here {precision}"
-            raise UserError(f"{found}; set teacher.dtype=auto, trainer.precision=32-true or trainer=ddp")
 
     def on_train_start(self) -> None:
         """Give a resumed run the learning rate, weight decay and so on of its config, not those of the checkpoint."""
@@ -227,7 +211,7 @@ class DistillationModule(LightningModule):
             self.step_terms = {name: term for name, term in self.step_terms.items() if name in self.skipped}
         models = self.student, self.teacher
         loss, terms = self.step_objective.loss(*models, batch, lm=self.lm, denominators=self.denominators)
-        if self.step_objective.weights.keys() != self.objective.weights.keys():
+        if self.step_objective.weights.keys() != self.objective.weights.keys() and not isinstance(self, FSDPModule):
             # DDP waits for a gradient of all that other steps read; an optimizer moves it by its momentum in any case.
             unread = self.step_objective.unread_parameters(self.student)
             loss = loss + sum(parameter.flatten()[:0].sum() for parameter in unread if parameter.requires_grad)
@@ -356,11 +340,7 @@ class DistillationModule(LightningModule):
             self.log_dict({"train/gradient_norm": norm, **counts})
 
     def _clip(self, limit: float | None, algorithm: GradClipAlgorithmType) -> Tensor:
-        """Clip the gradient, also under FSDP, where each rank has a shard of it; return its global norm before."""
-        if isinstance(self.trainer.strategy, FSDPStrategy):
-            sharded: Any = self.trainer.strategy.model
-            sharded_norm: Tensor = sharded.clip_grad_norm_(limit or math.inf)
-            return sharded_norm
+        """Clip the gradient, also of shards; return its global norm before."""
         # Lightning's own also refuses a fused optimizer with bfloat16, where no gradients are unscaled.
         parameters = [parameter for parameter in self.student.parameters() if parameter.grad is not None]
         norm = nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
@@ -368,16 +348,13 @@ class DistillationModule(LightningModule):
             nn.utils.clip_grad_value_(parameters, limit)
         elif limit:
             nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-        return norm
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def configure_optimizers(self) -> Any:
         """Apply weight decay to matrices only, and schedule over the real number of optimizer steps."""
-        matrices: list[nn.Parameter] = []
-        others: list[nn.Parameter] = []
-        for name, parameter in self.student.named_parameters():
-            if parameter.requires_grad:  # by name, because under FSDP each parameter is a flat shard by now
-                is_matrix = name.replace("_fsdp_wrapped_module.", "") in self.matrices
-                (matrices if is_matrix else others).append(parameter)
+        trained = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
+        matrices = [parameter for parameter in trained if parameter.ndim >= 2]
+        others = [parameter for parameter in trained if parameter.ndim < 2]
         optimizer = self.optimizer([{"params": matrices}, {"params": others, "weight_decay": 0.0}])
         # Such an optimizer unscales gradients inside its kernel; Lightning refuses that in the first step only.
         unscales, clip = getattr(optimizer, "_step_supports_amp_scaling", False), self.trainer.gradient_clip_val

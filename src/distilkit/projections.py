@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from distilkit.errors import UserError
@@ -82,7 +83,7 @@ class Projections:
         """
         model, states = self.model, None
         on = whole or model.base_model._compiled_call_impl is not None or model.is_activation_checkpointing
-        self.stops = not on and not any("_fsdp" in name for name, _ in model.named_modules())
+        self.stops = not on and not any(isinstance(module, FSDPModule) for module in model.modules())
         self.active, self.found = True, [None] * 3
         try:
             states = token_states(model, batch)

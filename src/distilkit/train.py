@@ -15,7 +15,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, InterpolationResolutionError
 from pytorch_lightning import Callback, Trainer, seed_everything
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
-from pytorch_lightning.strategies import FSDPStrategy
 from transformers import PreTrainedModel
 
 from distilkit import same_run
@@ -341,11 +340,6 @@ def _build_trainer(cfg: DictConfig) -> Trainer:
     if trainer.check_val_every_n_epoch is not None and any(isinstance(each, ValidateEvery) for each in callbacks):
         given = f"trainer.check_val_every_n_epoch={trainer.check_val_every_n_epoch}"
         raise UserError(f"{given}, but callbacks.validation counts optimizer steps; set one of the two to null")
-    if isinstance(trainer.strategy, FSDPStrategy) and not any(isinstance(each, ValidateEvery) for each in callbacks):
-        raise UserError(
-            "callbacks.validation=null, but with trainer=fsdp the student is scored in training or never; "
-            "leave callbacks.validation as it is"
-        )
     if not trainer.limit_val_batches:
         log.warning("trainer.limit_val_batches=0: the student is never scored, so that the metric of the run is nan")
     halves = str(trainer.precision).startswith("bf16") and trainer.strategy.root_device.type == "cuda"
@@ -379,11 +373,6 @@ def _record_config(job: Job) -> None:
 
 def _score(job: Job) -> None:
     """Score the student after a fit that did not."""
-    if isinstance(job.trainer.strategy, FSDPStrategy):  # it cannot shard the models a second time
-        raise UserError(
-            f"{job.checkpoint or job.out} was trained to its end before, and trainer=fsdp cannot score it again; "
-            f"export it with python -m distilkit.export ckpt={job.out / 'checkpoints' / LAST} out=my-student"
-        )
     if job.trainer.global_step:  # a fit logs a validation before it counts the step
         job.trainer.fit_loop.epoch_loop._batches_that_stepped -= 1
     job.trainer.validate(job.module, datamodule=job.data, verbose=False)
