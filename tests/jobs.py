@@ -24,13 +24,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.strategies import FSDPStrategy
-from torch.distributed.fsdp import (
-    FullOptimStateDictConfig,
-    FullStateDictConfig,
-    FullyShardedDataParallel,
-    StateDictType,
-)
 
 from distilkit.evaluate.job import Job
 from distilkit.objective import Objective
@@ -126,28 +119,6 @@ def only(folder: Path, pattern: str) -> Path:
     found = sorted(folder.glob(pattern))
     assert len(found) == 1, f"{len(found)} paths match {pattern} below {folder}: {found}"
     return found[0]
-
-
-def _full_state_dict(module: torch.nn.Module, **kwargs: Any) -> Any:
-    """Gather whole tensors without an offload to the CPU, which crashes torch 2.13 when they are there already."""
-    whole, moments = FullStateDictConfig(rank0_only=False), FullOptimStateDictConfig(rank0_only=False)
-    return FullyShardedDataParallel.state_dict_type(module, StateDictType.FULL_STATE_DICT, whole, moments)
-
-
-class CpuFSDP(FSDPStrategy):
-    """FSDP on CPU processes: Lightning refuses the class itself without a GPU; for ``trainer.strategy``."""
-
-    @property
-    def root_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def _setup_model(self, model: torch.nn.Module) -> torch.nn.Module:
-        return FullyShardedDataParallel(model, device_id=self.root_device, use_orig_params=True)
-
-    def setup_environment(self) -> None:
-        super().setup_environment()
-        for module in ("pytorch_lightning.strategies.fsdp", "lightning_fabric.strategies.model_parallel"):
-            patch(f"{module}._get_full_state_dict_context", _full_state_dict).start()
 
 
 class StopAfter(Callback):

@@ -14,8 +14,6 @@ import pytest
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.loggers.logger import DummyLogger
-from pytorch_lightning.plugins.precision import FSDPPrecision
-from pytorch_lightning.strategies import FSDPStrategy
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
@@ -26,6 +24,7 @@ from distilkit.language_model import Batch, checkpoint_activations
 from distilkit.losses import IGNORE_INDEX
 from distilkit.module import DistillationModule
 from distilkit.objective import Objective
+from distilkit.sharding import FullyShardedStrategy
 from distilkit.student import cut_student
 from distilkit.teacher import Teacher
 from distilkit.throughput import Throughput
@@ -425,23 +424,6 @@ def test_the_teacher_is_cast_once_where_the_trainer_runs_in_bfloat16_unless_told
     assert terms == pytest.approx({name: float(term) for name, term in exact.step_terms.items()}, rel=2e-2)
 
 
-@pytest.mark.parametrize(("precision", "cast"), [("bf16-mixed", True), ("32-true", False)])
-def test_sharded_models_keep_buffers_and_the_sum_of_gradients_in_float32(
-    precision: str, cast: bool, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    strategy = FSDPStrategy(precision_plugin=FSDPPrecision(precision))  # type: ignore[arg-type]
-    trainer = SimpleNamespace(strategy=strategy, precision=precision, world_size=1)
-    monkeypatch.setattr(DistillationModule, "trainer", trainer)
-    module = build_module(tokenizer)
-    module.setup("fit")
-    used = strategy.mixed_precision_config
-    assert used is not None
-    assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}  # cast when they are gathered
-    assert (used.param_dtype == torch.bfloat16) == cast
-    assert used.reduce_dtype == torch.float32
-    assert used.buffer_dtype in (None, torch.float32)
-
-
 def test_ranks_may_differ_in_their_cache_but_in_no_other_setting(
     tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -465,14 +447,12 @@ def test_ranks_may_differ_in_their_cache_but_in_no_other_setting(
         start("/scratch/a", 0.2)
 
 
-def test_sharded_models_cannot_keep_the_teacher_alone_in_float32(
-    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trainer = SimpleNamespace(strategy=FSDPStrategy(), precision="bf16-mixed", world_size=1)
-    monkeypatch.setattr(DistillationModule, "trainer", trainer)
-    module = build_module(tokenizer, teacher=dataclasses.replace(build_teacher("bert", num_layers=2), dtype="float32"))
-    with pytest.raises(UserError, match="teacher.dtype=float32, but trainer=fsdp holds both models in one precision"):
-        module.setup("fit")
+def test_sharded_models_refuse_a_loss_that_is_scaled(tokenizer: PreTrainedTokenizerBase) -> None:
+    trainer: Any = SimpleNamespace(strategy=FullyShardedStrategy(), precision="16-mixed")
+    with pytest.raises(UserError, match=r"the scale of sharded gradients was not tried; set trainer.precision=bf16-m"):
+        build_module(tokenizer).check_precision(trainer)
+    trainer.precision = "bf16-mixed"
+    build_module(tokenizer).check_precision(trainer)
 
 
 def test_a_cast_teacher_keeps_the_digits_of_its_rotary_frequencies(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -533,13 +513,6 @@ def test_relations_alone_freeze_what_comes_after_them_so_that_no_rank_waits_for_
         *(f"distilbert.embeddings.{name}" for name in ("word_embeddings", "position_embeddings", "LayerNorm")),
         *(f"distilbert.transformer.layer.0.attention.{name}_lin" for name in "qkv"),
     }
-
-
-def test_relations_alone_are_refused_with_sharded_models(tokenizer: PreTrainedTokenizerBase) -> None:
-    trainer: Any = SimpleNamespace(strategy=FSDPStrategy(), precision="32-true")
-    with pytest.raises(UserError, match=r"alpha_rel alone need no layer's output, .* waits for; set trainer=ddp, or"):
-        build_module(tokenizer, alphas=RELATIONS).check_precision(trainer)
-    build_module(tokenizer, alphas=RELATIONS | {"alpha_mlm": 1.0}).check_precision(trainer)
 
 
 def test_a_head_that_no_term_reads_is_frozen_so_that_no_rank_waits_for_its_gradient(

@@ -414,3 +414,43 @@ def test_relation_heads_are_the_papers_or_the_most_that_divide_both_widths(width
     chosen = objective(alpha_rel=1.0)
     assert chosen.num_relation_heads(student, teacher) == heads
     chosen.check_models(student=student, teacher=teacher, lm="mlm")
+
+
+LEFT_OUT = {"alpha_ce": 5.0, "alpha_cos": 1.0, "alpha_mse": 0.1, "alpha_rel": 1.0, "relation_heads": 4}
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("implementation", ["fused", "reference"])
+@pytest.mark.parametrize(("lm", "soft_targets"), [("mlm", "all"), ("mlm", "masked"), ("mlm", 0.5), ("clm", "all")])
+def test_blocks_that_are_left_out_change_no_term_and_no_gradient(
+    lm: LM, soft_targets: Any, implementation: str, padded: bool
+) -> None:
+    model_type = "bert" if lm == "mlm" else "gpt2"
+    student, teacher = build_model(model_type, seed=1, num_layers=2), build_model(model_type, num_layers=2)
+    chosen = objective(
+        **LEFT_OUT, **{f"alpha_{lm}": 2.0}, soft_targets=soft_targets, implementation=implementation
+    )
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 120, (3, 12), generator=generator)
+    labels = ids.where(torch.rand(ids.shape, generator=generator) < 0.3, IGNORE_INDEX)
+    labels[2] = IGNORE_INDEX
+    batch: Batch = {"input_ids": ids, "labels": labels, "left_out": torch.tensor([False, False, True])}
+    if padded:
+        batch["attention_mask"] = torch.ones_like(ids).index_fill(1, torch.tensor([11]), 0)
+    counts = chosen.denominators(num_tokens=torch.tensor(24), num_labels=torch.tensor(7), lm=lm)
+
+    def results(rows: slice, *, whole: bool = True) -> list[torch.Tensor]:
+        part: Any = {name: tensor[rows] for name, tensor in batch.items()}
+        if not whole:
+            del part["left_out"]
+        student.zero_grad()
+        torch.manual_seed(0)
+        total, terms = chosen.loss(student, teacher, part, lm=lm, denominators=counts)
+        total.backward()
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in student.parameters()]
+        return [total.detach(), *terms.values(), *gradients]
+
+    assert all(float(each.abs().max()) == 0 for each in results(slice(2, 3)))
+    if isinstance(soft_targets, str):  # else it draws other rows
+        for one, two in zip(results(slice(3)), results(slice(2), whole=False), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)

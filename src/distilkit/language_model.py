@@ -32,6 +32,7 @@ class Batch(TypedDict):
     labels: Tensor  # (batch, length), -100 without a target
     attention_mask: NotRequired[Tensor]  # (batch, length), 0 on padding
     document_ids: NotRequired[Tensor]  # (batch, length), constant within a document
+    left_out: NotRequired[Tensor]  # (batch,), blocks that only fill up the batch of a rank
     labelled: NotRequired[Tensor]  # (rows,), flat indices of the tokens with a label
     real: NotRequired[Tensor]  # (tokens,), flat indices of all tokens but padding
     num_tokens: NotRequired[Tensor]  # scalar
@@ -168,6 +169,15 @@ def last_hidden_state(
     elif document_ids is not None:
         arguments["attention_mask"] = _apart(model, document_ids, causal=causal)
     return cast(Tensor, model.base_model(input_ids=ids, **arguments).last_hidden_state)
+
+
+def real_mask(batch: Batch) -> Tensor | None:
+    """Return 0 for padding and for all tokens of blocks that are left out (batch, length); None if all tokens count."""
+    mask, left_out = batch.get("attention_mask"), batch.get("left_out")
+    if left_out is None:
+        return mask
+    ones = torch.ones_like(batch["input_ids"]) if mask is None else mask
+    return ones.masked_fill(left_out[:, None], 0)
 
 
 def token_states(model: PreTrainedModel, batch: Batch) -> Tensor:

@@ -29,6 +29,7 @@ from distilkit.language_model import LM, Batch, cast_parameters, lm_head
 from distilkit.numbers import Spikes
 from distilkit.objective import Objective, labelled_rows, real_rows
 from distilkit.schedule import build_schedule, piecewise
+from distilkit.sharding import FullyShardedStrategy
 from distilkit.teacher import Teacher
 from distilkit.verdict import Verdict, weight_sample
 
@@ -173,6 +174,9 @@ class DistillationModule(LightningModule):
                 f"objective.alpha_mse={self.objective.alpha_mse} overflows in trainer.precision={precision}: "
                 "squared logits are too large for float16; set trainer.precision=bf16-mixed or 32-true"
             )
+        if precision == "16-mixed" and isinstance(trainer.strategy, FullyShardedStrategy):
+            found = "trainer.precision=16-mixed scales the loss, and the scale of sharded gradients was not tried"
+            raise UserError(f"{found}; set trainer.precision=bf16-mixed or 32-true, or trainer=ddp")
 
     def on_train_start(self) -> None:
         """Give a resumed run the learning rate, weight decay and so on of its config, not those of the checkpoint."""

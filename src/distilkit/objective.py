@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from distilkit import losses
 from distilkit.errors import UserError
 from distilkit.fused import fused_losses
-from distilkit.language_model import LM, Batch, lm_head, token_states
+from distilkit.language_model import LM, Batch, lm_head, real_mask, token_states
 from distilkit.projections import QKV, projections_of
 from distilkit.relations import relation_loss
 from distilkit.schedule import Points, as_points, check_points, piecewise
@@ -290,7 +290,7 @@ class Objective:
                 their_qkv,
                 heads=self.num_relation_heads(student, teacher),
                 causal=lm == "clm",
-                real=batch.get("attention_mask"),
+                real=real_mask(batch),
                 documents=batch.get("document_ids"),
             )
             weighted["rel"] = summed * weights["rel"]
@@ -299,10 +299,10 @@ class Objective:
 
 
 def real_rows(batch: Batch) -> Tensor | None:
-    """Return the flat indices (tokens,) of real tokens, None without padding; finding them waits for the device."""
-    if "attention_mask" not in batch:
-        return None
-    return batch["real"] if "real" in batch else batch["attention_mask"].flatten().nonzero().squeeze(1)
+    """Return the flat indices (tokens,) of tokens that count, None if all do; finding them waits for the device."""
+    if "real" in batch or (mask := real_mask(batch)) is None:
+        return batch.get("real")
+    return mask.flatten().nonzero().squeeze(1)
 
 
 def labelled_rows(batch: Batch) -> Tensor:

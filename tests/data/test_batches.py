@@ -48,20 +48,12 @@ def test_each_epoch_is_a_permutation_cut_into_steps(num_blocks: int, batch: int)
 def test_ranks_share_each_global_batch_of_one_process(num_blocks: int, batch: int, ranks: int) -> None:
     shares = [drawn(sampler_of(num_blocks, batch, rank=rank, ranks=ranks)) for rank in range(ranks)]
     whole = drawn(sampler_of(num_blocks, batch))
-    dropped = num_blocks % ranks
-    whole[-1] = whole[-1][: len(whole[-1]) - dropped]
-    for step, parts in zip([step for step in whole if step], zip(*shares, strict=True), strict=True):
+    for step, parts in zip(whole, zip(*shares, strict=True), strict=True):
         assert len({len(part) for part in parts}) == 1
-        assert sorted(itertools.chain(*parts)) == sorted(step)
-
-
-def test_no_block_is_always_dropped() -> None:
-    kept = [
-        {block for rank in (0, 1) for step in drawn(sampler_of(9, 4, rank=rank, ranks=2), epoch) for block in step}
-        for epoch in range(5)
-    ]
-    assert {len(blocks) for blocks in kept} == {8}
-    assert len({min(set(range(9)) - blocks) for blocks in kept}) > 1
+        assert sorted(block for part in parts for block in part if block >= 0) == sorted(step)
+        filling = [~block for part in parts for block in part if block < 0]
+        assert len(filling) == -len(step) % ranks
+        assert set(filling) <= {step[-1]}
 
 
 def test_the_order_depends_on_epoch_and_seed_only() -> None:
@@ -101,7 +93,7 @@ def test_each_step_has_the_progress_of_its_place() -> None:
     plain.set_epoch(2)
     for start in (0, 1):
         draws = list(sampler.starting_at(start))
-        assert [(epoch, progress) for epoch, _, progress in draws] == [(2, 2 + step / 10) for step in range(start, 3)]
+        assert [(epoch, progress) for epoch, _, progress in draws] == [(2, 2 + step / 10) for step in range(start, 4)]
         assert [blocks.tolist() for _, blocks, _ in draws] == [
             blocks.tolist() for _, blocks in plain.starting_at(start)
         ]
@@ -227,11 +219,15 @@ def test_micro_batches_are_the_samplers_steps_in_pieces(make_loader: MakeLoader,
                 assert torch.equal(torch.cat([part[name] for part in step]), whole[name])
 
 
+def left_out(batch: Batch) -> Tensor:
+    return batch.get("left_out", torch.zeros(len(batch["labels"]), dtype=torch.bool))
+
+
 @all_sizes
 def test_counts_are_those_of_the_whole_step(make_loader: MakeLoader, sizes: Sizes) -> None:
     for rank in range(sizes.ranks):
         for step in steps_of(list(make_loader(sizes, rank=rank))):
-            num_tokens = sum(int((originals(part) != PAD).sum()) for part in step)
+            num_tokens = sum(int((originals(part) != PAD)[~left_out(part).numpy()].sum()) for part in step)
             num_labels = sum(int((part["labels"] != IGNORE_INDEX).sum()) for part in step)
             assert {int(part["num_tokens"]) for part in step} == {num_tokens}
             assert {int(part["num_labels"]) for part in step} == {num_labels}
@@ -245,9 +241,10 @@ def places(chosen: Tensor) -> list[int]:
 def check_places(batch: Batch) -> None:
     assert batch["labelled"].dtype == torch.int64
     assert batch["labelled"].tolist() == places(batch["labels"] != IGNORE_INDEX)
-    assert ("real" in batch) == ("attention_mask" in batch)
+    assert ("real" in batch) == ("attention_mask" in batch or "left_out" in batch)
     if "real" in batch:
-        assert batch["real"].tolist() == places(batch["attention_mask"])
+        read = batch.get("attention_mask", torch.ones_like(batch["labels"]))
+        assert batch["real"].tolist() == places(read * ~left_out(batch)[:, None])
 
 
 @causal_or_not
@@ -336,27 +333,51 @@ def test_a_state_from_before_an_epoch_begins_it(make_loader: MakeLoader) -> None
     assert same(list(resumed), list(make_loader(SIZES[2])))
 
 
-@pytest.mark.parametrize(
-    ("other", "message"),
-    [
-        (
-            Sizes(blocks=32, batch=8, micro=4),
-            "an epoch of 24 blocks and 2 micro-batches per step, but this run has 32 and 2;",
-        ),
-        (
-            Sizes(blocks=24, batch=8, micro=2),
-            "an epoch of 24 blocks and 2 micro-batches per step, but this run has 24 and 4;",
-        ),
-        (
-            Sizes(blocks=24, batch=8, micro=4, ranks=2),
-            "24 blocks and 2 .*, but this run has 24 and 1; resume with the same",
-        ),
-    ],
-)
-def test_a_state_of_other_sizes_is_an_error(make_loader: MakeLoader, other: Sizes, message: str) -> None:
-    state = make_loader(Sizes(blocks=24, batch=8, micro=4)).state_dict()
-    with pytest.raises(UserError, match=message):
-        make_loader(other).load_state_dict(state)
+LAYOUTS = [(1, 4), (1, 8), (1, 3), (2, 4), (2, 1), (4, 2)]  # ranks, and blocks of a micro-batch
+
+
+@pytest.mark.parametrize("num_blocks", [24, 29, 25])
+@pytest.mark.parametrize(("ranks", "micro"), LAYOUTS)
+def test_a_state_goes_on_with_other_ranks_and_micro_batches(
+    make_loader: MakeLoader, num_blocks: int, ranks: int, micro: int
+) -> None:
+    def tokens(micro_batches: list[Batch]) -> collections.Counter[tuple[int, ...]]:
+        rows = (originals(batch)[~left_out(batch).numpy()].tolist() for batch in micro_batches)
+        return collections.Counter(tuple(row) for batch in rows for row in batch)
+
+    whole = make_loader(Sizes(blocks=num_blocks, batch=8, micro=8))
+    expected = [tokens(step) for step in steps_of(list(whole))]
+    for steps in range(len(expected) + 1):
+        saved = make_loader(Sizes(blocks=num_blocks, batch=8, micro=micro, ranks=ranks))
+        taken = [batch for step in steps_of(list(saved))[:steps] for batch in step]
+        list(itertools.islice(iter(saved), len(taken)))
+        state = {**saved.state_dict(), "position": len(taken)}
+        for other_ranks, other_micro in LAYOUTS:
+            found: list[list[Batch]] = [[] for _ in expected[steps:]] or [[] for _ in expected]
+            for rank in range(other_ranks):
+                sizes = Sizes(blocks=num_blocks, batch=8, micro=other_micro, ranks=other_ranks)
+                loader = make_loader(sizes, rank=rank)
+                loader.load_state_dict(state)
+                for step, part in zip(found, steps_of(list(loader)), strict=True):
+                    step += part
+            assert [tokens(step) for step in found] == (expected[steps:] or expected)
+
+
+def test_a_state_of_other_sizes_is_an_error(make_loader: MakeLoader) -> None:
+    sizes = Sizes(blocks=24, batch=8, micro=4)
+    state = make_loader(sizes).state_dict()
+    with pytest.raises(UserError, match="an epoch of 24 blocks, but this run has 32; resume with the same data"):
+        make_loader(Sizes(blocks=32, batch=8, micro=4)).load_state_dict(state)
+    shorter = make_loader(Sizes(blocks=24, batch=8, micro=2))
+    shorter.limit = 8  # two steps of four micro-batches
+    with pytest.raises(
+        UserError, match=r"has 3 steps an epoch, but this run has 2; resume with trainer\.limit_train_batches=12"
+    ):
+        shorter.load_state_dict(state)
+    earlier = {name: value for name, value in state.items() if name in ("position", "per_step", "num_blocks")}
+    make_loader(sizes).load_state_dict(earlier)
+    with pytest.raises(UserError, match="has 2 micro-batches a step, but this run has 4; resume with the same batch"):
+        make_loader(Sizes(blocks=24, batch=8, micro=2)).load_state_dict(earlier)
 
 
 def test_a_step_is_split_without_copying_or_losing_a_row() -> None:
@@ -513,14 +534,6 @@ def test_the_place_in_an_epoch_travels_with_the_module(make_module: MakeModule, 
     assert same(list(loader), whole[4:])
     assert same(list(loader), whole)
     assert same(list(resumed.train_dataloader()), whole)  # another loader begins anew
-
-
-def test_a_module_refuses_a_state_of_other_sizes(make_module: MakeModule) -> None:
-    interrupted, other = ready(make_module()), ready(make_module(micro_batch_size=2))
-    interrupted.train_dataloader()
-    other.load_state_dict(interrupted.state_dict())
-    with pytest.raises(UserError, match="this run has .*; resume with the same data, batch sizes and number of proc"):
-        other.train_dataloader()
 
 
 def test_validation_batches_are_the_same_on_every_pass_and_in_every_run(make_module: MakeModule) -> None:
@@ -690,8 +703,8 @@ def test_documents_are_what_the_tokenizer_makes_of_them(
             mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
             assert (mask.sum(dim=1).max()) == batch["input_ids"].shape[1]  # no padding that no row needs
             rows = batch["input_ids"].numpy() if causal else originals(batch)
-            for row, real in zip(rows, mask.bool().numpy(), strict=True):
-                found[tuple(row[real].tolist())] += 1
+            for row, real, left in zip(rows, mask.bool().numpy(), left_out(batch).tolist(), strict=True):
+                found[tuple(row[real].tolist())] += not left
         for step in steps_of(micro_batches):
             tokens = sum(len(batch["real"]) if "real" in batch else batch["input_ids"].numel() for batch in step)
             assert {int(batch["num_tokens"]) for batch in step} == {tokens}

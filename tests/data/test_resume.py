@@ -100,7 +100,7 @@ class Training:
         datamodule = self.data(**(data or {}))
         trainer.fit(module, datamodule=datamodule, ckpt_path=resume)
         trainer.save_checkpoint(self.folder / "last.ckpt")
-        self.steps_of_epoch = datamodule.num_batches() // PER_STEP + bool(datamodule.num_batches() % PER_STEP)
+        self.steps_of_epoch = datamodule.loader().num_steps
         counts = {"tokens": torch.tensor(module.tokens_seen), "steps": torch.tensor(trainer.global_step)}
         return {**{name: tensor.clone() for name, tensor in module.student.state_dict().items()}, **counts}
 

@@ -20,7 +20,7 @@ from distilkit.data.corpus import Corpus
 from distilkit.data.masking import VALIDATION_EPOCH, Ids, Masker, Masking, mix
 from distilkit.data.shards import check_shard, prepare_shard
 from distilkit.errors import UserError
-from distilkit.language_model import LM, Batch
+from distilkit.language_model import LM, Batch, real_mask
 from distilkit.losses import IGNORE_INDEX
 
 log = logging.getLogger(__name__)
@@ -34,8 +34,8 @@ class StepSampler(Sampler[Draw]):
 
     1. Each epoch has a new permutation of the blocks, which is the same on all ranks.
     2. A step takes the next ``global_batch_size`` blocks. The last step of an epoch may be smaller.
-    3. Rank r takes blocks r, r + ``world_size``, ... of the step. Up to ``world_size`` - 1 blocks at the end of an epoch
-       are dropped, so that all ranks take equally many.
+    3. Rank r takes blocks r, r + ``world_size``, ... of the step. Where the last step leaves ranks with one block less,
+       they read its last block without counting it, so that all ranks take equally many and none is lost.
     4. With the blocks' ``lengths`` (blocks,), each step is sorted by them, so that a micro-batch has little padding. A
        step of few blocks has them of like length: a window of steps is sorted, and its bunches are shuffled.
     5. With ``progress``, each step has the share of the training that is done before this step of this epoch.
@@ -54,8 +54,7 @@ class StepSampler(Sampler[Draw]):
     ) -> None:
         """Store the sizes and the rank of this process."""
         self.progress = progress
-        self.num_all, self.num_blocks = num_blocks, num_blocks - num_blocks % world_size
-        self.lengths = lengths
+        self.num_blocks, self.lengths = num_blocks, lengths
         self.global_batch_size = global_batch_size
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self.epoch = 0
@@ -75,7 +74,7 @@ class StepSampler(Sampler[Draw]):
     def starting_at(self, step: int) -> Iterator[Draw]:
         """Yield the steps from ``step`` on, for a resumed run."""
         key = mix(mix(np.array([self.seed % 2**64], dtype=np.uint64)) ^ np.uint64(self.epoch))
-        order = np.random.default_rng(int(key[0])).permutation(self.num_all)  # (blocks,)
+        order = np.random.default_rng(int(key[0])).permutation(self.num_blocks)  # (blocks,)
         size = self.global_batch_size
         window, first = size * math.ceil(_WINDOW / size), -1
         for begin in range(step * size, self.num_blocks, size):
@@ -87,7 +86,8 @@ class StepSampler(Sampler[Draw]):
                     bunched = self._bunched(order[first : first + window], seed=int(key[0]) ^ first)  # (window,)
                 step_blocks = bunched[begin - first : end - first]
                 step_blocks = step_blocks[np.argsort(self.lengths[step_blocks], kind="stable")]
-            mine = step_blocks[self.rank :: self.world_size]
+            filled = np.append(step_blocks, np.full(-len(step_blocks) % self.world_size, ~step_blocks[-1]))
+            mine = filled[self.rank :: self.world_size]
             if self.progress is None:
                 yield self.epoch, mine
             else:
@@ -131,6 +131,21 @@ class MicroBatches:
         full_steps, rest = divmod(self.sampler.num_blocks, self.sampler.global_batch_size)
         return full_steps * self.per_step + math.ceil(rest / self.sampler.world_size / self.micro_batch_size)
 
+    @property
+    def num_batches(self) -> int:
+        """The number of micro-batches that the trainer takes of an epoch on this rank."""
+        return int(min(len(self), self.limit))
+
+    @property
+    def num_steps(self) -> int:
+        """The number of optimizer steps of an epoch, whatever the ranks and the micro-batches."""
+        return math.ceil(self.num_batches / self.per_step)
+
+    def steps_of(self, state: dict[str, Any], position: int) -> int:
+        """Return how many whole steps of its epoch a run of another ``state`` had done after so many micro-batches."""
+        ended = position >= state.get("num_batches", self.num_batches)
+        return self.num_steps if ended else int(position // state["per_step"])
+
     def __iter__(self) -> Iterator[Batch]:
         """Yield micro-batches: tensors of (micro-batch, block_size), and what ``split_step`` adds."""
         self.position, self.resume_at = self.resume_at, 0
@@ -152,7 +167,8 @@ class MicroBatches:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of micro-batches of this epoch yielded so far, and what its meaning depends on."""
-        sizes = {"per_step": self.per_step, "num_blocks": self.sampler.num_blocks}
+        sizes = {name: getattr(self, name) for name in ("per_step", "num_batches", "num_steps")}
+        sizes["num_blocks"] = self.sampler.num_blocks
         return {"position": self.position, **sizes, **self._settings()}
 
     def _settings(self) -> dict[str, Any]:
@@ -168,9 +184,9 @@ class MicroBatches:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where the optimizer step began at which the state was saved.
 
-        States of earlier versions hold no settings. Other settings or sizes raise a ``UserError``.
+        The ranks and the micro-batch size may be others: a step has the same blocks. States of earlier versions hold no
+        settings. Other settings or sizes raise a ``UserError``.
         """
-        now = self.state_dict()
         for name, value in self._settings().items():
             was = state.get(name, value)
             if was != value:
@@ -178,14 +194,20 @@ class MicroBatches:
                     f"the checkpoint is in an epoch of {name}={was}, but this run has {value}, which orders the text "
                     f"in another way; resume with {name}={was}, or start a new run"
                 )
-        if any(state[name] != now[name] for name in ("per_step", "num_blocks")):
-            raise UserError(
-                f"the checkpoint is in an epoch of {state['num_blocks']} blocks and {state['per_step']} micro-batches "
-                f"per step, but this run has {now['num_blocks']} and {now['per_step']}; resume with the same data, "
-                "batch sizes and number of processes"
-            )
-        position = state["position"]
-        self.resume_at = position - position % self.per_step if position < min(len(self), self.limit) else 0
+        # Earlier versions left out blocks that were not divisible by the ranks.
+        if not 0 <= self.sampler.num_blocks - state["num_blocks"] < self.sampler.world_size:
+            found = f"the checkpoint is in an epoch of {state['num_blocks']} blocks, but this run has "
+            raise UserError(f"{found}{self.sampler.num_blocks}; resume with the same data")
+        was = state.get("num_steps", self.num_steps if state["per_step"] == self.per_step else None)
+        if was != self.num_steps:
+            sizes = f"{state['per_step']} micro-batches a step" if was is None else f"{was} steps an epoch"
+            cure = "the same batch sizes and number of processes"
+            if was is not None:
+                cure = f"trainer.limit_train_batches={was * self.per_step}"
+            now = self.per_step if was is None else self.num_steps
+            raise UserError(f"the checkpoint has {sizes}, but this run has {now}; resume with {cure}")
+        step = state.get("step", self.steps_of(state, state["position"]))
+        self.resume_at = step * self.per_step if step < self.num_steps else 0
 
 
 class WholeSteps(Callback):
@@ -214,22 +236,24 @@ class WholeSteps(Callback):
         """Set the trainer's counts to the place where the data goes on, before the trainer reads them.
 
         1. Within a step, count the micro-batches before it only.
-        2. A run that ended within an epoch has counted it as done; it is not.
-        3. At the end of an epoch no micro-batch of the next is done.
+        2. Count in micro-batches of this run, whose size and ranks may be others.
+        3. A run that ended within an epoch has counted it as done; it is not.
+        4. At the end of an epoch no micro-batch of the next is done.
         """
         data = trainer.datamodule  # type: ignore[attr-defined]  # set by one of its connectors
         state = checkpoint.get(type(data).__qualname__, {})
         loops = checkpoint.get("loops", {}).get("fit_loop")
         if loops is None or "position" not in state:
             return
-        batches, epochs = loops["epoch_loop.batch_progress"], loops["epoch_progress"]
+        batches, epochs, loader = loops["epoch_loop.batch_progress"], loops["epoch_progress"], data.loader()
         now, finished = batches["current"], epochs["current"]["processed"] == epochs["current"]["ready"]
-        within = now["processed"] < data.num_batches()
-        over = now["processed"] % state["per_step"] if within else 0
-        if over or now["ready"] != now["processed"]:
-            for count in (batches["total"], now):
-                count.update(dict.fromkeys(count, count["processed"] - over))
-            data.load_state_dict({**state, "position": now["processed"]})
+        processed, step = now["processed"], loader.steps_of(state, now["processed"])
+        within = step < loader.num_steps
+        whole = now["ready"] == processed and not (within and processed % state["per_step"])
+        shift = (step * loader.per_step if within else loader.num_batches) - processed
+        for count in (batches["total"], now):
+            count.update({name: (count[name] if whole else count["processed"]) + shift for name in count})
+        data.load_state_dict({**state, "step": step})
         if finished and within:
             for count in (epochs["total"], epochs["current"]):
                 count["processed"] = count["completed"] = count["ready"] - 1
@@ -253,12 +277,12 @@ def split_step(step: Batch, micro_batch_size: int, *, trim: bool = False) -> lis
         part: dict[str, Any] = {name: tensor[begin : begin + micro_batch_size] for name, tensor in tensors.items()}
         if trim and "attention_mask" in part:
             longest = int(part["attention_mask"].sum(dim=1).max())
-            part = {name: tensor[:, :longest].contiguous() for name, tensor in part.items()}
+            part = {name: each[:, :longest].contiguous() if each.ndim > 1 else each for name, each in part.items()}
             if part["attention_mask"].all():
                 del part["attention_mask"]
         part["labelled"] = torch.from_numpy(np.flatnonzero(part["labels"].numpy() != IGNORE_INDEX))
-        if "attention_mask" in part:
-            part["real"] = torch.from_numpy(np.flatnonzero(part["attention_mask"].numpy()))
+        if (mask := real_mask(cast(Batch, part))) is not None:
+            part["real"] = torch.from_numpy(np.flatnonzero(mask.numpy()))
         num_tokens += len(part["real"]) if "real" in part else part["input_ids"].numel()
         num_labels += len(part["labelled"])
         micro_batches.append(part)
@@ -385,7 +409,7 @@ class DistillationDataModule(LightningDataModule):
                 f"leave it out, and set data.micro_batch_size={math.ceil(per_rank / given)} to accumulate {given}"
             )
         trainer.accumulate_grad_batches = per_step
-        loader = self._loader()
+        loader = self.loader()
         if loader.limit < len(loader) and loader.limit % per_step and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             whole = max(1, int(loader.limit) // per_step) * per_step
             raise UserError(
@@ -479,11 +503,12 @@ class DistillationDataModule(LightningDataModule):
 
     def train_dataloader(self) -> MicroBatches:
         """Serve micro-batches of the training split."""
-        self.train_loader = self._loader()
+        self.train_loader = self.loader()
         self.load_state_dict(self.resume_state)
         return self.train_loader
 
-    def _loader(self) -> MicroBatches:
+    def loader(self) -> MicroBatches:
+        """Return a new loader of the training split, at its beginning."""
         assert self.train_blocks is not None
         rank, world_size, cuda = self._process()
         loader = MicroBatches(
@@ -513,14 +538,8 @@ class DistillationDataModule(LightningDataModule):
     def _progress(self, epoch: int, step: int) -> float:
         """Return the share of the training that is done before a step, which workers may prepare early."""
         assert self.train_loader is not None and self.trainer is not None
-        batches = min(len(self.train_loader), self.train_loader.limit)
         module: Any = self.trainer.lightning_module
-        return float(module.progress_at(epoch * math.ceil(batches / self.train_loader.per_step) + step))
-
-    def num_batches(self) -> int:
-        """Return the number of micro-batches that the trainer takes of an epoch on this rank."""
-        loader = self._loader()
-        return int(min(len(loader), loader.limit))
+        return float(module.progress_at(epoch * self.train_loader.num_steps + step))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position of the training loader in its epoch, and which tokens it reads.

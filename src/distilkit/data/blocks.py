@@ -17,6 +17,7 @@ from distilkit.language_model import Batch
 from distilkit.losses import IGNORE_INDEX
 
 # What a sampler passes to the dataset: an epoch, block indices, and for a rate that changes the progress (0 to 1).
+# An index below 0, ~i, is block i that is read and not counted.
 Draw = tuple[int, Ids] | tuple[int, Ids, float]
 Packing = Literal["blocks", "documents"]
 
@@ -86,6 +87,8 @@ class Blocks(Dataset[Batch]):
     def __getitem__(self, draw: Draw) -> Batch:
         """Make the batch of these blocks in this epoch: tensors of (batch, block_size), or (batch, longest document)."""
         epoch, blocks, progress = draw if len(draw) == 3 else (*draw, 1.0)
+        left_out = blocks < 0  # (batch,)
+        blocks = np.where(left_out, ~blocks, blocks)
         input_ids, lengths, documents = self.sequences(blocks)
         real = np.arange(input_ids.shape[1]) < lengths[:, None]  # (batch, length)
         if self.masker is not None:
@@ -97,11 +100,14 @@ class Blocks(Dataset[Batch]):
             if documents is not None and self.opening:  # the opening tokens of the next document are no targets
                 goes_on = goes_on & (documents[:, 1:] == documents[:, :-1])
             labels[:, :-1] = np.where(goes_on, input_ids[:, 1:], IGNORE_INDEX)
+        labels[left_out] = IGNORE_INDEX
         batch: Batch = {"input_ids": torch.from_numpy(model_ids), "labels": torch.from_numpy(labels)}
         if not real.all():
             batch["attention_mask"] = torch.from_numpy(real.astype(np.int64))
         if documents is not None:
             batch["document_ids"] = torch.from_numpy(documents)
+        if left_out.any():
+            batch["left_out"] = torch.from_numpy(left_out)
         return batch
 
     def sequences(self, blocks: Ids) -> tuple[Ids, Ids, Ids | None]:
