@@ -427,9 +427,7 @@ def test_blocks_that_are_left_out_change_no_term_and_no_gradient(
 ) -> None:
     model_type = "bert" if lm == "mlm" else "gpt2"
     student, teacher = build_model(model_type, seed=1, num_layers=2), build_model(model_type, num_layers=2)
-    chosen = objective(
-        **LEFT_OUT, **{f"alpha_{lm}": 2.0}, soft_targets=soft_targets, implementation=implementation
-    )
+    chosen = objective(**LEFT_OUT, **{f"alpha_{lm}": 2.0}, soft_targets=soft_targets, implementation=implementation)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, 120, (3, 12), generator=generator)
     labels = ids.where(torch.rand(ids.shape, generator=generator) < 0.3, IGNORE_INDEX)

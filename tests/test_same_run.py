@@ -113,7 +113,6 @@ def test_what_may_change_is_applied_and_named_in_one_line(
         ({"optimizer.fused": None}, "optimizer.fused=True, this run has null"),
         ({"scheduler.name": "cosine"}, "scheduler.name=linear, this run has cosine"),
         ({"scheduler.kwargs.power": 2}, "scheduler.kwargs.power=null, this run has 2"),
-        ({"trainer.limit_train_batches": 8}, "trainer.limit_train_batches=null, this run has 8"),
     ],
 )
 def test_what_may_not_change_is_refused_unless_it_is_meant(changes: dict[str, Any], fact: str, cfg: DictConfig) -> None:

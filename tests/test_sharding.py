@@ -54,9 +54,7 @@ def close(one: Trained, two: Trained) -> bool:
 def test_two_sharded_processes_train_as_one_does(
     settings: Any, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    one, two = (
-        train(tmp_path, tokenizer, steps=6, **more, **settings) for more in ({}, {"ranks": 2, "sharded": True})
-    )
+    one, two = (train(tmp_path, tokenizer, steps=6, **more, **settings) for more in ({}, {"ranks": 2, "sharded": True}))
     assert two.before["val/nll"] == pytest.approx(one.before["val/nll"], rel=1e-6)
     assert close(one, two)
 

@@ -26,13 +26,12 @@ from distilkit.student import cut_student
 from processes import on_ranks
 from tiny import build_objective, build_teacher, make_documents
 
-MASKING = Masking(
-    mlm_probability=0.3, whole_word=False, smoothing=0.0, mask_share=0.8, random_share=0.1
-)
+MASKING = Masking(mlm_probability=0.3, whole_word=False, smoothing=0.0, mask_share=0.8, random_share=0.1)
 NO_DROPOUT: dict[str, dict[str, float]] = {
     "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "modernbert": {},
 }
+ADAMW = functools.partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.1, eps=1e-6)
 BERTS = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
@@ -93,7 +92,7 @@ def train(
     file: str = "last.ckpt",
     resume: str | None = None,
     objective: Mapping[str, Any] | None = None,
-    optimizer: Any = functools.partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.1, eps=1e-6),
+    optimizer: Any = ADAMW,
     activation_checkpointing: bool = False,
     compiled: bool = False,
     teacher_dtype: Any = "auto",
@@ -127,7 +126,12 @@ def train(
         options = {"max_val_blocks": 8, "attend_across_documents": False, "packing": "blocks", "num_workers": 0}
         settings: Any = {**sizes, **options, **(data or {})}
         seen = Seen()
-        defaults: dict[str, Any] = {"max_steps": steps, "max_epochs": -1, "log_every_n_steps": 1, "gradient_clip_val": 5.0}
+        defaults: dict[str, Any] = {
+            "max_steps": steps,
+            "max_epochs": -1,
+            "log_every_n_steps": 1,
+            "gradient_clip_val": 5.0,
+        }
         if sharded:
             defaults["strategy"] = FullyShardedStrategy(shard_teacher=shard_teacher)
         elif ranks > 1:
@@ -147,7 +151,13 @@ def train(
             **defaults | trainer_fields,
         )
         datamodule = DistillationDataModule(
-            corpus=Texts(), tokenizer=tokenizer, masking=MASKING, seed=0, lm=teacher.lm, cache_dir=str(folder), **settings
+            corpus=Texts(),
+            tokenizer=tokenizer,
+            masking=MASKING,
+            seed=0,
+            lm=teacher.lm,
+            cache_dir=str(folder),
+            **settings,
         )
         trainer.fit(module, datamodule=datamodule, ckpt_path=folder / resume if resume else None)
         trainer.save_checkpoint(folder / file)

@@ -41,7 +41,7 @@ _LEFT_OUT += ("objective.implementation", "trainer.default_root_dir", "trainer.e
 # These are applied. A teacher's weights and a corpus' tokens are compared by their content later.
 _MAY_CHANGE = ("teacher.*", "student.name", "student.revision", "tokenizer.name", "tokenizer.revision")
 _MAY_CHANGE += ("*.trust_remote_code", "data.micro_batch_size", "trainer.*", "budget")
-_MAY_NOT = ("*_target_", "trainer.limit_train_batches")
+_MAY_NOT = ("*_target_",)
 _LENGTH = ("trainer.max_steps", "trainer.max_epochs", "budget")
 
 
@@ -119,6 +119,8 @@ def _same(before: Any, after: Any, *, key: str) -> bool:
 def _may_change(key: str, before: Any, after: Any) -> bool:
     if key.startswith("optimizer."):  # flags are part of the optimizer's state
         return all(isinstance(each, int | float | list) and not isinstance(each, bool) for each in (before, after))
+    if key.startswith("trainer.strategy"):  # a checkpoint is that of one process, whatever the strategy
+        return True
     allowed, not_allowed = (any(fnmatchcase(key, each) for each in keys) for keys in (_MAY_CHANGE, _MAY_NOT))
     return allowed and not not_allowed
 

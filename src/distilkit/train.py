@@ -342,7 +342,9 @@ def _build_trainer(cfg: DictConfig) -> Trainer:
         given = f"trainer.check_val_every_n_epoch={trainer.check_val_every_n_epoch}"
         raise UserError(f"{given}, but callbacks.validation counts optimizer steps; set one of the two to null")
     if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
-        raise UserError(f"trainer.strategy={cfg.trainer.strategy} is not supported; set trainer=fsdp to shard the models")
+        raise UserError(
+            f"trainer.strategy={cfg.trainer.strategy} is not supported; set trainer=fsdp to shard the models"
+        )
     if not trainer.limit_val_batches:
         log.warning("trainer.limit_val_batches=0: the student is never scored, so that the metric of the run is nan")
     halves = str(trainer.precision).startswith("bf16") and trainer.strategy.root_device.type == "cuda"

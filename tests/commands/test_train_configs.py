@@ -214,7 +214,8 @@ def build_trainer(cfg: DictConfig, given: Given) -> Any:
     assert isinstance(trainer, Trainer)
     assert trainer.gradient_clip_val == 5.0
     assert trainer.check_val_every_n_epoch is None  # callbacks.validation needs it
-    return cfg.trainer.accelerator, cfg.trainer.devices, cfg.trainer.strategy
+    strategy = cfg.trainer.strategy
+    return cfg.trainer.accelerator, cfg.trainer.devices, strategy if isinstance(strategy, str) else strategy._target_
 
 
 def build_loggers(cfg: DictConfig, given: Given) -> Any:
@@ -328,7 +329,7 @@ BUILT: dict[str, Any] = {
     "trainer/auto": ("auto", 1, "auto"),
     "trainer/cpu": ("cpu", 1, "auto"),
     "trainer/ddp": ("gpu", -1, "ddp"),
-    "trainer/fsdp": ("gpu", -1, "fsdp"),
+    "trainer/fsdp": ("gpu", -1, "distilkit.sharding.FullyShardedStrategy"),
     "trainer/gpu": ("gpu", 1, "auto"),
     "trainer/multi_node": ("gpu", -1, "ddp"),
 }
