@@ -197,7 +197,7 @@ def test_an_added_key_that_another_reads_is_taken(settings: tuple[str, ...], tmp
         (["trainer.gradient_clip_val=-1"], ["trainer.gradient_clip_val=-1", "at least 0; 0 turns it off"]),
         (["trainer.check_val_every_n_epoch=1"], ["check_val_every_n_epoch=1, but callbacks.validation counts"]),
         (
-            ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=1"],
+            ["trainer.strategy=fsdp"],
             ["Lightning refuses the settings of trainer", "set trainer=cpu"],
         ),
         (["data.num_workers=-1"], ["data.num_workers=-1, but it must be at least 0"]),

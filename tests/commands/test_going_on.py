@@ -140,7 +140,7 @@ def test_a_full_disk_ends_a_run_with_one_message_and_leaves_the_good_checkpoint(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "{_target_: jobs.CpuFSDP}"])
+@pytest.mark.parametrize("strategy", ["ddp", "{_target_: distilkit.sharding.FullyShardedStrategy}"])
 def test_two_ranks_save_by_the_clock_and_go_on_together(strategy: str, given: tuple[str, ...], tmp_path: Path) -> None:
     two = "trainer.accelerator=cpu", "trainer.devices=2", f"trainer.strategy={strategy}"
     clock = "callbacks.checkpoint.train_time_interval=0.001", "callbacks.checkpoint.keep=3"
