@@ -64,6 +64,6 @@ def test_processes_micro_batches_and_strategies_change_rounding_alone(
         loss, weights = largest_differences(expected, found)
         table.append([*shown(*row[:3]), then, f"{loss:.1e}", f"{weights:.1e}"])
         assert loss < 4e-6, row
-        assert weights < 5e-5, row
+        assert weights < 1e-4, row
     print(f"\ndata.packing={packing}")
     print("\n".join(f"| {' | '.join(cells)} |" for cells in table))

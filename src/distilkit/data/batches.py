@@ -251,9 +251,10 @@ class WholeSteps(Callback):
         within = step < loader.num_steps
         whole = now["ready"] == processed and not (within and processed % state["per_step"])
         shift = (step * loader.per_step if within else loader.num_batches) - processed
-        for count in (batches["total"], now):
-            count.update({name: (count[name] if whole else count["processed"]) + shift for name in count})
-        data.load_state_dict({**state, "step": step})
+        if shift or not whole:
+            for count in (batches["total"], now):
+                count.update({name: (count[name] if whole else count["processed"]) + shift for name in count})
+            data.load_state_dict({**state, "step": step})
         if finished and within:
             for count in (epochs["total"], epochs["current"]):
                 count["processed"] = count["completed"] = count["ready"] - 1
