@@ -306,7 +306,7 @@ def test_a_batch_is_made_again_from_the_folder_of_a_run_only(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "jobs.CpuFSDP"])
+@pytest.mark.parametrize("strategy", ["ddp", "distilkit.sharding.FullyShardedStrategy"])
 def test_two_ranks_leave_out_a_step_that_is_not_finite_on_one_of_them(
     strategy: str, given: tuple[str, ...], tmp_path: Path
 ) -> None:
