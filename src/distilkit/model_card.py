@@ -71,10 +71,9 @@ def student_card(
     data = " ".join(str(record["data"]).split())
     for path in sorted([corpus] if isinstance(corpus, str) else map(str, corpus), key=len, reverse=True):
         data = data.replace(path, _last(path))  # also with spaces
-    data, name, verdict = (
-        text and _PATH.sub(lambda path: _last(path[0]), text)
-        for text in (data, " ".join(str(record["name"]).split()), verdict)
-    )
+    name = " ".join(str(record["name"]).split())
+    data, name = (_PATH.sub(lambda path: _last(path[0]), text) for text in (data, name))
+    verdict = verdict and _PATH.sub(lambda path: _last(path[0]), verdict)
     base_model = teacher.get("name")
     if base_model and (teacher.get("folder") or not _HUB_ID.fullmatch(base_model) or Path(base_model).exists()):
         teacher["name"], base_model = _last(base_model), None

@@ -29,7 +29,7 @@ _COMPARED = (
     "budget",
 )
 # These change nothing that is trained: places, and what other keys repeat.
-_LEFT_OUT = (
+_LEFT_OUT: tuple[str, ...] = (
     "*cache_dir",
     "data.description",
     "data.num_workers",
@@ -39,7 +39,7 @@ _LEFT_OUT = (
 )
 _LEFT_OUT += ("objective.implementation", "trainer.default_root_dir", "trainer.enable_*")
 # These are applied. A teacher's weights and a corpus' tokens are compared by their content later.
-_MAY_CHANGE = ("teacher.*", "student.name", "student.revision", "tokenizer.name", "tokenizer.revision")
+_MAY_CHANGE: tuple[str, ...] = ("teacher.*", "student.name", "student.revision", "tokenizer.name", "tokenizer.revision")
 _MAY_CHANGE += ("*.trust_remote_code", "data.micro_batch_size", "trainer.*", "budget")
 _MAY_NOT = ("*_target_",)
 _LENGTH = ("trainer.max_steps", "trainer.max_epochs", "budget")
@@ -82,7 +82,9 @@ def _compare(record: Mapping[str, Any], cfg: DictConfig) -> tuple[list[str], lis
     choice = record.get("layer_choice")
     if choice and now.get("student.layers") in METHODS:  # the record has the layers that were measured
         was["student.layers"] = choice["method"]
-    applied, refused, other = [], [], []
+    applied: list[str] = []
+    refused: list[str] = []
+    other: list[str] = []
     for key in sorted(was.keys() | now.keys(), key=lambda key: (not key.endswith("_target_"), key)):
         before, after = was.get(key), now.get(key)
         unknown = key not in was and record["version"] != version("distilkit")  # then its default is what was

@@ -49,7 +49,8 @@ class FullyShardedStrategy(DDPStrategy):
         halves = torch.bfloat16 if self.precision_plugin.precision == "bf16-mixed" else None
         mesh = init_device_mesh(self.root_device.type, (self.world_size,))
         in_layers = MixedPrecisionPolicy(param_dtype=halves, reduce_dtype=torch.float32)
-        student, teacher, objective = module.student, module.teacher, module.objective
+        parts: Any = module  # a DistillationModule, which imports this file
+        student, teacher, objective = parts.student, parts.teacher, parts.objective
         # Relations enter backward within a layer, where no hook would gather its weights again.
         related = objective.relation_layers(student, teacher)[0] if "rel" in objective.weights else None
         for model in (student, teacher if self.shard_teacher else None):
@@ -60,7 +61,7 @@ class FullyShardedStrategy(DDPStrategy):
         # The root holds what is in no layer.
         fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), ignored_params=whole)
         # A step may not read all weights; an optimizer moves them by their momentum in any case.
-        module.set_reduce_scatter_unused_params(True)
+        parts.set_reduce_scatter_unused_params(True)
         for step in ("training_step", "validation_step"):
             register_fsdp_forward_method(module, step)
 

@@ -330,8 +330,8 @@ def _build_trainer(cfg: DictConfig) -> Trainer:
         keep = next((callback.keep for callback in callbacks if isinstance(callback, Checkpoints)), 1)
         trainer.strategy.checkpoint_io = WholeFiles(keep=keep)
     if cfg.budget is None and trainer.max_epochs == trainer.max_steps == -1:
-        found = "trainer.max_epochs and trainer.max_steps are both -1, without end"
-        raise UserError(f"{found}; set one of them above 0, or a budget as budget=40m")
+        without = "trainer.max_epochs and trainer.max_steps are both -1, without end"
+        raise UserError(f"{without}; set one of them above 0, or a budget as budget=40m")
     for name, value, least in (
         ("gradient_clip_val", trainer.gradient_clip_val, 0),
         ("log_every_n_steps", trainer.log_every_n_steps, 0),  # type: ignore[attr-defined]  # set by a connector

@@ -170,7 +170,7 @@ def _joined(folders: Sequence[Path], dtype: np.dtype[Any]) -> Iterator[Chunk]:
             each, begin = (shard, split), begins[shard, split]
             begins[each] = begin + length
             chunk[split] = documents, streams[each][begin : begin + length]
-            sums[each] = zlib.crc32(chunk[split][1], sums[each])
+            sums[each] = zlib.crc32(np.ascontiguousarray(chunk[split][1]).data, sums[each])
         yield chunk
     for shard, split in streams:
         if sums[shard, split] != wanted[shard, split] or begins[shard, split] != len(streams[shard, split]):
