@@ -41,10 +41,12 @@ class ValidateEvery(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validate at once if a resumed run stopped after a step, before the validation that is due there."""
-        self._request(trainer, due=False)
         loop = trainer.fit_loop.epoch_loop
-        if loop.restarted_on_train_batch_end and self._due(trainer):  # Lightning would count it as done
+        before = loop.restarted_on_train_batch_end
+        self._request(trainer, due=trainer.global_step > 0 and not before)  # Lightning skips one that was made
+        if before and self._due(trainer):  # Lightning would count it as done
             trainer.validating, loop.val_loop.restarting = True, False
+            loop._batches_that_stepped = trainer.global_step - 1  # under which an unbroken run logs it
             loop.val_loop.run()
             trainer.training = True
 

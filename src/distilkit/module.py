@@ -193,9 +193,7 @@ class DistillationModule(LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Start the clock, and seed dropout by (seed, epoch, micro-batch, rank), so that a resumed run repeats it."""
         self.clock.start()
-        if batch[
-            "is_first"
-        ]:  # Lightning's own count, under which metrics are logged, may be one too high after a resume
+        if batch["is_first"]:  # Lightning's count, under which metrics are logged, may be too high after a resume
             self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
         self.after = {}
         torch.manual_seed(hash((self.seed, self.current_epoch, batch_idx, self.global_rank)) % 2**63)

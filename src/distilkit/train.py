@@ -378,8 +378,8 @@ def _record_config(job: Job) -> None:
 
 def _score(job: Job) -> None:
     """Score the student after a fit that did not."""
-    if job.trainer.global_step:  # a fit logs a validation before it counts the step
-        job.trainer.fit_loop.epoch_loop._batches_that_stepped -= 1
+    if step := job.trainer.global_step:  # a fit logs a validation before it counts the step
+        job.trainer.fit_loop.epoch_loop._batches_that_stepped = step - 1
     job.trainer.validate(job.module, datamodule=job.data, verbose=False)
 
 

@@ -1,4 +1,4 @@
-"""README lists every file, and its commands compose."""
+"""The docs list every file, and the commands of README and the docs compose."""
 
 import re
 import shlex
@@ -9,14 +9,16 @@ from hydra import compose, initialize_config_module
 
 import distilkit
 
-README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+README = (ROOT / "README.md").read_text("utf-8")
 COMMAND = re.compile(r"python -m distilkit\.(train|prepare|export|evaluate|report)\b((?:\\\n|[^\n`#])*)")
 FOUND = [(name, shlex.split(rest.replace("\\\n", " "))) for name, rest in COMMAND.findall(README)]
 COMMANDS = [each for each in FOUND if not {"--help", "--config-dir"} & set(each[1])]  # what has overrides
 
 
 def test_the_tree_names_every_file() -> None:
-    tree = README.split("## Where things are")[1].split("```")[1]
+    tree = (DOCS / "files.md").read_text("utf-8").split("```")[1]
     source = Path(distilkit.__file__).parent
     rooms = re.split(r"\n  (data|evaluate|report)/ .*", tree)
     listed = {"": rooms[0], **dict(zip(rooms[1::2], rooms[2::2], strict=True))}
