@@ -261,7 +261,11 @@ def check_type(value: Any, annotation: Any, *, name: str) -> None:
     except Exception:  # a protocol, or a class that describes itself, of which this value is none
         kinds = {"object"} if inspect.isclass(annotation) else {"literal_error"}
     if not kinds & {"literal_error", "callable_type"}:  # a choice is left to the target
-        wanted = re.sub(r"[\w.]+\.(?=\w)", "", inspect.formatannotation(annotation)).replace("NoneType", "None")
+        wanted = (
+            re.sub(r"[\w.]+\.(?=\w)", "", inspect.formatannotation(annotation))
+            .replace("NoneType", "None")
+            .replace("Sequence[", "list[")
+        )
         finite = "; give a finite number" if "finite_number" in kinds else ""
         quoted = "; put a name of digits in quotes" if "string_type" in kinds and type(value) in (int, float) else ""
         raise UserError(f"{name}={value}, but it takes {wanted}{finite}{quoted}")

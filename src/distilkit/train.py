@@ -66,7 +66,7 @@ _CURE = "set hydra.run.dir (from Python: out) to a folder on another disk"
 
 _TYPES: dict[str, Any] = {  # of the keys of train.yaml that no target reads
     **dict.fromkeys(("compile", "activation_checkpointing", "validate_first"), bool),
-    **dict.fromkeys(("ckpt_path", "baseline"), str | None),
+    **dict.fromkeys(("ckpt_path", "baseline"), str | int | None),  # a folder may have a number as its name
     **dict.fromkeys(("card", "row"), dict | None),
     **{"seed": int, "cache_dir": str, "max_skipped": int, "may_change": list[str]},
 }

@@ -165,7 +165,7 @@ def test_a_budget_shorter_than_ten_steps_writes_no_student(given: tuple[str, ...
     assert done.code == 1
     assert "Traceback" not in done.err
     assert "budget=19 seconds is shorter than 10 optimizer steps of 2 seconds; set budget=20s or more" in done.err
-    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"config.yaml", "train.log", ".hydra"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"config.yaml", "train.log", ".hydra", ".lock"}
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_a_job_takes_as_long_as_another_one_and_fails_alone_where_that_has_no_ti
             distilkit.train.main, "-m", *given, *QUIET, f"+callbacks.clock={{{clock(2.0)}}}", *more, cwd=tmp_path
         )
 
-    first = sweep("budget=50", "hydra.sweep.dir=first", "+other=x")
+    first = sweep("budget=50", "hydra.sweep.dir=refused", "+other=x")
     assert first.code == 1
     assert "other is unknown" in first.out
     assert sweep("budget=50", "hydra.sweep.dir=first").code == 0

@@ -409,7 +409,7 @@ def test_the_help_ends_with_five_examples_that_compose(command: str, tmp_path: P
 
 def test_prepare_and_export_compose_and_prepare_shares_the_settings_of_train() -> None:
     train, prepare = composed(), composed(config_name="prepare")
-    assert changed(prepare, train) == {"name": "prepare"}
+    assert changed(prepare, train) == {"name": "prepare", "verify": False}
     with initialize_config_module(config_module="distilkit.conf.train", version_base="1.3"):
         assert compose("export") == {"ckpt": None, "out": None, "trust_remote_code": False}
 

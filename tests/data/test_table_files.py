@@ -15,7 +15,8 @@ import pytest
 import zstandard
 
 from distilkit.data import table_files
-from distilkit.data.table_files import delimited_rows, json_rows, open_text
+from distilkit.data.json_lines import json_rows
+from distilkit.data.table_files import delimited_rows, open_text
 from distilkit.errors import UserError
 
 

@@ -142,7 +142,7 @@ def test_what_the_harness_does_not_know_or_have_is_named(
     model = save_teacher("bert", num_layers=1)
     for overrides, message in (
         (["task.tasks=[nothing]"], "the harness cannot load task 'nothing': \"Spec 'nothing' is not a registered task"),
-        (["task.tasks=hellaswag"], "task.tasks=hellaswag, but it takes a list of names"),
+        (["task.tasks=hellaswag"], "task.tasks=hellaswag, but it takes list[str]"),
         (["task.tasks=[hellaswag]"], "is a masked language model, but task=harness is for causal ones; use task=lm"),
         (["task.limit=0"], "task.limit=0, but it must be at least 1"),
     ):

@@ -190,7 +190,7 @@ def plot_runs(runs: Sequence[Run], out: Path) -> None:
     runs = [run for run in runs if {"val/nll", "val/accuracy"} <= run["after"].keys()]
     if not runs:
         return
-    labels = [str(run["label"]) for run in runs]
+    labels = [plain(str(run["label"])) for run in runs]
     colours = ["tab:gray" if label == "teacher" else "tab:blue" for label in labels]
     figure = Figure(figsize=(11, 1.6 + 0.5 * len(runs)), layout="constrained")
     titles = {"val/nll": "cross-entropy (nats per token), lower is better"}
