@@ -19,13 +19,13 @@ demo: $(INSTALLED)  ## train a small BERT on docstrings, distil it, and compare 
 	$(BIN)/python -m distilkit.train experiment=demo
 
 test: $(INSTALLED)  ## run the tests but the slow ones
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow and not fuzz" -n auto --maxprocesses 4
 
 test-slow: $(INSTALLED)  ## run the slow tests: the wheel, several processes, the demo in short
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
 
 fuzz: $(INSTALLED)  ## give commands and readers wrong values and damaged files, 1,500 cases (15 minutes)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow tests/fuzz
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m fuzz tests/fuzz
 
 audit: $(INSTALLED)  ## look up the installed packages in the list of known vulnerabilities; needs PyPI
 	$(PYTHON) -m venv $(VENV)/audit

@@ -169,7 +169,7 @@ GROUPS = ["callbacks", "data", "logger", "objective", "optimizer", "scheduler", 
 GROUPS += ["trainer", ""]
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_odd_value_of_every_key_is_refused_or_used(

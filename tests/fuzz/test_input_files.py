@@ -149,7 +149,7 @@ def test_a_damaged_file_is_read_or_refused(name: str, good: dict[str, tuple[Path
     assert faults(name, *good[name], tmp_path, count=8) == ""
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 @pytest.mark.parametrize("name", KINDS)
 def test_a_file_damaged_in_many_ways_is_read_or_refused(
     name: str, good: dict[str, tuple[Path, Read]], tmp_path: Path
