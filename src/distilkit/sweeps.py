@@ -31,12 +31,16 @@ log = logging.getLogger(__name__)
 PRUNED = "pruned.json"  # in the folder of a job that a search has ended early
 _RECORD = "job.json"  # in the folder of each job: its overrides
 _NOT_SETTINGS = ("ckpt_path=", "may_change=")  # they belong to a resume
+_NUMBER = re.compile(
+    r"(?<![\w./-])-?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?(?![\w./-])"
+)  # as 1e-3, which Hydra writes as 0.001
 _OWN = ("last", "auto")  # for a sweep: each job's own checkpoint
 
 
 def _plain(override: str) -> str:
-    """Return an override without quotes, spaces and capitals, which a sweeper may write in its own way."""
-    return re.sub(r"[\s'\"]", "", override).casefold()
+    """Return an override without quotes, spaces and capitals; a sweeper may write them and numbers in its own way."""
+    text = re.sub(r"[\s'\"]", "", override).casefold()
+    return _NUMBER.sub(lambda number: repr(float(number[0])).removesuffix(".0"), text)
 
 
 def _settings(overrides: Iterable[str]) -> frozenset[str]:

@@ -13,7 +13,10 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text("utf-8")
 COMMAND = re.compile(r"python -m distilkit\.(train|prepare|export|evaluate|report)\b((?:\\\n|[^\n`#])*)")
-FOUND = [(name, shlex.split(rest.replace("\\\n", " "))) for name, rest in COMMAND.findall(README + (DOCS / "running.md").read_text("utf-8"))]
+FOUND = [
+    (name, shlex.split(rest.replace("\\\n", " ")))
+    for name, rest in COMMAND.findall(README + (DOCS / "running.md").read_text("utf-8"))
+]
 COMMANDS = [each for each in FOUND if not {"--help", "--config-dir"} & set(each[1])]  # what has overrides
 
 

@@ -15,6 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 import distilkit.evaluate.__main__
+import distilkit.sweeps
 import distilkit.train
 from distilkit import cli, losses, search, sweeps
 from distilkit.errors import UserError
@@ -435,3 +436,16 @@ def test_rows_that_read_each_other_keep_their_order_with_any_launcher(
     done = start("joblib", "hydra.launcher.n_jobs=2", "sweep=versus", "trainer.max_steps=12")
     assert done.code == 0, done.out + done.err
     assert table_of(tmp_path / "sweep") == ["teacher", *ROWS]
+
+
+def test_overrides_are_the_same_however_their_numbers_are_written() -> None:
+    written = ["optimizer.lr=1e-3", "optimizer.betas=[0.9,.98]", "seed=12345678", "data.corpus.paths=[a-1.txt,2024/b]"]
+    recorded = [
+        "optimizer.lr=0.001",
+        "optimizer.betas=[0.90, 0.98]",
+        "seed=12345678",
+        "data.corpus.paths=[a-1.txt,2024/b]",
+    ]
+    assert distilkit.sweeps._settings(written) == distilkit.sweeps._settings(recorded)
+    assert distilkit.sweeps._settings(["seed=12345678"]) != distilkit.sweeps._settings(["seed=12345679"])
+    assert distilkit.sweeps._settings(["name=v1.0"]) != distilkit.sweeps._settings(["name=v1.00"])
