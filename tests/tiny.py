@@ -1,6 +1,7 @@
 """Tiny models and texts, built in memory; nothing is downloaded."""
 
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -64,6 +65,19 @@ def make_documents(num_documents: int, *, seed: int = 0) -> list[str]:
             position += rng.choice([1, 1, 1, 5, 17])
         documents.append(" ".join(words) + ".")
     return documents
+
+
+class Texts:
+    """A corpus of so many documents."""
+
+    def __init__(self, num_documents: int) -> None:
+        self.num_documents = num_documents
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"documents": self.num_documents}
+
+    def documents(self) -> Iterator[str]:
+        yield from make_documents(self.num_documents)
 
 
 def build_objective(lm: str, implementation: Any, soft_targets: Any = "all") -> Objective:

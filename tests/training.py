@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from distilkit.module import DistillationModule
 from distilkit.sharding import FullyShardedStrategy
 from distilkit.student import cut_student
 from processes import on_ranks
-from tiny import build_objective, build_teacher, make_documents
+from tiny import Texts, build_objective, build_teacher
 
 MASKING = Masking(mlm_probability=0.3, whole_word=False, smoothing=0.0, mask_share=0.8, random_share=0.1)
 NO_DROPOUT: dict[str, dict[str, float]] = {
@@ -33,14 +33,6 @@ NO_DROPOUT: dict[str, dict[str, float]] = {
 }
 ADAMW = functools.partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.1, eps=1e-6)
 BERTS = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-
-
-class Texts:
-    def fingerprint(self) -> dict[str, Any]:
-        return {}
-
-    def documents(self) -> Iterator[str]:
-        yield from make_documents(135)
 
 
 class Seen(Callback):
@@ -151,7 +143,7 @@ def train(
             **defaults | trainer_fields,
         )
         datamodule = DistillationDataModule(
-            corpus=Texts(),
+            corpus=Texts(135),
             tokenizer=tokenizer,
             masking=MASKING,
             seed=0,

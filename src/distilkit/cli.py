@@ -30,7 +30,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, flag_override
 
 from distilkit import signals  # as a whole: a launcher's processes get a copy of what wrapped() names
 from distilkit.credentials import refuse_credentials
-from distilkit.errors import UserError
+from distilkit.errors import UserError, ends_command
 from distilkit.run_folder import release
 from distilkit.signals import ENDING, Stopped, command_again, first_rank, listening
 from distilkit.storage import storage_fault, writing
@@ -150,14 +150,10 @@ class ExpandHome(Callback):
         if folder.startswith("~"):
             set_folder(config, kind, Path(folder).expanduser())
         made = Path(config.hydra[kind].dir)
-        try:  # before Hydra, which would show a traceback
-            with writing(made, cure=f"set hydra.{kind}.dir to another folder"):
-                made.mkdir(parents=True, exist_ok=True)
-                if not os.access(made, os.W_OK):
-                    raise PermissionError(errno.EACCES, "")
-        except UserError as error:  # other errors are a warning for Hydra
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(1) from error
+        with ends_command(), writing(made, cure=f"set hydra.{kind}.dir to another folder"):  # before Hydra's traceback
+            made.mkdir(parents=True, exist_ok=True)
+            if not os.access(made, os.W_OK):
+                raise PermissionError(errno.EACCES, "")
 
 
 def set_folder(config: DictConfig, kind: str, folder: Path) -> None:
@@ -261,11 +257,8 @@ def check_type(value: Any, annotation: Any, *, name: str) -> None:
     except Exception:  # a protocol, or a class that describes itself, of which this value is none
         kinds = {"object"} if inspect.isclass(annotation) else {"literal_error"}
     if not kinds & {"literal_error", "callable_type"}:  # a choice is left to the target
-        wanted = (
-            re.sub(r"[\w.]+\.(?=\w)", "", inspect.formatannotation(annotation))
-            .replace("NoneType", "None")
-            .replace("Sequence[", "list[")
-        )
+        wanted = re.sub(r"[\w.]+\.(?=\w)", "", inspect.formatannotation(annotation))
+        wanted = wanted.replace("NoneType", "None").replace("Sequence[", "list[")
         finite = "; give a finite number" if "finite_number" in kinds else ""
         quoted = "; put a name of digits in quotes" if "string_type" in kinds and type(value) in (int, float) else ""
         raise UserError(f"{name}={value}, but it takes {wanted}{finite}{quoted}")

@@ -32,9 +32,7 @@ def wandb_id(loggers: Iterable[Logger]) -> str | None:
     return next((logger.version for logger in loggers if isinstance(logger, WandbLogger)), None)
 
 
-def continue_records(
-    loggers: Iterable[Logger], *, checkpoint: Path, step: int, row: Mapping[str, float] | None
-) -> None:
+def continue_records(loggers: Iterable[Logger], *, checkpoint: Path, step: int, row: Mapping[str, float]) -> None:
     """Write what the run of ``checkpoint`` has logged up to its ``step`` before what a resumed run logs.
 
     ``row`` is what that step has logged, which may have been saved before it was written. TensorBoard's files are

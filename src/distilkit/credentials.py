@@ -2,14 +2,13 @@
 
 import os
 import re
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from distilkit.errors import UserError
+from distilkit.errors import UserError, ends_command
 
 _TOKENS = "auth|hf|hub|huggingface|access|api|bearer|wandb|refresh|session|security|github"
 _SECRET = rf"(?:\w*(?:api|access|private|secret|account)_?key|\w*secret|\w*password|\w*passwd|(?:\w*_)?(?:{_TOKENS})_token|token)"
@@ -54,11 +53,8 @@ class RefuseCredentials(Callback):
     """Hydra callback: end a command whose config holds a key or a password, before its folder is made."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Check the config; Hydra would turn an error into a warning."""
-        try:
+        """Check the config."""
+        with ends_command():
             refuse_credentials(config)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(1) from error
 
     on_multirun_start = on_run_start

@@ -1,6 +1,5 @@
 """Let one process at a time train into a folder: a second one is refused before Hydra writes anything."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from distilkit.errors import UserError
+from distilkit.errors import UserError, ends_command
 from distilkit.signals import first_rank
 
 _held: list[BaseFileLock] = []
@@ -40,9 +39,6 @@ class HoldFolder(Callback):
     """Hydra callback: hold the folder of a single run; each job of a sweep holds its own later."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Hold hydra.run.dir, or end the command; Hydra would turn an error into a warning."""
-        try:
+        """Hold hydra.run.dir, or end the command."""
+        with ends_command():
             hold(Path(config.hydra.run.dir))
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(1) from error

@@ -3,7 +3,6 @@
 import logging
 import math
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from optuna.trial import FrozenTrial, TrialState
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.trainer.states import TrainerFn
 
-from distilkit.errors import UserError
+from distilkit.errors import UserError, ends_command
 from distilkit.module import DistillationModule
 from distilkit.records import write_json
 from distilkit.sweeps import PRUNED
@@ -137,18 +136,13 @@ class Study(HydraCallback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check the search before the first job."""
         own = config.optuna
-        try:
+        with ends_command():
             unknown = [key for key in space_of(own.space) if OmegaConf.select(config, key, default=_NO_KEY) is _NO_KEY]
             if unknown:
                 raise UserError(f"optuna.space names {', '.join(unknown)}, which the config does not have")
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-                raise UserError(
-                    "each rank of torchrun would ask for a trial of its own; start one process, which "
-                    "starts its ranks itself"
-                )
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(1) from error
+                found = "each rank of torchrun would ask for a trial of its own"
+                raise UserError(f"{found}; start one process, which starts its ranks itself")
         journal = _journal(config)
         journal.parent.mkdir(parents=True, exist_ok=True)
         _open(str(journal))

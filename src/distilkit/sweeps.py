@@ -8,7 +8,6 @@ import math
 import os
 import re
 import shutil
-import sys
 import traceback
 import uuid
 from collections.abc import Iterable
@@ -24,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from distilkit import cli
-from distilkit.errors import UserError
+from distilkit.errors import UserError, ends_command
 
 log = logging.getLogger(__name__)
 
@@ -115,16 +114,12 @@ class SweepFailures(Callback):
         cli.replace_unprintable()
         given = cli.unresolved(config.hydra.overrides.task)
         self.common = frozenset(map(_plain, given))
-        try:
+        with ends_command():
             _find_sweep(config, given)
             _check_sweep(config, given)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(1) from error
         folder = Path(config.hydra.sweep.dir).expanduser().resolve()
-        for left in (
-            folder.glob(".failures-*") if _recorded(folder) else ()
-        ):  # where jobs have no folders, sweeps share it
+        own = bool(_recorded(folder))  # where jobs have no folders, sweeps share it
+        for left in folder.glob(".failures-*") if own else ():
             shutil.rmtree(left, ignore_errors=True)
         self.notes = folder / f".failures-{uuid.uuid4().hex[:8]}"
         cli.forget_failures(self.notes)

@@ -76,13 +76,13 @@ _TYPES: dict[str, Any] = {  # of the keys of train.yaml that no target reads
 class Job:
     """A training that is ready to run: its config and folder, the checkpoint to resume from, and what is trained.
 
-    ``saved`` is what the checkpoint holds.
+    ``logged`` is the step of the checkpoint, and what that step has logged.
     """
 
     cfg: DictConfig
     out: Path
     checkpoint: Path | None
-    saved: dict[str, Any] | None
+    logged: tuple[int, dict[str, float]] | None
     module: DistillationModule
     data: DistillationDataModule
     trainer: Trainer
@@ -109,10 +109,13 @@ def build(cfg: DictConfig) -> Job:
         in_sweep=in_sweep(),
         requeued=folder_of_slurm_job(out.parent) if cfg.ckpt_path == "auto" else None,
     )
-    saved = read_checkpoint(checkpoint) if checkpoint else None
-    if checkpoint and saved:
+    record = logged = None
+    if checkpoint:
+        saved = read_checkpoint(checkpoint)
         same_run.check(saved, cfg, file=checkpoint)
         continue_loggers(cfg.logger, saved)
+        record, logged = saved["distilkit"]["record"], (saved["global_step"], saved["distilkit"].get("row") or {})
+        del saved  # its tensors are mapped, which would keep the space of a file that is replaced
     cfg.ckpt_path = str(checkpoint) if checkpoint else None
     cfg.baseline = find_baseline(cfg.baseline, out, in_sweep=in_sweep())
     set_matmul_precision(cfg.matmul_precision)
@@ -122,7 +125,7 @@ def build(cfg: DictConfig) -> Job:
     tokenizer = instantiate(cfg.tokenizer)
     teacher = instantiate(cfg.teacher, needs_head=objective.reads_teacher_logits)
     trainer, models = _build_trainer(cfg), {"teacher": teacher, "tokenizer": tokenizer}
-    choice = _measured_layers(cfg, models, objective=objective, trainer=trainer, checkpoint=checkpoint)
+    choice = _measured_layers(cfg, models, objective=objective, trainer=trainer, record=record)
     student = instantiate(cfg.student)(**models)
     _check_models(cfg, models, student=student)
     _apply_options(cfg, teacher=teacher, student=student)
@@ -145,7 +148,7 @@ def build(cfg: DictConfig) -> Job:
         record=describe(cfg, objective=objective, teacher=teacher, student=student, corpus=data.corpus, choice=choice),
     )
     module.check_precision(trainer)
-    return Job(cfg=cfg, out=out, checkpoint=checkpoint, saved=saved, module=module, data=data, trainer=trainer)
+    return Job(cfg=cfg, out=out, checkpoint=checkpoint, logged=logged, module=module, data=data, trainer=trainer)
 
 
 def run(job: Job) -> float:
@@ -157,8 +160,8 @@ def run(job: Job) -> float:
     with writing(job.out, cure=_CURE):
         hold(job.out)
         _record_config(job)
-    if job.checkpoint and job.saved and trainer.is_global_zero:
-        step, row = job.saved["global_step"], job.saved["distilkit"].get("row")
+    if job.checkpoint and job.logged and trainer.is_global_zero:
+        step, row = job.logged
         continue_records(trainer.loggers, checkpoint=job.checkpoint, step=step, row=row)
     if torch.cuda.is_initialized():  # by an earlier job in this process
         torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
@@ -258,19 +261,18 @@ def _apply_row(cfg: DictConfig) -> None:
 
 
 def _measured_layers(
-    cfg: DictConfig, models: dict[str, Any], *, objective: Objective, trainer: Trainer, checkpoint: Path | None
+    cfg: DictConfig, models: dict[str, Any], *, objective: Objective, trainer: Trainer, record: dict[str, Any] | None
 ) -> dict[str, Any] | None:
-    """Measure which layers the student keeps, or read it from the checkpoint; None where nothing is to be measured.
+    """Measure which layers the student keeps, or read it from a checkpoint's ``record``; None where nothing is measured.
 
     The config then names these layers, so that ranks that this process starts do not measure again.
     """
     if (method := cfg.student.get("layers")) not in METHODS:
         return None
-    if checkpoint is not None:
-        record = read_checkpoint(checkpoint)["distilkit"]["record"]
+    if record is not None:
         choice = record.get("layer_choice") or {"method": None}
         if choice["method"] != method or cfg.student.num_layers not in (None, len(record["layers"])):
-            found = f"student.layers={method}, but the student of {checkpoint} has layers {record['layers']}"
+            found = f"student.layers={method}, but the student of {cfg.ckpt_path} has layers {record['layers']}"
             raise UserError(f"{found}, chosen in another way; resume with the same settings")
     else:
         trial = instantiate(cfg.student)(**models, layers="first")  # what is refused is refused before it is measured

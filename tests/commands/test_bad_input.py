@@ -20,12 +20,6 @@ from tiny import build_model, make_documents
 Attempt = Callable[..., Outcome]
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Share one token cache between the runs of this file."""
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
 def settings(text_file: Path, cache: Path, save_teacher: Callable[..., Path]) -> tuple[str, ...]:
     """Return the overrides of a run that succeeds; the tests add a wrong one."""

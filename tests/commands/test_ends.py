@@ -22,12 +22,6 @@ from jobs import QUIET, SMALL, NotFinite, Outcome, call, only, spawn
 TESTS = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Share one token cache between the runs of this file."""
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
 def given(text_file: Path, cache: Path, save_teacher: Callable[..., Path]) -> tuple[str, ...]:
     """Return the overrides of a run that is ended by nothing but three epochs."""

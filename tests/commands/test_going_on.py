@@ -20,12 +20,6 @@ EVERY_STEP = "callbacks.checkpoint.every_n_train_steps=1"
 TESTS = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Share one token cache between the runs of this file."""
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
 def given(text_file: Path, cache: Path, save_teacher: Callable[..., Path]) -> tuple[str, ...]:
     """Return the overrides of a run of eight steps, with dropout, that is validated at its end only."""

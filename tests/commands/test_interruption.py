@@ -23,12 +23,6 @@ UNSEEN = "callbacks.progress=null", "+trainer.enable_progress_bar=false"
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Share one token cache between the runs of this file."""
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def given(text_file: Path, cache: Path, save_teacher: Callable[..., Path]) -> tuple[str, ...]:
     """Overrides of a run of 4 steps that is scored after 2 and 4, and whose teacher has dropout."""
     paths = f"data.corpus.paths={text_file}", f"cache_dir={cache}"

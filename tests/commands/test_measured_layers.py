@@ -21,12 +21,6 @@ from jobs import QUIET, SMALL, Outcome, call, only, spawn
 GREEDY = "student=layers", "student.layers=greedy", "student.num_layers=2", "student.num_blocks=12"
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Share one token cache between the runs of this file."""
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
 def given(save_teacher: Callable[..., Path], text_file: Path, cache: Path) -> tuple[str, ...]:
     """Return the overrides of a run of two steps."""

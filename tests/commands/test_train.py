@@ -56,12 +56,6 @@ class Run:
         return content
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Share one token cache between the runs of this file."""
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
 def train(tmp_path: Path, text_file: Path, cache: Path) -> Train:
     """Train in this process and return the run's folder; ``name`` keeps several runs of a test apart."""

@@ -2,7 +2,7 @@ import collections
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ from distilkit.errors import UserError
 from distilkit.language_model import LM, Batch
 from distilkit.losses import IGNORE_INDEX
 from streams import CLS, MASKING, PAD, SEP, MakeBlocks, causal_or_not, originals, stream_of
-from tiny import SPECIAL, WORDS, make_documents
+from tiny import SPECIAL, WORDS, Texts, make_documents
 
 
 def sampler_of(num_blocks: int, batch: int, *, rank: int = 0, ranks: int = 1, seed: int = 0) -> StepSampler:
@@ -387,17 +387,6 @@ def test_a_step_is_split_without_copying_or_losing_a_row() -> None:
     assert [part["input_ids"].tolist() for part in parts] == [[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[8, 9]]]
     assert [(part["is_first"], part["is_last"]) for part in parts] == [(True, False), (False, False), (False, True)]
     assert [(int(part["num_tokens"]), int(part["num_labels"])) for part in parts] == [(10, 1)] * 3
-
-
-class Texts:
-    def __init__(self, num_documents: int) -> None:
-        self.num_documents = num_documents
-
-    def fingerprint(self) -> dict[str, Any]:
-        return {"documents": self.num_documents}
-
-    def documents(self) -> Iterator[str]:
-        yield from make_documents(self.num_documents)
 
 
 MakeModule = Callable[..., DistillationDataModule]

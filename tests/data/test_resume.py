@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,9 @@ from distilkit.errors import UserError
 from distilkit.module import DistillationModule
 from distilkit.student import cut_student
 from streams import MASKING
-from tiny import build_objective, build_teacher, make_documents
+from tiny import Texts, build_objective, build_teacher
 
 PER_STEP = 4  # micro-batches of 2 blocks
-
-
-class Texts:
-    def fingerprint(self) -> dict[str, Any]:
-        return {}
-
-    def documents(self) -> Iterator[str]:
-        yield from make_documents(60)
 
 
 class At(Callback):
@@ -57,7 +49,7 @@ class Training:
         sizes = {"block_size": 32, "global_batch_size": 8, "micro_batch_size": 2, "val_share": 0.2}
         options = {"max_val_blocks": 8, "attend_across_documents": True, "packing": "blocks", "num_workers": 0}
         settings: dict[str, Any] = sizes | options | {"seed": 0, "lm": "mlm", "cache_dir": str(self.folder)} | fields
-        return DistillationDataModule(corpus=Texts(), tokenizer=self.tokenizer, masking=self.masking, **settings)
+        return DistillationDataModule(corpus=Texts(60), tokenizer=self.tokenizer, masking=self.masking, **settings)
 
     def __call__(
         self,

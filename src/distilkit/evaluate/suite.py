@@ -17,7 +17,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from distilkit import cli
-from distilkit.errors import UserError
+from distilkit.errors import UserError, ends_command
 from distilkit.evaluate.job import Refit, Task, check_refit, evaluate, prepare
 from distilkit.records import FILE, read_file
 
@@ -39,14 +39,11 @@ class Suite(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check ``refit``, and read the data of each task once; the tasks whose data are there still run."""
-        try:
+        with ends_command():
             check_refit(config)
             if config.refit and not config.hydra.sweeper._target_.endswith(BasicSweeper.__name__):
                 raise UserError(f"refit={config.refit} needs Hydra's own sweeper; set hydra/sweeper=basic")
             nodes = {json.dumps(OmegaConf.to_container(cfg.task, resolve=True)): cfg for cfg in _tasks(config)}
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(1) from error
         missing: dict[str, Exception] = {}
         for node, cfg in nodes.items():
             try:
