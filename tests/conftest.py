@@ -8,6 +8,7 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # a forked rank would wait for its parent's threads for ever
 
 import pytest
 import torch

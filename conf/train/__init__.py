@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from distilkit.errors import UserError
-from distilkit.sweeps import job_folder
+from distilkit.runs.sweeps import job_folder
 
 
 def _unless_steps(epochs: int, *, _parent_: Any, _root_: Any) -> int:
@@ -67,7 +67,7 @@ def _same_layers(folder: str) -> dict[str, list[int]]:
 
 def _suggest(*, _root_: Any) -> DictConfig:
     """Return what the trial of this job sets."""
-    from distilkit.search import suggest  # only a search needs Optuna
+    from distilkit.runs.search import suggest  # only a search needs Optuna
 
     return suggest(_root_.optuna, seed=_root_.seed)
 

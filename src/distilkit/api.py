@@ -22,7 +22,7 @@ from distilkit.cli import check_added, expand_home, keep_large_buffers, quiet, r
 from distilkit.data.corpus import write_documents
 from distilkit.errors import UserError
 from distilkit.language_model import Batch
-from distilkit.run_folder import release
+from distilkit.runs.run_folder import release
 from distilkit.train import build, run
 from distilkit.verdict import Verdict
 

@@ -28,12 +28,12 @@ from hydra.types import RunMode
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf, flag_override
 
-from distilkit import signals  # as a whole: a launcher's processes get a copy of what wrapped() names
-from distilkit.credentials import refuse_credentials
 from distilkit.errors import UserError, ends_command
-from distilkit.run_folder import release
-from distilkit.signals import ENDING, Stopped, command_again, first_rank, listening
-from distilkit.storage import storage_fault, writing
+from distilkit.runs import signals  # as a whole: a launcher's processes get a copy of what wrapped() names
+from distilkit.runs.credentials import refuse_credentials
+from distilkit.runs.run_folder import release
+from distilkit.runs.signals import ENDING, Stopped, command_again, first_rank, listening
+from distilkit.runs.storage import storage_fault, writing
 
 log = logging.getLogger(__name__)
 

@@ -15,12 +15,12 @@ import transformers
 from omegaconf import DictConfig
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, dynamic_module_utils
 
-from distilkit.checkpoints import read_checkpoint
 from distilkit.cli import check_added, report_errors
 from distilkit.errors import UserError
 from distilkit.language_model import build_from_config, lm_of_model, num_parameters
 from distilkit.model_card import student_card
-from distilkit.storage import permit_reading, storage_fault, temporary_folder, whole_folder
+from distilkit.runs.checkpoints import read_checkpoint
+from distilkit.runs.storage import permit_reading, storage_fault, temporary_folder, whole_folder
 
 log = logging.getLogger(__name__)
 

@@ -22,12 +22,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distilkit import losses
 from distilkit.budget import VIRTUAL_STEPS, Clock, run_over_time
-from distilkit.continued import wandb_id
 from distilkit.errors import UserError
 from distilkit.export import student_files
 from distilkit.language_model import LM, Batch, cast_parameters, lm_head
 from distilkit.numbers import Spikes
 from distilkit.objective import Objective, labelled_rows, real_rows
+from distilkit.runs.continued import wandb_id
 from distilkit.schedule import build_schedule, piecewise
 from distilkit.sharding import FullyShardedStrategy
 from distilkit.teacher import Teacher

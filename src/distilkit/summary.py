@@ -20,7 +20,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from distilkit.callbacks import CompareForms
-from distilkit.checkpoints import read_checkpoint
 from distilkit.data.corpus import Corpus
 from distilkit.errors import UserError
 from distilkit.export import export_checkpoint
@@ -29,6 +28,7 @@ from distilkit.model_card import is_text, teacher_metadata
 from distilkit.module import DistillationModule
 from distilkit.objective import Objective
 from distilkit.records import Rows, peak_memory_mb, read_metrics, read_rows, versions, write_json, write_rows
+from distilkit.runs.checkpoints import read_checkpoint
 from distilkit.schedule import show_points
 from distilkit.teacher import Teacher
 from distilkit.verdict import Verdict, find_faults, judge, relative_change, weight_sample

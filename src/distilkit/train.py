@@ -18,10 +18,8 @@ from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
 from transformers import PreTrainedModel
 
-from distilkit import same_run
 from distilkit.budget import parse_budget
 from distilkit.callbacks import ValidateEvery
-from distilkit.checkpoints import LAST, checkpoints_of, find_checkpoint, is_finished, read_checkpoint
 from distilkit.cli import (
     check_added,
     check_keys,
@@ -33,10 +31,8 @@ from distilkit.cli import (
     report_errors,
     set_matmul_precision,
 )
-from distilkit.continued import continue_loggers, continue_records
 from distilkit.data import DistillationDataModule
 from distilkit.errors import UserError
-from distilkit.interruption import StopOnSignal, folder_of_slurm_job, note_slurm_job
 from distilkit.language_model import (
     check_positions,
     checkpoint_activations,
@@ -47,17 +43,21 @@ from distilkit.language_model import (
 from distilkit.layers import METHODS
 from distilkit.module import DistillationModule
 from distilkit.objective import Objective
-from distilkit.peers import watching
 from distilkit.probe import probe
-from distilkit.ranks import ranks_on_config
 from distilkit.records import read_rows, write_json
-from distilkit.run_folder import hold
-from distilkit.saving import Checkpoints, WholeFiles
-from distilkit.signals import ENDING, listening, release
-from distilkit.storage import writing
+from distilkit.runs import same_run
+from distilkit.runs.checkpoints import LAST, checkpoints_of, find_checkpoint, is_finished, read_checkpoint
+from distilkit.runs.continued import continue_loggers, continue_records
+from distilkit.runs.interruption import StopOnSignal, folder_of_slurm_job, note_slurm_job
+from distilkit.runs.peers import watching
+from distilkit.runs.ranks import ranks_on_config
+from distilkit.runs.run_folder import hold
+from distilkit.runs.saving import Checkpoints, WholeFiles
+from distilkit.runs.signals import ENDING, listening, release
+from distilkit.runs.storage import writing
+from distilkit.runs.sweeps import take_up
 from distilkit.student import measure_layers
 from distilkit.summary import describe, finish, print_result
-from distilkit.sweeps import take_up
 from distilkit.teacher import Teacher
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import distilkit.train
-from distilkit.checkpoints import checkpoints_of, read_checkpoint
+from distilkit.runs.checkpoints import checkpoints_of, read_checkpoint
 from jobs import QUIET, SMALL, Outcome, call, only, spawn
 
 Go = Callable[..., Outcome]

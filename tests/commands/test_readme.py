@@ -23,7 +23,7 @@ COMMANDS = [each for each in FOUND if not {"--help", "--config-dir"} & set(each[
 def test_the_tree_names_every_file() -> None:
     tree = (DOCS / "files.md").read_text("utf-8").split("```")[1]
     source = Path(distilkit.__file__).parent
-    rooms = re.split(r"\n  (data|evaluate|report)/ .*", tree)
+    rooms = re.split(r"\n  (data|runs|evaluate|report)/ .*", tree)
     listed = {"": rooms[0], **dict(zip(rooms[1::2], rooms[2::2], strict=True))}
     missing = [
         str(file.relative_to(source))

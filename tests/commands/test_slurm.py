@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import distilkit.train
 from distilkit.errors import UserError
-from distilkit.interruption import StopOnSignal, folder_of_slurm_job, note_slurm_job, slurm_job
+from distilkit.runs.interruption import StopOnSignal, folder_of_slurm_job, note_slurm_job, slurm_job
 from jobs import QUIET, SMALL, call
 
 SCRIPTS = sorted((Path(__file__).parents[2] / "docs" / "slurm").glob("*.sbatch"))

@@ -15,10 +15,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 import distilkit.evaluate.__main__
-import distilkit.sweeps
 import distilkit.train
-from distilkit import cli, losses, search, sweeps
+from distilkit import cli, losses
 from distilkit.errors import UserError
+from distilkit.runs import search, sweeps
 from jobs import QUIET, SMALL, Outcome, call, only, spawn, write_rows
 
 
@@ -446,6 +446,6 @@ def test_overrides_are_the_same_however_their_numbers_are_written() -> None:
         "seed=12345678",
         "data.corpus.paths=[a-1.txt,2024/b]",
     ]
-    assert distilkit.sweeps._settings(written) == distilkit.sweeps._settings(recorded)
-    assert distilkit.sweeps._settings(["seed=12345678"]) != distilkit.sweeps._settings(["seed=12345679"])
-    assert distilkit.sweeps._settings(["name=v1.0"]) != distilkit.sweeps._settings(["name=v1.00"])
+    assert sweeps._settings(written) == sweeps._settings(recorded)
+    assert sweeps._settings(["seed=12345678"]) != sweeps._settings(["seed=12345679"])
+    assert sweeps._settings(["name=v1.0"]) != sweeps._settings(["name=v1.00"])

@@ -22,7 +22,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 from distilkit.data import cache, cache_folder, checksums
 from distilkit.data.text_files import TextFiles
-from distilkit import storage
+from distilkit.runs import storage
 
 folder, attempts = Path(sys.argv[1]), int(sys.argv[2])
 tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")

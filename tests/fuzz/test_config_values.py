@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import distilkit.train
 from distilkit.cli import quiet, user_cause
-from distilkit.run_folder import release
+from distilkit.runs.run_folder import release
 from jobs import QUIET, SMALL
 from tiny import make_documents
 

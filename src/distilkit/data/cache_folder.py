@@ -10,7 +10,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from distilkit.errors import UserError
-from distilkit.storage import whole_folder
+from distilkit.runs.storage import whole_folder
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from distilkit.evaluate.models import described, inputs_of, load_task_model, loa
 from distilkit.language_model import check_positions
 from distilkit.metrics import measure
 from distilkit.records import Result, cost, write_json, write_rows
-from distilkit.storage import permit_reading
+from distilkit.runs.storage import permit_reading
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from distilkit.evaluate.perplexity import LanguageScore, read_text
 from distilkit.language_model import lm_of
 from distilkit.losses import IGNORE_INDEX, soft_target_kl
 from distilkit.records import Result, cost
-from distilkit.storage import permit_reading
+from distilkit.runs.storage import permit_reading
 
 _SET = "wikitext-103-raw-v1"  # only scores on all of it may stand next to the published ones
 

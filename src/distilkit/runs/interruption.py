@@ -14,8 +14,8 @@ from pytorch_lightning.trainer.states import TrainerFn
 
 from distilkit.cli import changes_of_sweep
 from distilkit.errors import UserError
-from distilkit.ranks import starter
-from distilkit.signals import command_again, inbox
+from distilkit.runs.ranks import starter
+from distilkit.runs.signals import command_again, inbox
 
 log = logging.getLogger(__name__)
 

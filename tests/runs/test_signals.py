@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from distilkit.signals import Stopped, command_again, inbox, listening, release
+from distilkit.runs.signals import Stopped, command_again, inbox, listening, release
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def default_handlers() -> Iterator[None]:
 
 HELD = """
 import os, signal, time
-from distilkit.signals import inbox, listening, release
+from distilkit.runs.signals import inbox, listening, release
 with listening(signal.SIGTERM):
     inbox.held = True
     os.kill(os.getpid(), signal.SIGTERM)
@@ -36,7 +36,7 @@ with listening(signal.SIGTERM):
 """
 FORKED = """
 import os, signal, sys, time, types
-from distilkit.signals import inbox, listening
+from distilkit.runs.signals import inbox, listening
 sys.modules["torch.utils.data"] = types.SimpleNamespace(get_worker_info=lambda: {worker})
 with listening(signal.SIGTERM, signal.SIGINT):
     child = os.fork()

@@ -13,8 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
-from distilkit import search
 from distilkit.errors import UserError
+from distilkit.runs import search
 
 SPACE = ["optimizer.lr=tag(log,interval(1e-5,1e-3))", "data.epochs=int(interval(1,4))"]
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from distilkit.errors import UserError
-from distilkit.signals import first_rank
+from distilkit.runs.signals import first_rank
 
 log = logging.getLogger(__name__)
 

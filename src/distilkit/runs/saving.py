@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from distilkit.budget import parse_budget
-from distilkit.checkpoints import LAST, check
 from distilkit.errors import UserError
+from distilkit.runs.checkpoints import LAST, check
 
 
 class WholeFiles(TorchCheckpointIO):

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 
 import distilkit.train
-from distilkit import run_folder
 from distilkit.api import distill
 from distilkit.errors import UserError
+from distilkit.runs import run_folder
 from jobs import call
 from tiny import make_documents
 
 HOLD = """
 import sys
 from pathlib import Path
-from distilkit.run_folder import hold
+from distilkit.runs.run_folder import hold
 hold(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from distilkit.checkpoints import checkpoints_of, find_checkpoint, is_finished, read_checkpoint
 from distilkit.errors import UserError
+from distilkit.runs.checkpoints import checkpoints_of, find_checkpoint, is_finished, read_checkpoint
 
 CONFIG = {"name": "mine", "budget": None, "trainer": {"max_steps": 9, "max_epochs": -1}, "seed": 1}
 

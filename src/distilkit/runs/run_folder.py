@@ -8,7 +8,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from distilkit.errors import UserError, ends_command
-from distilkit.signals import first_rank
+from distilkit.runs.signals import first_rank
 
 _held: list[BaseFileLock] = []
 

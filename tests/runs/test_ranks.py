@@ -12,8 +12,8 @@ from hydra.core.hydra_config import HydraConfig
 from lightning_fabric.strategies.launchers.subprocess_script import _hydra_subprocess_cmd
 from omegaconf import OmegaConf
 
-from distilkit import ranks
-from distilkit.ranks import ranks_on_config, starter
+from distilkit.runs import ranks
+from distilkit.runs.ranks import ranks_on_config, starter
 
 
 def test_a_failed_job_of_a_sweep_ends_its_ranks_before_lightning_ends_this_process(

@@ -26,7 +26,7 @@ from pytorch_lightning.trainer.states import TrainerFn
 from distilkit.errors import UserError, ends_command
 from distilkit.module import DistillationModule
 from distilkit.records import write_json
-from distilkit.sweeps import PRUNED
+from distilkit.runs.sweeps import PRUNED
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ import distilkit.prepare
 import distilkit.report.__main__
 import distilkit.train
 from distilkit.api import distill
-from distilkit.credentials import refuse_credentials
 from distilkit.errors import UserError
+from distilkit.runs.credentials import refuse_credentials
 from jobs import QUIET, SMALL, call
 from tiny import make_documents
 

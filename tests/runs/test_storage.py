@@ -8,7 +8,7 @@ from socket import gethostname
 import pytest
 
 from distilkit.errors import UserError
-from distilkit.storage import temporary_folder, whole_folder, writing
+from distilkit.runs.storage import temporary_folder, whole_folder, writing
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])

@@ -12,7 +12,6 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 
 from distilkit.errors import UserError
-from distilkit.layers import METHODS
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +79,7 @@ def _compare(record: Mapping[str, Any], cfg: DictConfig) -> tuple[list[str], lis
         return [], []
     was, now = (dict(_leaves(each)) for each in (record["config"], OmegaConf.to_container(cfg, resolve=True)))
     choice = record.get("layer_choice")
-    if choice and now.get("student.layers") in METHODS:  # the record has the layers that were measured
+    if choice and isinstance(now.get("student.layers"), str):  # the record has the layers that were measured
         was["student.layers"] = choice["method"]
     applied: list[str] = []
     refused: list[str] = []

@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import flag_override
 
 from distilkit.cli import in_sweep
-from distilkit.signals import inbox
+from distilkit.runs.signals import inbox
 
 _STARTER = "DISTILKIT_STARTER"  # the id of the process that has started a rank
 _RANK_VARIABLES = (_STARTER, "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -17,8 +17,8 @@ from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from distilkit.errors import UserError
-from distilkit.ranks import starter
-from distilkit.signals import Stopped
+from distilkit.runs.ranks import starter
+from distilkit.runs.signals import Stopped
 
 _jobs = count()
 

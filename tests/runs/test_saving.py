@@ -22,11 +22,11 @@ from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from distilkit import saving
 from distilkit.callbacks import ValidateEvery
-from distilkit.checkpoints import checkpoints_of, find_checkpoint, read_checkpoint
 from distilkit.errors import UserError
-from distilkit.saving import Checkpoints, WholeFiles
+from distilkit.runs import saving
+from distilkit.runs.checkpoints import checkpoints_of, find_checkpoint, read_checkpoint
+from distilkit.runs.saving import Checkpoints, WholeFiles
 from test_module import Steps, build_module, uneven_step
 
 
@@ -272,7 +272,7 @@ class Time:
 @pytest.fixture
 def time(monkeypatch: pytest.MonkeyPatch) -> Time:
     clock = Time()
-    monkeypatch.setattr("distilkit.saving.monotonic", clock)
+    monkeypatch.setattr("distilkit.runs.saving.monotonic", clock)
     monkeypatch.setattr("distilkit.budget.perf_counter", clock)
     return clock
 

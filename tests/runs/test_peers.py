@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from distilkit.errors import UserError
-from distilkit.peers import watching
+from distilkit.runs.peers import watching
 
 SCRIPT = """
 import sys, time
-from distilkit.peers import watching
+from distilkit.runs.peers import watching
 with watching(num_nodes=1, seconds=3):
     print("here", flush=True)
     time.sleep(float(sys.argv[1]))
@@ -24,7 +24,7 @@ with watching(num_nodes=1, seconds=3):
 STARTER = """
 import subprocess, sys, time
 from pathlib import Path
-from distilkit.ranks import ranks_on_config
+from distilkit.runs.ranks import ranks_on_config
 with ranks_on_config(Path("config.yaml")):
     rank = subprocess.Popen([sys.executable, "-c", sys.argv[1], "600"])
     print(rank.pid, flush=True)
