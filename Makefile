@@ -22,7 +22,7 @@ test: $(INSTALLED)  ## run the tests but the slow ones
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow and not fuzz" -n auto --maxprocesses 4
 
 test-slow: $(INSTALLED)  ## run the slow tests: the wheel, several processes, the demo in short
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow -n auto --maxprocesses 2
 
 fuzz: $(INSTALLED)  ## give commands and readers wrong values and damaged files, 1,500 cases (15 minutes)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m fuzz tests/fuzz
