@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow torture fuzz audit lint format bench bench-quick bench-gpu bench-growth verify-published clean
+.PHONY: help demo test test-slow torture fuzz audit lint format bench bench-quick bench-gpu bench-growth verify-published release-check clean
 
 help:  ## show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ bench-growth: $(INSTALLED)  ## cost of loss and preparation by tokens, vocabular
 
 verify-published: $(INSTALLED)  ## fine-tune the published DistilBERT and compare with table 1 of the paper; hub, hours
 	$(BIN)/python -m benchmarks.published
+
+release-check:  ## build sdist and wheel of HEAD, install each in an empty environment, and distil there (10 minutes)
+	$(PYTHON) benchmarks/release.py
 
 clean:  ## remove everything that make created, including the demo's runs
 	rm -rf $(VENV) build dist outputs benchmarks/results *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
