@@ -12,9 +12,8 @@ from distilkit.language_model import check_split
 from distilkit.module import DistillationModule
 from distilkit.probe import probe
 from families import FAMILIES, family_teacher, table
-from test_model_card import RECORD
 from test_module import build_module, fit
-from tiny import full_batch
+from tiny import RECORD, full_batch
 
 README = Path(__file__).parent.parent / "README.md"
 

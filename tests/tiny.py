@@ -30,6 +30,19 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 32, "n_head": 4, "n_positions": 64, **_NO_IDS},
 }
 
+RECORD: dict[str, Any] = {  # of a run, for the card of its student
+    "name": "demo",
+    "version": "1.2.3",
+    "teacher": {"name": "google-bert/bert-base-uncased", "revision": "abc", "sha256": "x", "parameters": 110_000_000},
+    "objective": {"alpha_ce": 5.0, "temperature": 2.0},
+    "architecture": "DistilBertForMaskedLM",
+    "layers": [0, 2, 4],
+    "data": "docstrings",
+    "block_size": 64,
+    "global_batch_size": 16,
+    "metadata": {"license": "apache-2.0", "language": "en", "datasets": ["wikimedia/wikipedia"]},
+}
+
 
 def build_model(model_type: str, *, num_layers: int = 6, seed: int = 0, **fields: Any) -> PreTrainedModel:
     """Build a language model with random weights in eval mode, wide enough in scale for differences to show."""

@@ -326,6 +326,19 @@ def quiet() -> Iterator[None]:
                 transformers_logging.enable_progress_bar()
 
 
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Silence the warnings of other libraries, such as those on a new head or on missing torchvision."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
 def keep_large_buffers() -> bool:
     """Raise glibc's thresholds for returning memory, or return False with another C library.
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from distilkit import losses
 from distilkit.budget import VIRTUAL_STEPS, Clock, run_over_time
 from distilkit.errors import UserError
-from distilkit.export import student_files
+from distilkit.export.folder import student_files
 from distilkit.language_model import LM, Batch, cast_parameters, lm_head
 from distilkit.numbers import Spikes
 from distilkit.objective import Objective, labelled_rows, real_rows

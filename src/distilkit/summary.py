@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 from distilkit.callbacks import CompareForms
 from distilkit.data.corpus import Corpus
 from distilkit.errors import UserError
-from distilkit.export import export_checkpoint
+from distilkit.export.card import is_text, teacher_metadata
+from distilkit.export.folder import export_checkpoint
 from distilkit.language_model import num_parameters
-from distilkit.model_card import is_text, teacher_metadata
 from distilkit.module import DistillationModule
 from distilkit.objective import Objective
 from distilkit.records import Rows, peak_memory_mb, read_metrics, read_rows, versions, write_json, write_rows

@@ -10,7 +10,7 @@ import torch
 from hydra.errors import InstantiationException
 from transformers import BertModel, DistilBertForMaskedLM, PreTrainedTokenizerBase
 
-import distilkit.export
+import distilkit.export.__main__
 import distilkit.prepare
 import distilkit.train
 from distilkit.errors import UserError
@@ -510,18 +510,22 @@ def test_what_is_not_a_checkpoint_is_neither_resumed_nor_exported(
         "missing": "is no file",
     }
     refused(f"ckpt_path={file}", facts=[facts[damage]])
-    exported = call(distilkit.export.main, f"ckpt={file}", "out=student", cwd=tmp_path)
+    exported = call(distilkit.export.__main__.main, f"ckpt={file}", "out=student", cwd=tmp_path)
     assert_refused(exported, facts[damage])
     assert_nothing_half_made(tmp_path)
 
 
 def test_export_asks_for_what_is_missing_and_overwrites_nothing(finished: Path, tmp_path: Path) -> None:
-    assert_refused(call(distilkit.export.main, "out=x", cwd=tmp_path), "ckpt is not set", "ckpt=<file> out=<folder>")
+    assert_refused(
+        call(distilkit.export.__main__.main, "out=x", cwd=tmp_path), "ckpt is not set", "ckpt=<file> out=<folder>"
+    )
     ckpt = f"ckpt={finished}/checkpoints/last.ckpt"
-    assert_refused(call(distilkit.export.main, ckpt, cwd=tmp_path), "out is not set")
+    assert_refused(call(distilkit.export.__main__.main, ckpt, cwd=tmp_path), "out is not set")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    assert_refused(call(distilkit.export.main, ckpt, "out=mine", cwd=tmp_path), "mine exists", "choose another folder")
+    assert_refused(
+        call(distilkit.export.__main__.main, ckpt, "out=mine", cwd=tmp_path), "mine exists", "choose another folder"
+    )
     assert [file.name for file in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 

@@ -32,7 +32,7 @@ from transformers import (
 
 import distilkit
 import distilkit.data.cache
-import distilkit.export
+import distilkit.export.__main__
 import distilkit.prepare
 import distilkit.train
 from distilkit.module import DistillationModule
@@ -579,7 +579,7 @@ def logits_of(folder: Path) -> torch.Tensor:
 
 def test_export_turns_the_last_checkpoint_into_the_student_of_the_run(run: Run, tmp_path: Path) -> None:
     ckpt = run.folder / "checkpoints" / "last.ckpt"
-    done = call(distilkit.export.main, f"ckpt={ckpt}", "out=exported", cwd=tmp_path)
+    done = call(distilkit.export.__main__.main, f"ckpt={ckpt}", "out=exported", cwd=tmp_path)
     assert done.code == 0, done.err
     said = json.loads(done.out.splitlines()[-1])
     assert said == {"out": str(tmp_path / "exported"), "parameters": run.summary["student_parameters"]}
@@ -1009,7 +1009,7 @@ def test_all_folders_may_begin_with_the_home_folder(
         "~/m", paths="~/t.txt", out="~/second", overrides=[*SMALL[1:], *QUIET, *folders[1:2]], max_steps=1
     )
     assert result.path == tmp_path / "second" / "student"
-    exported = call(distilkit.export.main, 'ckpt="~/run/checkpoints/last.ckpt"', 'out="~/mine"', cwd=tmp_path)
+    exported = call(distilkit.export.__main__.main, 'ckpt="~/run/checkpoints/last.ckpt"', 'out="~/mine"', cwd=tmp_path)
     assert exported.code == 0, exported.err
     assert (tmp_path / "mine" / "model.safetensors").is_file()
     assert not (tmp_path / "~").exists()

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForQuestionAnswering, AutoModelForTokenClassification
 
 import distilkit.evaluate.__main__
-import distilkit.evaluate.onnx_export
+import distilkit.export.onnx
 from distilkit.errors import UserError
 from distilkit.evaluate.backends import check_backends, in_backend
 from distilkit.metrics import agreement, kl
@@ -90,7 +90,7 @@ def test_other_backends_and_missing_packages_are_refused_before_training(
         assert (done.code, "it takes a list of bf16, onnx, int8, each once" in done.err) == (1, True), done.err
     done = call(distilkit.evaluate.__main__.main, "model=m", "task=speed", "backends=[onnx]", cwd=tmp_path)
     assert "backends=['onnx'], but task=speed trains no model; set backends=[]" in done.err
-    monkeypatch.setattr(distilkit.evaluate.onnx_export, "PACKAGES", ("onnx", "onnx_of_nobody"))
+    monkeypatch.setattr(distilkit.export.onnx, "PACKAGES", ("onnx", "onnx_of_nobody"))
     check_backends(["bf16"])
     with pytest.raises(UserError, match=r"onnx_of_nobody cannot be imported: pip install 'distilkit\[onnx\]'"):
         check_backends(["int8"])

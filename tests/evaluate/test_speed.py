@@ -13,12 +13,12 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerBase
 
-import distilkit.evaluate.onnx_export
 import distilkit.evaluate.speed
+import distilkit.export.onnx
 import distilkit.timing
 from distilkit.errors import UserError
-from distilkit.evaluate.onnx_export import export_onnx, open_session, quantize_int8
 from distilkit.evaluate.speed import Candidate, Speed, encode, file_size
+from distilkit.export.onnx import export_onnx, open_session, quantize_int8
 from distilkit.language_model import num_parameters_without_embeddings
 from distilkit.records import Result, model_name
 from distilkit.timing import latency, seconds_in_turn, throughput, times_faster, torch_threads
@@ -375,7 +375,7 @@ def test_values_out_of_range_are_refused(
 def test_onnx_is_left_out_or_asked_for_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert build_speed(onnx="auto")._runtimes() == ["onnx", "onnx-int8"]
     assert build_speed(onnx=True, int8=False)._runtimes() == ["onnx"]
-    monkeypatch.setattr(distilkit.evaluate.onnx_export, "PACKAGES", ("onnx", "onnx_of_nobody"))
+    monkeypatch.setattr(distilkit.export.onnx, "PACKAGES", ("onnx", "onnx_of_nobody"))
     assert build_speed(onnx="auto")._runtimes() == []
     for key in ("onnx", "int8"):
         with pytest.raises(Exception) as raised:

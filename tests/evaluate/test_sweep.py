@@ -16,7 +16,7 @@ import distilkit.evaluate.sweep
 from distilkit import cli
 from distilkit.errors import UserError
 from distilkit.evaluate.sweep import SweepTasks, evaluation
-from distilkit.model_card import add_scores
+from distilkit.export.card import add_scores
 from distilkit.records import read_results
 from distilkit.report.quality import results_markdown
 from distilkit.report.runs import SweepReport

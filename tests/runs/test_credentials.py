@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import distilkit.evaluate.__main__
-import distilkit.export
+import distilkit.export.__main__
 import distilkit.prepare
 import distilkit.report.__main__
 import distilkit.train
@@ -62,7 +62,7 @@ def test_a_key_that_a_sweep_chooses_reaches_no_file(tmp_path: Path) -> None:
     ("entry", "given"),
     [
         (distilkit.prepare.main, ["data=text", "data.corpus.paths=x"]),
-        (distilkit.export.main, ["ckpt=x", "out=y"]),
+        (distilkit.export.__main__.main, ["ckpt=x", "out=y"]),
         (distilkit.evaluate.__main__.main, ["model=x"]),
         (distilkit.report.__main__.main, ["runs=[x]"]),
     ],

@@ -11,7 +11,7 @@ from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-import distilkit.export
+import distilkit.export.__main__
 import distilkit.prepare
 import distilkit.train  # noqa: F401 - once, for all forks
 from torture.damage import damages

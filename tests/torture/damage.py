@@ -99,7 +99,7 @@ def _checkpoint(place: Place, broken: Path, case: str, damage: Damage) -> Row:
     (file,) = cwd.rglob("last.ckpt")
     damage(file)
     if file.exists():
-        exported = run("export", f"ckpt={file}", f"out={cwd}/exported", cwd=cwd)
+        exported = run("export.__main__", f"ckpt={file}", f"out={cwd}/exported", cwd=cwd)
         row.expect(exported.status == 1 and not exported.crashed, f"export ended with status {exported.status}")
         row.expect(not (cwd / "exported").exists(), "it was exported")
     if damage is all_checkpoints:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distilkit.errors import UserError
-from distilkit.evaluate.onnx_export import PACKAGES, export_onnx, missing_packages, open_session, quantize_int8
+from distilkit.export.onnx import PACKAGES, export_onnx, missing_packages, open_session, quantize_int8
 
 BACKENDS = ("bf16", "onnx", "int8")
 

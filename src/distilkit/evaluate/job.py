@@ -18,7 +18,7 @@ from distilkit.cli import check_keys, check_names, in_sweep, set_matmul_precisio
 from distilkit.errors import UserError
 from distilkit.evaluate.backends import check_backends
 from distilkit.evaluate.models import resolved, tokenizer_id, weights_id
-from distilkit.model_card import add_scores
+from distilkit.export.card import add_scores
 from distilkit.records import FILE, Result, model_name, read_results, write_results
 from distilkit.report.frame import gather, task_label
 from distilkit.report.page import print_table

@@ -1,11 +1,8 @@
 """Load a model with a task's head, and the tokenizer that belongs to it."""
 
 import hashlib
-import logging
 import re
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,25 +11,13 @@ from huggingface_hub import hf_hub_download
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from distilkit.cli import silenced
 from distilkit.data.tokenizer import load_tokenizer, num_ids
 from distilkit.errors import UserError
 from distilkit.language_model import num_parameters, num_parameters_without_embeddings
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # of the models of all tasks
 _TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
-
-
-@contextmanager
-def silenced() -> Iterator[None]:
-    """Silence the warnings of other libraries, such as those on a new head or on missing torchvision."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 def resolved(name: str, *, revision: str) -> str:

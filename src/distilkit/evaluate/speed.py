@@ -16,8 +16,8 @@ from distilkit.data.text_files import TextFiles
 from distilkit.errors import UserError
 from distilkit.evaluate.job import Job
 from distilkit.evaluate.models import described, inputs_of, load_task_model, load_task_tokenizer, weights_id
-from distilkit.evaluate.onnx_export import PACKAGES, export_onnx, missing_packages, open_session, quantize_int8
 from distilkit.evaluate.rows import FileSplit, HubSplit, read_examples, rows_hash
+from distilkit.export.onnx import PACKAGES, export_onnx, missing_packages, open_session, quantize_int8
 from distilkit.language_model import max_positions, num_parameters
 from distilkit.records import Result, cost, model_name, processor
 from distilkit.timing import (

@@ -22,7 +22,7 @@ _ROOT = r"(?:~/|/|[A-Za-z]:\\)"
 _PATH = re.compile(rf"(?<='){_ROOT}[^']*|(?<=\"){_ROOT}[^\"]*|(?<![\w./:~-]){_ROOT}[^\s'\",;)\]]+")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _UNREADABLE = (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError)  # of a card
-_TEMPLATE = Path(__file__).with_name("model_card.md.j2")
+_TEMPLATE = Path(__file__).with_name("card.md.j2")
 
 
 def teacher_metadata(name: str) -> dict[str, Any]:

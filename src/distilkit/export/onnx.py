@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from distilkit.cli import silenced
 from distilkit.errors import UserError
-from distilkit.evaluate.models import silenced
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 

@@ -21,7 +21,7 @@ from transformers import (
     dynamic_module_utils,
 )
 
-import distilkit.export
+import distilkit.export.__main__
 import distilkit.train
 from distilkit.errors import UserError
 from distilkit.export import export_checkpoint, student_files
@@ -137,11 +137,11 @@ def test_a_student_with_code_of_its_own_is_trained_and_exported_with_it(
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
     ckpt = f"ckpt={run / 'checkpoints' / 'last.ckpt'}"
-    refused = call(distilkit.export.main, ckpt, "out=exported", cwd=tmp_path)
+    refused = call(distilkit.export.__main__.main, ckpt, "out=exported", cwd=tmp_path)
     assert refused.code == 1
     assert "holds code of its own (code/configuration_mine.py, code/deeper.py, " in refused.err
     assert "set trust_remote_code=true to run it" in refused.err
-    done = call(distilkit.export.main, ckpt, "out=exported", "trust_remote_code=true", cwd=tmp_path)
+    done = call(distilkit.export.__main__.main, ckpt, "out=exported", "trust_remote_code=true", cwd=tmp_path)
     assert done.code == 0, done.err
     again, _ = logits_in_a_new_process(tmp_path / "exported", tmp_path)
     assert torch.equal(again, logits)

@@ -11,21 +11,10 @@ from omegaconf import OmegaConf
 from distilkit.data.corpus import Concatenation
 from distilkit.data.docstrings import Docstrings
 from distilkit.data.hub import HubDataset, MultilingualWikipedia
-from distilkit.model_card import add_scores, student_card, teacher_metadata
+from distilkit.export.card import add_scores, student_card, teacher_metadata
 from distilkit.summary import _hub_datasets, card_metadata
+from tiny import RECORD
 
-RECORD: dict[str, Any] = {
-    "name": "demo",
-    "version": "1.2.3",
-    "teacher": {"name": "google-bert/bert-base-uncased", "revision": "abc", "sha256": "x", "parameters": 110_000_000},
-    "objective": {"alpha_ce": 5.0, "temperature": 2.0},
-    "architecture": "DistilBertForMaskedLM",
-    "layers": [0, 2, 4],
-    "data": "docstrings",
-    "block_size": 64,
-    "global_batch_size": 16,
-    "metadata": {"license": "apache-2.0", "language": "en", "datasets": ["wikimedia/wikipedia"]},
-}
 RESULTS = {"val/nll": 4.5, "val/perplexity": 90.017, "val/accuracy": 0.25, "val/agreement": 0.6}
 
 

@@ -10,15 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import hydra
-import transformers
-from omegaconf import DictConfig
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, dynamic_module_utils
 
-from distilkit.cli import check_added, report_errors
 from distilkit.errors import UserError
+from distilkit.export.card import student_card
 from distilkit.language_model import build_from_config, lm_of_model, num_parameters
-from distilkit.model_card import student_card
 from distilkit.runs.checkpoints import read_checkpoint
 from distilkit.runs.storage import permit_reading, storage_fault, temporary_folder, whole_folder
 
@@ -195,20 +191,3 @@ def export_checkpoint(
             raise UserError(f"{found} ({reason}); give another checkpoint of the run") from error
         card.save(temporary / "README.md")
     return model
-
-
-@hydra.main(version_base="1.3", config_path="pkg://distilkit.conf.train", config_name="export")
-@report_errors
-def main(cfg: DictConfig) -> None:
-    """Export ``ckpt`` to the folder ``out``."""
-    check_added(cfg, config="train/export.yaml")
-    transformers.utils.logging.disable_progress_bar()
-    for name in ("ckpt", "out"):
-        if cfg[name] is None:
-            raise UserError(f"{name} is not set: python -m distilkit.export ckpt=<file> out=<folder>")
-    model = export_checkpoint(cfg.ckpt, cfg.out, trust_remote_code=cfg.trust_remote_code)
-    print(json.dumps({"out": str(Path(cfg.out).resolve()), "parameters": num_parameters(model)}))
-
-
-if __name__ == "__main__":
-    main()
