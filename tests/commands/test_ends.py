@@ -42,32 +42,55 @@ def clock(seconds: float, **more: float) -> str:
 # ------------------------------------------------------------------------------- without a step
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        pytest.param((), id="with a table of metrics"),
-        pytest.param(("validate_first=false",), id="scored once, at the end"),
-        pytest.param((*QUIET, "teacher.dtype=float32"), id="without a logger"),
-        pytest.param(("teacher=none", "student=hf", "objective=mlm"), id="without a teacher"),
-    ],
-)
+STEPLESS = {
+    "with a table of metrics": (),
+    "scored once, at the end": ("validate_first=false",),
+    "without a logger": (*QUIET, "teacher.dtype=float32"),
+    "without a teacher": ("teacher=none", "student=hf", "objective=mlm"),
+}
+IN_ONE_PROCESS = """
+import dataclasses, json, sys
+from pathlib import Path
+from distilkit.train import main
+from jobs import call
+outcomes = [call(main, *arguments, cwd=Path.cwd()) for arguments in json.loads(sys.argv[1])]
+print(json.dumps([dataclasses.asdict(outcome) for outcome in outcomes]))
+"""
+
+
+@pytest.fixture(scope="module")
+def stepless(
+    text_file: Path, cache: Path, save_teacher: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Outcome, Path]]:
+    """Make runs of no steps in one process of their own, whose warnings are not those of pytest."""
+    folder, teacher, runs = tmp_path_factory.mktemp("stepless"), save_teacher("bert"), []
+    for number, more in enumerate(STEPLESS.values()):
+        models = ("teacher=hf", f"teacher.name={teacher}")
+        if "student=hf" in more:
+            models = (f"student.name={teacher}", f"tokenizer.name={teacher}")
+        given = *models, *SMALL, f"data.corpus.paths={text_file}", f"cache_dir={cache}", *more
+        runs.append([*given, "trainer.max_steps=0", f"hydra.run.dir={number}"])
+    environment = {"PYTHONPATH": str(TESTS)}
+    done = spawn("-c", IN_ONE_PROCESS, json.dumps(runs), cwd=folder, environment=environment)
+    assert done.code == 0, done.err
+    outcomes = [Outcome(**fields) for fields in json.loads(done.out.splitlines()[-1])]
+    return {
+        name: (outcome, folder / str(number))
+        for number, (name, outcome) in enumerate(zip(STEPLESS, outcomes, strict=True))
+    }
+
+
+@pytest.mark.parametrize("name", STEPLESS)
 def test_a_run_of_no_steps_scores_the_student_and_writes_it_as_it_was_cut(
-    more: tuple[str, ...],
-    given: tuple[str, ...],
-    tmp_path: Path,
+    name: str,
+    stepless: dict[str, tuple[Outcome, Path]],
     save_teacher: Callable[..., Path],
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    teacher = save_teacher("bert")
-    if "student=hf" in more:
-        given = *(item for item in given if not item.startswith("teacher")), f"student.name={teacher}"
-        more = *more, f"tokenizer.name={teacher}"
-    run = *given, *more, "trainer.max_steps=0", "hydra.run.dir=run"
-    done = spawn("-m", "distilkit.train", *run, cwd=tmp_path)
+    (done, folder), more, teacher = stepless[name], STEPLESS[name], save_teacher("bert")
     assert done.code == 0, done.err
     assert "Warning" not in done.err, done.err
     assert "WARNING" not in done.out, done.out
-    folder = tmp_path / "run"
     summary = summary_of(folder)
     assert summary["before"] == summary["after"] != {}
     assert (summary["optimizer_steps"], summary["tokens_seen"], summary["tokens_per_second"]) == (0, 0, None)
