@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 
 import distilkit.evaluate.sweep
+import distilkit.train
 from distilkit import cli
 from distilkit.errors import UserError
 from distilkit.evaluate.sweep import SweepTasks, evaluation
@@ -20,7 +21,7 @@ from distilkit.export.card import add_scores
 from distilkit.records import read_results
 from distilkit.report.quality import results_markdown
 from distilkit.report.runs import SweepReport
-from jobs import QUIET, SMALL, only, spawn, write_rows
+from jobs import QUIET, SMALL, call, only, spawn, write_rows
 from scores import said, scored, with_rows, write_training
 
 ROWS = ("full", "no_ce", "no_mlm", "no_cos", "random_init")
@@ -72,7 +73,8 @@ def test_the_sweep_ends_in_a_report_of_what_each_term_is_worth(command: list[str
 
 
 def test_what_is_wrong_with_a_task_is_said_before_anything_is_trained(command: list[str], tmp_path: Path) -> None:
-    done = spawn(*command, SHORT, f"ablation.data_dir={tmp_path}/nowhere", cwd=tmp_path)
+    arguments = command[2:]  # without -m distilkit.train
+    done = call(distilkit.train.main, "-m", *arguments, SHORT, f"ablation.data_dir={tmp_path}/nowhere", cwd=tmp_path)
     assert done.code == 1
     assert "nowhere is no folder" in done.err
     assert not list(tmp_path.glob("outputs/**/checkpoints"))
