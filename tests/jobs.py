@@ -38,6 +38,7 @@ SMALL = (  # steps of 16 blocks in two micro-batches, on one CPU
     "data.val_share=0.1",
     "data.max_val_blocks=6",
     "trainer=cpu",
+    "trainer.precision=32-true",
     "trainer.log_every_n_steps=1",
 )
 QUIET = ("logger=none", "callbacks.progress=null", "+trainer.enable_progress_bar=false")  # where nobody looks

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from distilkit.budget import VIRTUAL_STEPS, Clock, parse_budget, run_over_time
-from distilkit.callbacks import ProgressBar, ValidateEvery
+from distilkit.callbacks import ValidateEvery
 from distilkit.errors import UserError
 from distilkit.module import DistillationModule
 from distilkit.schedule import build_schedule
@@ -378,11 +378,3 @@ def test_the_seconds_of_a_checkpoint_of_an_earlier_version_count(
     module = budgeted(tokenizer, None)
     fit(module, Spend(time, 2.0), resume=tmp_path / "old.ckpt", max_steps=5)
     assert (module.clock.seconds, module.clock.wall) == (34.0, 34.0)
-
-
-def test_the_bar_shows_the_time_that_is_left(tokenizer: PreTrainedTokenizerBase, monkeypatch: Any) -> None:
-    monkeypatch.setattr(ProgressBar.__bases__[0], "get_metrics", lambda *_: {"v_num": 0})
-    module, trainer = budgeted(tokenizer, 5400.0), Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    module.clock.load_state_dict({"seconds": 1700.4, "wall": 0.0, "pace": 1.0})
-    assert ProgressBar().get_metrics(trainer, module) == {"left": "1:01:40"}
-    assert ProgressBar().get_metrics(trainer, budgeted(tokenizer, None)) == {}

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from pytorch_lightning import Trainer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from distilkit.callbacks import CompareForms, ProgressBar
+from distilkit.callbacks import CompareForms
 from distilkit.data import DistillationDataModule
 from distilkit.language_model import weight_hash
 from distilkit.module import DistillationModule
@@ -138,19 +137,3 @@ def test_no_comparison_is_made_where_it_is_off_or_says_nothing(start: Start, tmp
     assert start(alpha_ce=0.0).found is None  # the teacher's head may be untrained
     assert (found := start().found) is not None
     assert start(ckpt_path=tmp_path / "last.ckpt").found == found  # of the part before
-
-
-def test_the_bar_counts_micro_batches_and_no_epochs_where_steps_alone_end_the_run() -> None:
-    progress = SimpleNamespace(batch_progress=SimpleNamespace(current=SimpleNamespace(completed=0)))
-    given: Any = {"max_steps": 3, "num_training_batches": 10, "global_step": 0, "accumulate_grad_batches": 2}
-    bar: Any = ProgressBar()
-    clock = SimpleNamespace(budget=None, pace=2.0, left=7.0)
-    given |= {"fit_loop": SimpleNamespace(epoch_loop=progress), "lightning_module": SimpleNamespace(clock=clock)}
-    bar._trainer = SimpleNamespace(max_epochs=-1, **given)
-    assert (bar.total_train_batches, bar._get_train_description(0)) == (6, "Epoch 0")
-    bar._trainer.max_epochs = 3
-    assert (bar.total_train_batches, bar._get_train_description(0).strip()) == (6, "Epoch 0/2")
-    bar._trainer.max_steps, clock.budget = -1, 20.0
-    assert bar.total_train_batches == 8  # four steps of 2 seconds, of two micro-batches each
-    clock.pace = 0.0  # of no step yet
-    assert bar.total_train_batches == 10

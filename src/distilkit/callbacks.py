@@ -1,15 +1,13 @@
-"""Callbacks: validation by optimizer steps, a comparison of input forms, and a progress bar."""
+"""Callbacks: validation by optimizer steps, and a comparison of input forms."""
 
 import logging
 import math
 import sys
 from dataclasses import asdict
-from datetime import timedelta
-from typing import Any, cast
+from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import RichProgressBar
 
 from distilkit.data.batches import DistillationDataModule
 from distilkit.data.forms import Comparison, compare_forms
@@ -120,33 +118,3 @@ class CompareForms(Callback):
         if found.worse(data.packing):
             other = "documents" if data.packing == "blocks" else "blocks"
             log.warning("the teacher reads data.packing=%s clearly worse; set data.packing=%s", data.packing, other)
-
-
-class ProgressBar(RichProgressBar):
-    """Lightning's rich bar, with a total that respects ``max_steps`` and a budget."""
-
-    @property
-    def total_train_batches(self) -> int | float:
-        """Return the number of micro-batches of this epoch that will be trained."""
-        total: int | float = self.trainer.num_training_batches  # Lightning's own takes optimizer steps for batches
-        clock = cast(DistillationModule, self.trainer.lightning_module).clock
-        steps = self.trainer.max_steps - self.trainer.global_step  # left
-        if clock.budget is not None and clock.pace:
-            steps = math.ceil(clock.left / clock.pace)
-        elif self.trainer.max_steps < 0:
-            return total
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        return min(total, progress.completed + steps * self.trainer.accumulate_grad_batches)
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        endless = self.trainer.max_epochs in (None, -1)  # max_steps alone ends the run
-        return f"Epoch {current_epoch}" if endless else super()._get_train_description(current_epoch)
-
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Show losses and tokens/s, without a version number, because the run's folder identifies it."""
-        items = super().get_metrics(trainer, pl_module)
-        items.pop("v_num", None)
-        assert isinstance(pl_module, DistillationModule)
-        clock = pl_module.clock
-        left = {} if clock.budget is None else {"left": str(timedelta(seconds=round(clock.left)))}
-        return items | pl_module.shown | left

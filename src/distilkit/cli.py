@@ -29,6 +29,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf, flag_override
 
 from distilkit.errors import UserError, ends_command
+from distilkit.overrides import near, unknown_key
 from distilkit.runs import signals  # as a whole: a launcher's processes get a copy of what wrapped() names
 from distilkit.runs.credentials import refuse_credentials
 from distilkit.runs.run_folder import release
@@ -47,6 +48,8 @@ _shown: set[str] = set()  # where the errors were raised whose traceback was log
 
 def user_cause(error: Exception) -> Exception | None:
     """Return the user error behind ``error``, or None if it may be a bug, which needs the traceback."""
+    if unknown := unknown_key(error):
+        return unknown
     if full := storage_fault(error, None, cure="write to another disk, and set TMPDIR to a folder on another one"):
         return full
     refused = type(error).__name__ == "MisconfigurationException"  # Lightning's, whose import takes seconds
@@ -201,7 +204,8 @@ def check_names(names: Iterable[Any], known: Iterable[str], *, path: str) -> Non
     """Check that the keys of the config node at ``path`` are known."""
     for name in names:
         if name not in known:
-            raise UserError(f"{path}.{name} is unknown; {path} takes {', '.join(known)}")
+            meant = near(f"{path}.{name}", (f"{path}.{each}" for each in known))
+            raise UserError(f"{path}.{name} is unknown; {path} takes {', '.join(known)}{meant}")
 
 
 _OF_HYDRA = {"_target_", "_args_", "_partial_", "_convert_", "_recursive_"}

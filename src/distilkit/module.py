@@ -280,8 +280,9 @@ class DistillationModule(LightningModule):
         kept: Any = self.trainer._results  # Lightning would log what an earlier step found
         for name in self.objective.weights.keys() - sums.keys():
             kept.pop(f"training_step.train/loss_{name}", None)
-        self.shown["train/loss"] = sums[""]
-        self.log_dict({f"train/loss_{name}" if name else "train/loss": value for name, value in sums.items()})
+        losses_by_name = {f"train/loss_{name}" if name else "train/loss": value for name, value in sums.items()}
+        self.shown |= losses_by_name
+        self.log_dict(losses_by_name)
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
 
     def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
@@ -428,13 +429,13 @@ class DistillationModule(LightningModule):
                 values[name.replace("nll", "perplexity")] = mean.exp()
         self.val_metrics, self.val_blocks = {}, []
         scores = {f"val/{name}": float(value) for name, value in values.items()}
+        self.shown |= {name: scores[name] for name in ("val/loss", "val/nll", "val/accuracy") if name in scores}
         if self.trainer.sanity_checking:  # before the first step, where ``self.log`` has no effect
             self.before, self.before_blocks = scores, blocks
             for logger in self.trainer.loggers:
                 logger.log_metrics(scores, step=0)
             return
         self.after, self.after_blocks = scores, blocks
-        self.shown |= {name: scores[name] for name in ("val/loss", "val/accuracy")}
         self.log_dict(scores)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -7,8 +7,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from distilkit.cli import check_added, check_keys, report_errors
+from distilkit.overrides import explain_keys
 
 
+@explain_keys
 @hydra.main(version_base="1.3", config_path="pkg://distilkit.conf.train", config_name="prepare")
 @report_errors
 def main(cfg: DictConfig) -> None:

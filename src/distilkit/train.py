@@ -3,6 +3,7 @@
 import logging
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ from distilkit.language_model import (
 from distilkit.layers import METHODS
 from distilkit.module import DistillationModule
 from distilkit.objective import Objective
+from distilkit.overrides import explain_keys
+from distilkit.precision import choose_precision
 from distilkit.probe import probe
 from distilkit.records import read_rows, write_json
 from distilkit.runs import same_run
@@ -53,7 +56,7 @@ from distilkit.runs.peers import watching
 from distilkit.runs.ranks import ranks_on_config
 from distilkit.runs.run_folder import hold
 from distilkit.runs.saving import Checkpoints, WholeFiles
-from distilkit.runs.signals import ENDING, listening, release
+from distilkit.runs.signals import ENDING, first_rank, listening, release
 from distilkit.runs.storage import writing
 from distilkit.runs.sweeps import take_up
 from distilkit.student import measure_layers
@@ -110,12 +113,13 @@ def build(cfg: DictConfig) -> Job:
         requeued=folder_of_slurm_job(out.parent) if cfg.ckpt_path == "auto" else None,
     )
     record = logged = None
+    saved: Any = read_checkpoint(checkpoint) if checkpoint else None
+    _choose_precision(cfg, saved)
     if checkpoint:
-        saved = read_checkpoint(checkpoint)
         same_run.check(saved, cfg, file=checkpoint)
         continue_loggers(cfg.logger, saved)
         record, logged = saved["distilkit"]["record"], (saved["global_step"], saved["distilkit"].get("row") or {})
-        del saved  # its tensors are mapped, which would keep the space of a file that is replaced
+    del saved  # its tensors are mapped, which would keep the space of a file that is replaced
     cfg.ckpt_path = str(checkpoint) if checkpoint else None
     cfg.baseline = find_baseline(cfg.baseline, out, in_sweep=in_sweep())
     set_matmul_precision(cfg.matmul_precision)
@@ -311,6 +315,19 @@ def _apply_options(cfg: DictConfig, *, teacher: Teacher | None, student: PreTrai
         checkpoint_activations(student)
 
 
+def _choose_precision(cfg: DictConfig, saved: Mapping[str, Any] | None) -> None:
+    """Set ``trainer.precision=auto`` to what fits the device, and log why; ranks started from here read the choice."""
+    if cfg.trainer.get("precision") != "auto":
+        return
+    was = saved["distilkit"]["record"].get("config", {}).get("trainer", {}).get("precision") if saved else None
+    alone = cfg.trainer.get("devices", 1) in (1, "1", "auto") and cfg.trainer.get("num_nodes", 1) == 1
+    cfg.trainer.precision, reason = choose_precision(
+        accelerator=str(cfg.trainer.get("accelerator", "auto")), before=was, alone=alone
+    )
+    if first_rank():
+        log.info("trainer.precision=auto takes %s: %s", cfg.trainer.precision, reason)
+
+
 def _build_trainer(cfg: DictConfig) -> Trainer:
     """Build the trainer with its callbacks and loggers."""
     plain: Any = {"_convert_": "all"}  # Lightning compares types: max_time may be a dict, but not a DictConfig
@@ -385,6 +402,7 @@ def _score(job: Job) -> None:
     job.trainer.validate(job.module, datamodule=job.data, verbose=False)
 
 
+@explain_keys
 @hydra.main(version_base="1.3", config_path="pkg://distilkit.conf.train", config_name="train")
 @report_errors
 def main(cfg: DictConfig) -> float:

@@ -52,7 +52,13 @@ def test_a_second_run_in_the_same_folder_is_refused_at_its_start(taken: Path, tm
 
 def test_distill_is_refused_too(taken: Path, tmp_path: Path, save_teacher: object) -> None:
     overrides = ["objective=mlm", "tokenizer=wordpiece", "tokenizer.vocab_size=120", f"cache_dir={tmp_path / 'cache'}"]
-    overrides += ["data.block_size=16", "data.global_batch_size=2", "data.val_share=0.2", "trainer=cpu"]
+    overrides += [
+        "data.block_size=16",
+        "data.global_batch_size=2",
+        "data.val_share=0.2",
+        "trainer=cpu",
+        "trainer.precision=32-true",
+    ]
     small = "student.config={hidden_size: 8, num_hidden_layers: 1, num_attention_heads: 1, intermediate_size: 8}"
     with pytest.raises(UserError, match="another process trains into .*run; wait for its end"):
         distill(None, student="new", text=make_documents(30), out=taken, max_steps=1, overrides=[*overrides, small])

@@ -21,7 +21,9 @@ def whole() -> DictConfig:
     """The config of a command, as it is composed."""
     given = ["teacher=hf", "teacher.name=/old/teacher", "data=text", "data.corpus.paths=[/old/a.txt,/old/b.txt]"]
     with initialize_config_module("distilkit.conf.train", version_base="1.3"):
-        return compose("train", [*given, "trainer=cpu", "trainer.max_steps=10", "output_dir=/runs/a"])
+        return compose(
+            "train", [*given, "trainer=cpu", "trainer.precision=32-true", "trainer.max_steps=10", "output_dir=/runs/a"]
+        )
 
 
 @pytest.fixture

@@ -35,7 +35,8 @@ Chunk = dict[str, tuple[int, NDArray[Any]]]  # by split: a number of documents, 
 
 FORMAT = 1  # increase it when the meaning of the files changes
 
-_MANY_UNKNOWN, _MOST_UNKNOWN = 0.1, 0.9  # shares of unknown tokens that are worth a warning, and that end the run
+_MANY_UNKNOWN, _MOST_UNKNOWN = 0.01, 0.9  # shares of unknown tokens that are worth a warning, and that end the run
+_CURE = "choose a teacher of the text's language, or train a tokenizer on it (tokenizer=bpe teacher=none student=new)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,21 +140,22 @@ def open_cache(folder: Path, tokenizer: PreTrainedTokenizerBase, *, verify: bool
     return TokenCache(folder=folder, tokens=tokens, token_counts=counts, meta=meta)
 
 
-def _check_known(counts: NDArray[np.int64], tokenizer: PreTrainedTokenizerBase, *, where: str) -> None:
-    """Refuse a training split of which nearly all tokens are unknown to the tokenizer: there is nothing to learn."""
+def unknown_share(counts: NDArray[np.int64], tokenizer: PreTrainedTokenizerBase) -> float | None:
+    """Return the share of unknown tokens in counts by id, without separators; None if the tokenizer knows all text."""
     unknown, separator = tokenizer.unk_token_id, separator_id(tokenizer)
     total = int(counts.sum() - counts[separator])
-    if unknown is None or unknown == separator or not total:
+    return None if unknown is None or unknown == separator or not total else int(counts[unknown]) / total
+
+
+def _check_known(counts: NDArray[np.int64], tokenizer: PreTrainedTokenizerBase, *, where: str) -> None:
+    """Warn of a training split with many tokens that the tokenizer does not know, and refuse one of nearly no others."""
+    if (share := unknown_share(counts, tokenizer)) is None:
         return
-    share = int(counts[unknown]) / total
     found = f"{share:.1%} of the tokens of {where} are {tokenizer.unk_token}, unknown to the tokenizer"
     if share > _MOST_UNKNOWN:
-        raise UserError(
-            f"{found}; above {_MOST_UNKNOWN:.0%} there is nothing to learn: choose a teacher of the text's language, or "
-            "train a tokenizer on it (tokenizer=bpe)"
-        )
+        raise UserError(f"{found}; above {_MOST_UNKNOWN:.0%} there is nothing to learn: {_CURE}")
     if share > _MANY_UNKNOWN:
-        log.warning("%s; a tokenizer made for this text would know more", found)
+        log.warning("%s; above %.0f%% the student learns little of this text: %s", found, 100 * _MANY_UNKNOWN, _CURE)
 
 
 def split_of(document: str, *, val_share: float) -> Literal["train", "val"]:

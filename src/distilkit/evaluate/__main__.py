@@ -5,8 +5,10 @@ from omegaconf import DictConfig
 
 from distilkit.cli import check_added, keep_large_buffers, quiet, report_errors
 from distilkit.evaluate.job import evaluate
+from distilkit.overrides import explain_keys
 
 
+@explain_keys
 @hydra.main(version_base="1.3", config_path="pkg://distilkit.conf.evaluate", config_name="evaluate")
 @report_errors
 def main(cfg: DictConfig) -> float | None:

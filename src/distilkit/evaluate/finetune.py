@@ -171,6 +171,7 @@ class FinetuningModule(LightningModule):
         self.temperature, self.seed = temperature, seed
         self.tokens_seen: int | Tensor = 0  # a tensor on the device once it trains
         self.collected: dict[int, Logits] = {}
+        self.shown: dict[str, float] = {}  # on the host, for the progress
         self.strict_loading = False  # the teacher is in no checkpoint
         if teacher is not None:
             teacher.requires_grad_(False)
@@ -203,7 +204,8 @@ class FinetuningModule(LightningModule):
         self.tokens_seen += batch["attention_mask"].sum()
         log_every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by one of its connectors
         if log_every and (self.trainer.global_step + 1) % log_every == 0:
-            if not math.isfinite(float(loss.detach())):
+            self.shown["train/loss"] = float(loss.detach())
+            if not math.isfinite(self.shown["train/loss"]):
                 raise UserError(
                     f"the loss is not finite at step {self.trainer.global_step}; lower finetune.lr={self.lr}"
                 )
@@ -221,7 +223,8 @@ class FinetuningModule(LightningModule):
         self.collected = {}
         task = cast(FinetuningTask, self.task)
         scores = measure(task.metrics, task.rows(logits, data.held_out, data.held_out_examples))
-        self.log("held_out", sum(scores.values()) / len(scores), prog_bar=True)
+        self.shown["held_out"] = sum(scores.values()) / len(scores)
+        self.log("held_out", self.shown["held_out"])
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[int, Logits]:
         """Return the logits of each feature by its ``row``."""

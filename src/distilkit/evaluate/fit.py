@@ -12,7 +12,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Callback, Trainer, seed_everything
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar, Timer
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from pytorch_lightning.loggers import WandbLogger
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,6 +24,7 @@ from distilkit.evaluate.leaderboard import write_submission
 from distilkit.evaluate.models import described, inputs_of, load_task_model, load_task_tokenizer
 from distilkit.language_model import check_positions
 from distilkit.metrics import measure
+from distilkit.progress import ProgressBar
 from distilkit.records import Result, cost, write_json, write_rows
 from distilkit.runs.storage import permit_reading
 
@@ -172,7 +173,7 @@ def build_trainer(cfg: DictConfig, *, folder: Path, timer: Timer) -> Trainer:
     best: Any = {"monitor": "held_out", "mode": "max"}
     callbacks: list[Callback] = [timer]
     if cfg.trainer.enable_progress_bar:
-        callbacks.append(RichProgressBar())
+        callbacks.append(ProgressBar(every=cfg.progress_every))
     if cfg.finetune.patience is not None:
         callbacks.append(EarlyStopping(patience=cfg.finetune.patience, **best))
         callbacks.append(ModelCheckpoint(filename="best", save_weights_only=True, **checkpoints, **best))

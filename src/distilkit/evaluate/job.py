@@ -19,6 +19,7 @@ from distilkit.errors import UserError
 from distilkit.evaluate.backends import check_backends
 from distilkit.evaluate.models import resolved, tokenizer_id, weights_id
 from distilkit.export.card import add_scores
+from distilkit.precision import choose_precision
 from distilkit.records import FILE, Result, model_name, read_results, write_results
 from distilkit.report.frame import gather, task_label
 from distilkit.report.page import print_table
@@ -47,6 +48,7 @@ _NUMBERS: dict[str, tuple[type, float, float, bool]] = {  # kind, least, most, a
     "distil.alpha_ce": (float, 0, math.inf, True),
     "distil.temperature": (float, 0, math.inf, False),
     "seed": (int, 0, 2**32 - 1, True),  # what numpy takes
+    "progress_every": (float, 0, math.inf, False),
 }
 
 
@@ -195,6 +197,9 @@ def prepare(cfg: DictConfig, *, refit: bool = False) -> tuple[Task, Job]:
     """Check a job's settings, read its data, and return its task and what it is known by."""
     check_settings(cfg)
     set_matmul_precision(cfg.matmul_precision)
+    if cfg.trainer.get("precision") == "auto":
+        cfg.trainer.precision, reason = choose_precision(accelerator=str(cfg.trainer.accelerator))
+        log.info("trainer.precision=auto takes %s: %s", cfg.trainer.precision, reason)
     if cfg.card:
         check_card(cfg.model)
     for key in ("model", "teacher", "tokenizer"):

@@ -11,8 +11,10 @@ from distilkit.cli import check_added, report_errors
 from distilkit.errors import UserError
 from distilkit.export.folder import export_checkpoint
 from distilkit.language_model import num_parameters
+from distilkit.overrides import explain_keys
 
 
+@explain_keys
 @hydra.main(version_base="1.3", config_path="pkg://distilkit.conf.train", config_name="export")
 @report_errors
 def main(cfg: DictConfig) -> None:

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, ListConfig
 
 from distilkit.cli import check_added, report_errors
 from distilkit.errors import UserError
+from distilkit.overrides import explain_keys
 from distilkit.records import Result, distinct, find_runs, processor, read_results
 from distilkit.report import ablation, published, quality, retention, runs, speed
 from distilkit.report.ablation import Run
@@ -131,6 +132,7 @@ def write_report(
     return out / "report.md"
 
 
+@explain_keys
 @hydra.main(version_base="1.3", config_path="pkg://distilkit.conf.evaluate", config_name="report")
 @report_errors
 def main(cfg: DictConfig) -> None:
