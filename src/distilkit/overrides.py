@@ -21,23 +21,22 @@ from distilkit.errors import UserError
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_NEAR, _ELSEWHERE = 0.75, 0.1  # the least likeness, and what another group takes from it
+_NEAR, _ELSEWHERE = 0.7, 0.1  # the least likeness, and what another group takes from it
 
 # The first default of conf/*/trainer/auto.yaml: Hydra takes keys that are not in the file, and ``check_keys`` refuses
 # those that the Trainer does not take.
 ConfigStore.instance().store(
-    group="trainer", name="any_argument", node=OmegaConf.create({}, flags={"struct": False}), provider="distilkit"
+    group="trainer", name="_open", node=OmegaConf.create({}, flags={"struct": False}), provider="distilkit"
 )
 
 
 def near(key: str, known: Iterable[str]) -> str:
-    """Return a question that names up to three known keys that are spelt like ``key``, or nothing."""
+    """Return a question that names up to three known keys whose last part is spelt like that of ``key``, or nothing."""
     group, _, name = key.rpartition(".")
 
     def likeness(other: str) -> float:
         its_group, _, its_name = other.rpartition(".")
-        whole, part = (SequenceMatcher(None, *each).ratio() for each in ((key, other), (name, its_name)))
-        return max(whole, part - _ELSEWHERE * (group != its_group))
+        return SequenceMatcher(None, name, its_name).ratio() - _ELSEWHERE * (group != its_group)
 
     found = sorted((-likeness(other), other) for other in set(known))
     names = [other for least, other in found if -least >= _NEAR][:3]
