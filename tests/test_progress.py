@@ -193,7 +193,7 @@ def test_a_terminal_has_two_lines(
         run.module.shown |= TERMS | HELD_OUT | {"tokens/s": 15234.0}
         run.train(steps=50, seconds=10.0)
         assert run.bar.screen.live is not None
-        console = run.bar.screen.live.console
+        console = run.bar.screen.console
         drawn = console.render_lines(run.bar.screen.render())
         lines = ["".join(part.text for part in line).rstrip() for line in drawn]
     finally:

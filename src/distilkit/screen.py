@@ -22,6 +22,7 @@ class Screen:
     def __init__(self) -> None:
         """Show nothing yet."""
         self.frame = ("", 0.0, "", "")  # label, share that is done, what stands at its right, and below
+        self.console = Console()
         self.live: Live | None = None
         self.notebook: Any = None  # IPython's handle of what is displayed
         self.changed = float("-inf")
@@ -34,9 +35,9 @@ class Screen:
 
     def open(self) -> None:
         """Begin the lines in a terminal or a notebook; what is logged then goes above them."""
-        console = Console()
         if self.is_open:
             return
+        self.console = console = Console()
         if console.is_jupyter:
             from IPython.display import display
 
@@ -82,11 +83,10 @@ class Screen:
     def render(self) -> Group:
         """Return what a terminal shows: two lines, cut at its width."""
         label, share, right, below = self.frame
-        assert self.live is not None
         head = Table.grid(padding=(0, 1), expand=True)
         head.add_column(no_wrap=True)
         head.add_column(ratio=1)
         head.add_column(no_wrap=True, justify="right")
         head.add_row(label, Bar(total=1.0, completed=share), right)
-        head.width = min(self.live.console.width, _WIDEST)
+        head.width = min(self.console.width, _WIDEST)
         return Group(head, Text(below, no_wrap=True, overflow="ellipsis"))
