@@ -218,6 +218,7 @@ class ProgressBar(LightningBar):
         now, found = perf_counter(), _held_out(getattr(pl_module, "shown", {}))
         training = self.enabled and not trainer.sanity_checking and trainer.state.fn == "fit"
         if training and found and now - self.begin[0] >= self.every and self.screen.notebook is None:
+            self.told = now
             self._log(f"{self._steps()}: {found}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -229,7 +230,7 @@ class ProgressBar(LightningBar):
         self._measure(pl_module)
         parts = [_loss(shown), f"{self.rate:,.0f} tokens/s" if self.rate else "", _held_out(shown)]
         before = f", up to step {trainer.global_step:,}" if self.begin[1] else ""
-        line = f"trained {steps:,} steps in {duration(perf_counter() - self.begin[0])}{before}"
+        line = f"trained {steps:,} step{'s' * (steps != 1)} in {duration(perf_counter() - self.begin[0])}{before}"
         line = ": ".join(filter(None, (line, ", ".join(filter(None, parts)))))
         in_notebook = self.screen.end(line)
         self.screen.close()
