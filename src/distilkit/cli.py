@@ -29,6 +29,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf, flag_override
 
 from distilkit.errors import UserError, ends_command
+from distilkit.overrides import explain_keys as explain_keys  # which each command takes from here
 from distilkit.overrides import near, unknown_key
 from distilkit.runs import signals  # as a whole: a launcher's processes get a copy of what wrapped() names
 from distilkit.runs.credentials import refuse_credentials

@@ -6,8 +6,7 @@ import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from distilkit.cli import check_added, check_keys, report_errors
-from distilkit.overrides import explain_keys
+from distilkit.cli import check_added, check_keys, explain_keys, report_errors
 
 
 @explain_keys

@@ -26,6 +26,7 @@ from distilkit.cli import (
     check_keys,
     check_names,
     check_type,
+    explain_keys,
     in_sweep,
     keep_large_buffers,
     quiet,
@@ -44,7 +45,6 @@ from distilkit.language_model import (
 from distilkit.layers import METHODS
 from distilkit.module import DistillationModule
 from distilkit.objective import Objective
-from distilkit.overrides import explain_keys
 from distilkit.precision import choose_precision
 from distilkit.probe import probe
 from distilkit.records import read_rows, write_json

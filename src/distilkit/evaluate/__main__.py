@@ -3,9 +3,8 @@
 import hydra
 from omegaconf import DictConfig
 
-from distilkit.cli import check_added, keep_large_buffers, quiet, report_errors
+from distilkit.cli import check_added, explain_keys, keep_large_buffers, quiet, report_errors
 from distilkit.evaluate.job import evaluate
-from distilkit.overrides import explain_keys
 
 
 @explain_keys

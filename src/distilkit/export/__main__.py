@@ -7,11 +7,10 @@ import hydra
 import transformers
 from omegaconf import DictConfig
 
-from distilkit.cli import check_added, report_errors
+from distilkit.cli import check_added, explain_keys, report_errors
 from distilkit.errors import UserError
 from distilkit.export.folder import export_checkpoint
 from distilkit.language_model import num_parameters
-from distilkit.overrides import explain_keys
 
 
 @explain_keys

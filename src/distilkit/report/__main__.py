@@ -12,9 +12,8 @@ from pathlib import Path, PurePath
 import hydra
 from omegaconf import DictConfig, ListConfig
 
-from distilkit.cli import check_added, report_errors
+from distilkit.cli import check_added, explain_keys, report_errors
 from distilkit.errors import UserError
-from distilkit.overrides import explain_keys
 from distilkit.records import Result, distinct, find_runs, processor, read_results
 from distilkit.report import ablation, published, quality, retention, runs, speed
 from distilkit.report.ablation import Run
