@@ -1,5 +1,6 @@
 """Keys of the command line: any argument of Lightning's Trainer, and what an unknown key may have meant."""
 
+import contextlib
 import functools
 import inspect
 import os
@@ -63,7 +64,8 @@ def unknown_key(error: BaseException) -> UserError | None:
     root: Any = cause.parent_node._get_root()
     known = [key for key in _keys(root) if key.split(".")[0] != "hydra"]
     if "trainer" in root and "_target_" in root.trainer:
-        known += [f"trainer.{name}" for name in inspect.signature(get_class(root.trainer._target_)).parameters]
+        with contextlib.suppress(Exception):  # a class that cannot be imported is reported later
+            known += [f"trainer.{name}" for name in inspect.signature(get_class(root.trainer._target_)).parameters]
     if GlobalHydra.instance().is_initialized():
         known += GlobalHydra.instance().config_loader().list_groups("")
     key = str(cause.full_key)
