@@ -2,11 +2,19 @@
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from distilkit.export.folder import student_files
 from distilkit.language_model import Batch, lm_of, weight_hash
 from distilkit.losses import IGNORE_INDEX
 from distilkit.objective import Objective
@@ -116,3 +124,20 @@ def full_batch(*, lm: str, blocks: int = 16, length: int = 16, seed: int = 0) ->
         labels[:, :-1] = ids[:, 1:]
     labelled = (labels.flatten() >= 0).nonzero().squeeze(1)
     return {"input_ids": ids, "labels": labels, "labelled": labelled}
+
+
+def save_student(
+    file: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    model_type: str = "distilbert",
+    *,
+    num_layers: int = 1,
+    **record: Any,
+) -> Path:
+    """Write what a run leaves of its student: a checkpoint with its files and the record of ``RECORD``."""
+    student = build_model(model_type, num_layers=num_layers)
+    state = {f"student.{name}": tensor for name, tensor in student.state_dict().items()}
+    saved = {"record": {**RECORD, **record}, "tokens_seen": 1000, "files": student_files(student, tokenizer)}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"state_dict": state, "distilkit": saved}, file)
+    return file

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from distilkit.errors import UserError
 
 if TYPE_CHECKING:
-    from distilkit.api import Distilled, distill, replay
+    from distilkit.api import Distilled, distill, export_student, replay
     from distilkit.data import DistillationDataModule
     from distilkit.module import DistillationModule
     from distilkit.objective import Objective
@@ -29,6 +29,7 @@ __all__ = [
     "__version__",
     "cut_student",
     "distill",
+    "export_student",
     "load_teacher",
     "replay",
 ]
@@ -41,6 +42,7 @@ _MODULES = {
     "Objective": "distilkit.objective",
     "cut_student": "distilkit.student",
     "distill": "distilkit.api",
+    "export_student": "distilkit.api",
     "load_teacher": "distilkit.teacher",
     "replay": "distilkit.api",
 }

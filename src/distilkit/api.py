@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from distilkit.cli import check_added, expand_home, keep_large_buffers, quiet, replace_unprintable, user_cause
 from distilkit.data.corpus import write_documents
 from distilkit.errors import UserError
+from distilkit.export.__main__ import export
 from distilkit.language_model import Batch
 from distilkit.runs.run_folder import release
 from distilkit.train import build, run
@@ -113,6 +114,37 @@ def distill(
     return Distilled(path=job.out / "student", run=job.out, before=before, metrics=after, verdict=job.module.verdict)
 
 
+def export_student(
+    ckpt: str | Path,
+    out: str | Path,
+    *,
+    formats: Sequence[str] | None = None,
+    texts: Sequence[str] | str | Path | None = None,
+    push_to_hub: str | None = None,
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Export a checkpoint as ``python -m distilkit.export`` does, and return what that prints.
+
+    ``formats`` holds hf, onnx and onnx_int8, ``texts`` are sentences or a file of them, and ``overrides`` are those of
+    the command line. The values of conf/train/export.yaml are taken for what is not given.
+    Example::
+
+        made = distilkit.export_student("runs/a/checkpoints/best.ckpt", "my-student", formats=["hf", "onnx"])
+        made["onnx"]["difference"]
+    """
+    with _isolated(), quiet():
+        cfg = _compose(list(overrides), name="export")
+        cfg.ckpt, cfg.out = _literal(ckpt), _literal(out)
+        if formats is not None:
+            cfg.formats = list(formats)
+        if texts is not None:
+            cfg.texts = _literal(texts) if isinstance(texts, str | Path) else [_literal(text) for text in texts]
+        if push_to_hub is not None:
+            cfg.push_to_hub = push_to_hub
+        expand_home(cfg)
+        return export(cfg)
+
+
 def replay(
     run: str | Path, *, epoch: int, step: int, rank: int = 0, world_size: int = 1, progress: float = 0.0
 ) -> list[Batch]:
@@ -138,10 +170,10 @@ def _literal(path: str | Path) -> str:
     return str(path).replace("${", "\\${")
 
 
-def _compose(overrides: list[str]) -> DictConfig:
+def _compose(overrides: list[str], *, name: str = "train") -> DictConfig:
     with initialize_config_module("distilkit.conf.train", version_base="1.3"):
-        cfg = compose("train", overrides)
-    check_added(cfg, config="train/train.yaml", overrides=overrides)
+        cfg = compose(name, overrides)
+    check_added(cfg, config=f"train/{name}.yaml", overrides=overrides)
     if "sweep" in {override.lstrip("+").partition("=")[0] for override in overrides}:
         raise UserError("sweep= needs python -m distilkit.train; from Python, call distill once for each run")
     return cfg

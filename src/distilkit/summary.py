@@ -25,9 +25,19 @@ from distilkit.errors import UserError
 from distilkit.export.card import is_text, teacher_metadata
 from distilkit.export.folder import export_checkpoint
 from distilkit.language_model import num_parameters
+from distilkit.metrics import ratio_of_sums
 from distilkit.module import DistillationModule
 from distilkit.objective import Objective
-from distilkit.records import Rows, peak_memory_mb, read_metrics, read_rows, versions, write_json, write_rows
+from distilkit.records import (
+    Rows,
+    peak_memory_mb,
+    processor,
+    read_metrics,
+    read_rows,
+    versions,
+    write_json,
+    write_rows,
+)
 from distilkit.runs.checkpoints import read_checkpoint
 from distilkit.schedule import show_points
 from distilkit.teacher import Teacher
@@ -186,39 +196,52 @@ def _judge(module: DistillationModule, *, out: Path, steps: int, baseline: str |
     )
 
 
+def _intervals(rows: Rows | None) -> dict[str, float]:
+    """Return half of the 95 % interval of held-out scores over blocks, of those that have one."""
+    sums = {} if rows is None else rows.sums
+    margins = {
+        name: ratio_of_sums(sums[name], sums["tokens"])[1] for name in ("nll", "accuracy", "agreement") if name in sums
+    }
+    return {name: margin for name, margin in margins.items() if margin is not None and np.isfinite(margin)}
+
+
 def finish(trainer: Trainer, module: DistillationModule, *, out: Path, baseline: str | None) -> None:
     """Write student/, summary.json and loss_curves.png into a run's folder; compare with the run of ``baseline``."""
-    module.verdict = _judge(module, out=out, steps=trainer.global_step, baseline=baseline)
-    # Code of the student's own is that which was trained here.
-    ckpt, made, line = out / "checkpoints" / "last.ckpt", out / "student", module.verdict.line
-    student = export_checkpoint(ckpt, made, results=module.after, verdict=line, trust_remote_code=True)
+    verdict = module.verdict = _judge(module, out=out, steps=trainer.global_step, baseline=baseline)
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by one of its connectors
     forms = next((callback.found for callback in callbacks if isinstance(callback, CompareForms)), None)
     record, clock = {name: value for name, value in module.record.items() if name != "config"}, module.clock
     if choice := record["layer_choice"]:
         record["layer_choice"] = {name: value for name, value in choice.items() if name != "table"}
-    write_json(
-        out / "summary.json",
-        {
-            **record,
-            "student_parameters": num_parameters(student),
-            "teacher_parameters": record["teacher"]["parameters"] if record["teacher"] else None,
-            "optimizer_steps": trainer.global_step,
-            "tokens_seen": module.tokens_seen,
-            "tokens_per_second": round(module.tokens_seen / clock.wall, 1) if clock.wall else None,
-            "wall_seconds": round(clock.wall, 1),
-            "training_seconds": round(clock.seconds, 3),
-            "budget_seconds": clock.budget,
-            "spikes": {name: int(spikes.count) for name, spikes in module.spikes.items()},
-            "skipped_steps": module.num_skipped,
-            "peak_memory_mb": peak_memory_mb(trainer.strategy.root_device),
-            "input_forms": asdict(forms) if forms else None,
-            "before": module.before,
-            "after": module.after,
-            "verdict": asdict(module.verdict),
-            "versions": versions(),
-        },
-    )
+    device, compared = trainer.strategy.root_device, baseline and verdict.better_than_baseline is not None
+    summary = {
+        **record,
+        "student_parameters": None,  # until it is exported
+        "teacher_parameters": record["teacher"]["parameters"] if record["teacher"] else None,
+        "optimizer_steps": trainer.global_step,
+        "tokens_seen": module.tokens_seen,
+        "tokens_per_second": round(module.tokens_seen / clock.wall, 1) if clock.wall else None,
+        "wall_seconds": round(clock.wall, 1),
+        "training_seconds": round(clock.seconds, 3),
+        "budget_seconds": clock.budget,
+        "spikes": {name: int(spikes.count) for name, spikes in module.spikes.items()},
+        "skipped_steps": module.num_skipped,
+        "machine": f"{trainer.world_size} processes on " * (trainer.world_size > 1) + processor(str(device)),
+        "peak_memory_mb": peak_memory_mb(device),
+        "input_forms": asdict(forms) if forms else None,
+        "before": module.before,
+        "after": module.after,
+        "intervals": _intervals(_rows(module.after_blocks if module.after else {})),
+        "baseline_after": json.loads((Path(baseline or "") / "summary.json").read_text("utf-8"))["after"]
+        if compared
+        else None,
+        "verdict": asdict(verdict),
+        "versions": versions(),
+    }
+    # Code of the student's own is that which was trained here.
+    ckpt = out / "checkpoints" / "last.ckpt"
+    student = export_checkpoint(ckpt, out / "student", summary=summary, trust_remote_code=True)
+    write_json(out / "summary.json", summary | {"student_parameters": num_parameters(student)})
     if (out / "metrics.csv").is_file():
         _plot_curves(out / "metrics.csv", out / "loss_curves.png", title=record["name"])
 

@@ -30,6 +30,7 @@ NAMES = {
     "DistillationModule": "distilkit.module",
     "DistillationDataModule": "distilkit.data.batches",
     "distill": "distilkit.api",
+    "export_student": "distilkit.api",
     "Distilled": "distilkit.api",
     "replay": "distilkit.api",
     "UserError": "distilkit.errors",

@@ -205,8 +205,9 @@ def test_onnx_gives_torchs_logits_for_any_batch(
         for batch in [*single, *many]:
             types = torch.arange(batch["input_ids"].shape[1]) > 7
             batch["token_type_ids"] = types.long().expand_as(batch["input_ids"]).contiguous()
-    file = export_onnx(candidate.model, tmp_path / "onnx", example=single[0], name="tiny")
-    quantized = quantize_int8(file, tmp_path / "onnx-int8")
+    file = tmp_path / "onnx" / "model.onnx"
+    export_onnx(candidate.model, file, example=single[0], name="tiny", cure="")
+    quantized = quantize_int8(file, tmp_path / "onnx-int8" / "model.onnx")
     plain, int8 = (open_session(each, threads=1) for each in (file, quantized))
     for batch in [single[0], single[1], *many]:
         inputs = {key: tensor.numpy() for key, tensor in batch.items()}
@@ -230,7 +231,8 @@ def test_a_model_that_torch_cannot_export_is_named(
     candidate = load(save_teacher("bert", num_layers=1))
     monkeypatch.setattr(torch.onnx, "export", refuse)
     with pytest.raises(UserError, match=r"^tiny \(bert\) .* ONNX: no translation; set task.onnx=false$"):
-        export_onnx(candidate.model, tmp_path / "new", example=candidate.batches[0][0], name="tiny")
+        example, cure = candidate.batches[0][0], "set task.onnx=false"
+        export_onnx(candidate.model, tmp_path / "new", example=example, name="tiny", cure=cure)
 
 
 # ------------------------------------------------------------------------------- whole results

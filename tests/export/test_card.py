@@ -19,7 +19,7 @@ RESULTS = {"val/nll": 4.5, "val/perplexity": 90.017, "val/accuracy": 0.25, "val/
 
 
 def card(record: dict[str, Any] | None = None, **fields: Any) -> ModelCard:
-    given = {"results": RESULTS, "tokens_seen": 1000, "num_params": 66_000_000, "lm": "mlm", **fields}
+    given = {"summary": {"after": RESULTS}, "tokens_seen": 1000, "num_params": 66_000_000, "lm": "mlm", **fields}
     return student_card(RECORD | (record or {}), **given)
 
 
@@ -50,12 +50,12 @@ def test_the_hub_learns_what_the_student_is() -> None:
 def test_a_reader_learns_how_the_student_was_made() -> None:
     text = card().text
     for fact in (
-        "A DistilBertForMaskedLM of 66,000,000 parameters, distilled from `google-bert/bert-base-uncased` (revision `abc`, "
-        "110,000,000 parameters) with distilkit 1.2.3, by the method of [DistilBERT]",
+        "A DistilBertForMaskedLM of 66,000,000 parameters, distilled from `google-bert/bert-base-uncased` (110,000,000 "
+        "parameters) with distilkit 1.2.3, by the method of [DistilBERT]",
         "| layers kept | [0, 2, 4] |",
         "| objective | alpha_ce 5.0, temperature 2.0 |",
         "| block size | 64 tokens, 16 blocks a step |",
-        "| val/perplexity | 90.0170 |",
+        "| perplexity | 90.0170 |",
         'pipeline("fill-mask", "path/to/this/folder")("The capital of France is [MASK].")',
     ):
         assert fact in text
@@ -67,7 +67,7 @@ def test_a_reader_learns_how_the_student_was_made() -> None:
         (
             {"alpha_ce": 5.0},
             0,
-            ["made from `google-bert/bert-base-uncased` (revision", ", and not trained.", "pipeline("],
+            ["made from `google-bert/bert-base-uncased` (110", ", and not trained.", "pipeline("],
         ),
         (
             {"alpha_mlm": 1.0},
@@ -92,14 +92,74 @@ def test_a_card_claims_no_teaching_and_no_predictions_that_there_were_not(
     assert ("pipeline(" in text) == ("pipeline(" in facts)
 
 
+def test_scores_stand_beside_those_of_teacher_start_and_baseline_with_intervals() -> None:
+    after = {**RESULTS, "val/teacher_nll": 3.25, "val/teacher_accuracy": 0.5, "val/loss": 9.0}
+    before, baseline = {"val/nll": 6.5, "val/accuracy": 0.125}, {"val/nll": 5.5}
+    summary = {"after": after, "before": before, "baseline_after": baseline, "intervals": {"nll": 0.0625}}
+    made = card(summary={**summary, "verdict": {"line": "kept 50.0 % of it, by /home/me/x"}})
+    table = (
+        "| held-out text | teacher | before training | baseline | this model |\n|---|---:|---:|---:|---:|\n"
+        "| cross-entropy, nats per token | 3.2500 | 6.5000 | 5.5000 | 4.5000 ± 0.0625 |\n"
+        "| perplexity |  |  |  | 90.0170 |\n"
+        "| masked accuracy | 0.5000 | 0.1250 |  | 0.2500 |\n"
+        "| agreement with the teacher |  |  |  | 0.6000 |\n\n"
+        "Verdict: kept 50.0 % of it, by x. ± is half of a 95 % interval over held-out blocks. The baseline is another"
+    )
+    assert table in made.text
+
+
+def test_a_card_says_time_machine_energy_and_the_licence_of_the_data() -> None:
+    config = {"trainer": {"precision": "bf16-mixed"}, "student": {"layers": "half"}}
+    metadata = {**RECORD["metadata"], "data_license": ["cc-by-sa-4.0", "gfdl"]}
+    known = {"training_seconds": 9000.0, "machine": "NVIDIA H100", "energy_kwh": 1.5}
+    made = card({"config": config, "metadata": metadata}, summary=known, positions=512)
+    for fact in (
+        "| training time | 2.50 hours |\n| hardware | NVIDIA H100, precision bf16-mixed |\n| energy | 1.500 kWh |",
+        "| data licence | cc-by-sa-4.0, gfdl |",
+        "| chosen by | `student.layers=half`: at equal distances from the first to the last |",
+        "| teacher | `google-bert/bert-base-uncased`, commit `abc` |",
+        "It reads at most 512 tokens, and was trained on 64 at a time.",
+        "@article{sanh2019distilbert,",
+    ):
+        assert fact in made.text
+    assert "data_license" not in head(made.content)
+    assert "| data licence | not stated |" in card().text
+    assert "@inproceedings{wang2021minilmv2," in card({"objective": {"alpha_rel": 1.0}}).text
+
+
+@pytest.mark.parametrize(
+    ("metadata", "own", "given", "shown"),
+    [
+        ({"license": "mit"}, None, None, "`mit`, as the card of the teacher says.\nThe student holds"),
+        ({"license": "mit"}, None, "gpl-3.0", "`gpl-3.0`.\nThe teacher's own licence is `mit`. The student holds"),
+        ({"license": "mit"}, "mit", None, "`mit`.\nThe student holds"),
+        ({}, None, None, "None was stated. Ask the authors before you use or share the model.\nThe student holds"),
+    ],
+)
+def test_the_licence_of_the_teacher_is_carried_over(
+    metadata: dict[str, Any], own: str | None, given: str | None, shown: str
+) -> None:
+    made = card({"metadata": metadata, "config": {"card": {"license": own}}}, license=given)
+    assert f"## Licence\n\n{shown}" in made.text
+    assert made.data.license == (given or metadata.get("license"))
+
+
+def test_the_hub_reads_the_scores_back() -> None:
+    (nll, perplexity, accuracy) = ModelCard(card().content).data.eval_results
+    assert [each.metric_value for each in (nll, perplexity, accuracy)] == [4.5, 90.017, 0.25]
+    for each in (nll, perplexity, accuracy):
+        assert (each.task_type, each.dataset_type) == ("fill-mask", "held-out")
+        assert each.metric_name and each.dataset_name
+
+
 def test_a_causal_student_generates_and_one_without_a_teacher_has_no_base_model() -> None:
-    made = card({"teacher": None, "layers": None, "metadata": {}}, lm="clm", results={})
+    made = card({"teacher": None, "layers": None, "metadata": {}}, lm="clm", summary={})
     metadata = head(made.content)
     assert metadata["pipeline_tag"] == "text-generation"
     assert not {"base_model", "license", "model-index"} & set(metadata)
     assert "trained without a teacher" in made.text
-    assert 'pipeline("text-generation", "path/to/this/folder")("The capital of France is")' in made.text
-    assert "Results on" not in made.text
+    assert 'pipeline("text-generation", "path/to/this/folder")\nprint(write("The capital of France is"' in made.text
+    assert "## Held-out scores" not in made.text and "no scores of these weights" in made.text
     assert "| layers kept | none: random init |" in made.text
 
 

@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 import safetensors
 import torch
+from safetensors.torch import load_file
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -29,7 +32,7 @@ from distilkit.language_model import num_parameters
 from distilkit.student import cut_student, pretrained_student
 from distilkit.teacher import load_teacher
 from jobs import QUIET, SMALL, call, spawn
-from tiny import build_model, build_teacher, make_documents
+from tiny import build_model, build_teacher, make_documents, save_student
 
 CODE = {  # a model type of its own, in a folder of its own, which imports what imports
     "code/configuration_mine.py": """
@@ -422,3 +425,51 @@ def test_a_temporary_folder_that_is_full_is_named_with_the_cure(
     with pytest.raises(UserError, match=message):
         student_files(build_model("distilbert", num_layers=1), tokenizer)
     assert list(tmp_path.iterdir()) == []
+
+
+# --------------------------------------------------------------------------- what others load
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_of_16_bits_are_named_and_loaded(
+    dtype: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    file = save_student(tmp_path / "last.ckpt", tokenizer)
+    done = call(distilkit.export.__main__.main, f"ckpt={file}", "out=made", f"dtype={dtype}", cwd=tmp_path)
+    assert done.code == 0, done.err
+    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path / "made", dtype="auto")
+    assert loaded.dtype == getattr(torch, dtype)
+    state = torch.load(file, weights_only=True)["state_dict"]
+    for name, weight in loaded.state_dict().items():
+        assert torch.equal(weight, state[f"student.{name}"].to(weight.dtype))
+    assert load_file(tmp_path / "made" / "model.safetensors")["vocab_transform.weight"].dtype == loaded.dtype
+
+
+def test_a_weight_that_float16_cannot_hold_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    file = save_student(tmp_path / "last.ckpt", tokenizer)
+    saved = torch.load(file, weights_only=True)
+    saved["state_dict"]["student.vocab_transform.weight"][0, 0] = 70_000
+    torch.save(saved, file)
+    with pytest.raises(UserError, match=r"dtype=float16 cannot hold a weight of 7e\+04; set dtype=bfloat16 or float32"):
+        export_checkpoint(file, tmp_path / "made", dtype="float16")
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("model_type", ["distilbert", "roberta"])
+def test_sentence_transformers_takes_the_mean_of_the_last_states(
+    model_type: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    from sentence_transformers import SentenceTransformer  # which takes seconds
+
+    export_checkpoint(save_student(tmp_path / "last.ckpt", tokenizer, model_type), tmp_path / "made")
+    sentences, found = (
+        ["ba be bo.", "ga", *make_documents(2)],
+        SentenceTransformer(str(tmp_path / "made"), device="cpu"),
+    )
+    assert found.max_seq_length == {"distilbert": 64, "roberta": 63}[model_type]
+    model = AutoModel.from_pretrained(tmp_path / "made").eval()
+    batch = tokenizer(sentences, return_tensors="pt", padding=True, return_token_type_ids=False)
+    with torch.inference_mode():
+        states, real = model(**batch).last_hidden_state, batch["attention_mask"][..., None]
+    expected = (states * real).sum(dim=1) / real.sum(dim=1)
+    torch.testing.assert_close(torch.from_numpy(found.encode(sentences)), expected, rtol=1e-4, atol=1e-5)

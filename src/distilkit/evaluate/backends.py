@@ -37,9 +37,11 @@ def in_backend(name: str, model: PreTrainedModel, *, example: Mapping[str, Tenso
         yield copy.deepcopy(model).bfloat16()
         return
     with tempfile.TemporaryDirectory() as folder:
-        file = export_onnx(model.cpu(), Path(folder, "onnx"), example=example, name=label)
+        file = Path(folder, "onnx", "model.onnx")
+        cure = "leave onnx and int8 out of backends"
+        export_onnx(model.cpu(), file, example=example, name=label, cure=cure)
         if name == "int8":
-            file = quantize_int8(file, Path(folder, "int8"))
+            file = quantize_int8(file, Path(folder, "int8", "model.onnx"))
         yield _OnnxModel(open_session(file, threads=torch.get_num_threads()), config=model.config)
 
 

@@ -212,10 +212,11 @@ class Speed:
         files, example = candidate.onnx_files, candidate.batches[0][0]
         for runtime in self._runtimes():
             log.info("%s: exporting the %s model", candidate.job.name, runtime)
+            file, name = folder / runtime / "model.onnx", candidate.job.name
             if runtime == "onnx":
-                file = export_onnx(candidate.model, folder / runtime, example=example, name=candidate.job.name)
+                export_onnx(candidate.model, file, example=example, name=name, cure="set task.onnx=false")
             else:
-                file = quantize_int8(files["onnx"], folder / runtime)
+                quantize_int8(files["onnx"], file)
             files[runtime] = file
             size = sum(part.stat().st_size for part in file.parent.iterdir()) / 1e6
             candidate.scores[f"{runtime.replace('-', '_')}_mb"] = size

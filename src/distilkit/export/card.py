@@ -14,6 +14,11 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 log = logging.getLogger(__name__)
 
 _TAGS = ["knowledge-distillation", "distilkit"]
+_METRICS = {  # of the hub's model-index, with their names there
+    "nll": "cross-entropy, nats per token",
+    "perplexity": "perplexity",
+    "accuracy": "accuracy on labelled tokens",
+}
 _PIPELINES = {"mlm": "fill-mask", "clm": "text-generation"}
 _BEGIN, _END = "<!-- scores of distilkit.evaluate -->", "<!-- end of scores -->"
 _OLD_SCORES = re.compile(r"\A\s*## Scores\n+[^\n|]*\n+(\|[^\n]*\n)*")  # heading, introduction, table
@@ -53,55 +58,97 @@ def _last(path: str) -> str:
 def student_card(
     record: Mapping[str, Any],
     *,
-    results: Mapping[str, float],
+    summary: Mapping[str, Any],
     tokens_seen: int,
     num_params: int,
     lm: str,
-    verdict: str | None = None,
     mask_token: str = "[MASK]",
     own_code: bool = False,
+    positions: int | None = None,
+    onnx: Mapping[str, Any] | None = None,
+    license: str | None = None,
+    repo: str | None = None,
 ) -> ModelCard:
-    """Build the card of a student from the record of its run, and its ``results`` on held-out documents.
+    """Build the card of a student from the record of its run and its ``summary``, as far as that is known.
 
-    The example of a student with code of its own trusts that code, without which another model would be loaded.
+    The example loads ``repo``, and trusts a student's own code, without which another model would be loaded.
+    ``positions`` is the length of a text that the student reads, and ``onnx`` what was measured of its ONNX files.
     """
     teacher, pipeline = dict(record["teacher"] or {}), _PIPELINES[lm]
     # A card is published, where the folders of this machine are of no use.
-    corpus = record.get("config", {}).get("data", {}).get("corpus", {}).get("paths") or ()
+    config: Mapping[str, Any] = record.get("config", {})
+    corpus = config.get("data", {}).get("corpus", {}).get("paths") or ()
     data = " ".join(str(record["data"]).split())
     for path in sorted([corpus] if isinstance(corpus, str) else map(str, corpus), key=len, reverse=True):
         data = data.replace(path, _last(path))  # also with spaces
     name = " ".join(str(record["name"]).split())
     data, name = (_PATH.sub(lambda path: _last(path[0]), text) for text in (data, name))
-    verdict = verdict and _PATH.sub(lambda path: _last(path[0]), verdict)
+    verdict = _PATH.sub(lambda path: _last(path[0]), (summary.get("verdict") or {}).get("line", ""))
     base_model = teacher.get("name")
     if base_model and (teacher.get("folder") or not _HUB_ID.fullmatch(base_model) or Path(base_model).exists()):
         teacher["name"], base_model = _last(base_model), None
-    named: Any = {"task_type": pipeline, "dataset_type": "held-out", "dataset_name": f"held-out documents: {data}"}
-    scores = {name: results[f"val/{name}"] for name in ("nll", "perplexity", "accuracy") if f"val/{name}" in results}
+    given: dict[str, Any] = {**record.get("metadata", {})}
+    data_license, inherited = given.pop("data_license", None), given.get("license")
+    given |= {"license": license} if license else {}
+    after: Mapping[str, float] = summary.get("after") or {}
+    scores = {each: after[f"val/{each}"] for each in _METRICS if f"val/{each}" in after}
+    held_out: Any = {"task_type": pipeline, "dataset_type": "held-out", "dataset_name": f"held-out documents: {data}"}
     metadata = ModelCardData(
         base_model=base_model,
         library_name="transformers",
         pipeline_tag=pipeline,
-        tags=_TAGS,
+        tags=[*_TAGS, *(["onnx", "transformers.js"] if onnx else [])],
         model_name=(name if record["name"] else str(record["architecture"])) if scores else None,
-        eval_results=[EvalResult(**named, metric_type=name, metric_value=round(scores[name], 4)) for name in scores]
+        eval_results=[
+            EvalResult(**held_out, metric_type=each, metric_value=round(value, 4), metric_name=_METRICS[each])
+            for each, value in scores.items()
+        ]
         or None,
-        **record.get("metadata", {}),
+        **given,
     )
+    own = (config.get("card") or {}).get("license")
     facts: Any = {
         "record": {**record, "name": name, "data": data, "teacher": teacher},
-        "results": results,
+        "scores": _score_table(summary, lm=lm),
         "verdict": verdict,
-        "tokens_seen": tokens_seen,
-        "num_params": num_params,
-        "own_code": own_code,
+        "license": given.get("license"),
+        "teacher_license": None if own or not teacher else inherited,
+        "data_license": data_license,
+        "where": repo or "path/to/this/folder",
+        "blank": f" {mask_token}." if lm == "mlm" else "",
     }
-    blank = f" {mask_token}." if lm == "mlm" else ""
-    card: ModelCard = ModelCard.from_template(
-        metadata, template_path=str(_TEMPLATE), **facts, base_model=base_model, pipeline=pipeline, blank=blank
-    )
+    facts |= {
+        "summary": summary,
+        "config": config,
+        "onnx": onnx,
+        "positions": positions,
+        "own_code": own_code,
+        "lm": lm,
+    }
+    facts |= {"tokens_seen": tokens_seen, "num_params": num_params, "base_model": base_model, "pipeline": pipeline}
+    card: ModelCard = ModelCard.from_template(metadata, template_path=str(_TEMPLATE), **facts)
     return card
+
+
+def _score_table(summary: Mapping[str, Any], *, lm: str) -> list[list[str]]:
+    """Return the held-out scores as rows, the first a heading; ± is half of a 95 % interval over blocks."""
+    if not (after := summary.get("after")):
+        return []
+    columns = {
+        "teacher": {name.replace("teacher_", ""): value for name, value in after.items() if "teacher_" in name},
+        "before training": summary.get("before"),
+        "baseline": summary.get("baseline_after"),
+        "this model": after,
+    }
+    columns = {name: scores for name, scores in columns.items() if scores}
+    labels = {**_METRICS, "accuracy": f"{'masked' if lm == 'mlm' else 'next-token'} accuracy"}
+    rows = [["held-out text", *columns]]
+    for metric, label in {**labels, "agreement": "agreement with the teacher"}.items():
+        if (name := f"val/{metric}") in after:
+            rows.append([label, *(f"{scores[name]:.4f}" if name in scores else "" for scores in columns.values())])
+            if margin := (summary.get("intervals") or {}).get(metric):
+                rows[-1][-1] += f" ± {margin:.4f}"
+    return rows
 
 
 def add_scores(folder: Path, table: str, medians: Mapping[str, Mapping[str, float]]) -> bool:

@@ -6,19 +6,26 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, dynamic_module_utils
 
+from distilkit.data.tokenizer import load_tokenizer
 from distilkit.errors import UserError
 from distilkit.export.card import student_card
-from distilkit.language_model import build_from_config, lm_of_model, num_parameters
+from distilkit.export.hub import check_push
+from distilkit.export.parity import OnnxFiles
+from distilkit.language_model import build_from_config, cast_parameters, lm_of_model, max_positions, num_parameters
 from distilkit.runs.checkpoints import read_checkpoint
 from distilkit.runs.storage import permit_reading, storage_fault, temporary_folder, whole_folder
 
 log = logging.getLogger(__name__)
+
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 def student_files(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str | bytes]:
@@ -138,14 +145,19 @@ def export_checkpoint(
     ckpt: str | Path,
     out: str | Path,
     *,
-    results: Mapping[str, float] | None = None,
-    verdict: str | None = None,
+    summary: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
+    dtype: Dtype = "float32",
+    weights: bool = True,
+    onnx: OnnxFiles | None = None,
+    license: str | None = None,
+    repo: str | None = None,
 ) -> PreTrainedModel:
     """Export a checkpoint of a distilkit run as a folder that ``from_pretrained`` loads, and return the model.
 
-    The folder is written completely or not at all. The model card shows ``results``, metrics on held-out documents,
-    and their ``verdict``.
+    The folder is written completely or not at all. Without ``weights`` it has no safetensors, and with ``onnx`` it has
+    ONNX files. The model card shows what the run's ``summary`` knows, by default that of a summary.json which tells of
+    these weights, under ``license`` and with examples that load ``repo``, to which a push must be possible.
     A student with code of its own needs ``trust_remote_code``, which runs that code.
     """
     file, folder = Path(ckpt).expanduser(), Path(out).expanduser()
@@ -155,39 +167,106 @@ def export_checkpoint(
     saved = checkpoint["distilkit"]
     if os.path.lexists(folder):  # a link that leads nowhere, too
         raise UserError(f"{folder} exists; choose another folder, or delete it")
+    if repo:
+        check_push(repo, license=license, metadata=saved["record"].get("metadata", {}))
     with whole_folder(folder, cure="choose another folder") as temporary:
         _write_files(saved["files"], temporary, source=file)
         own_code = bool(code := _code(saved["files"]))
         if own_code and not trust_remote_code:
             found = f"{file} holds code of its own ({', '.join(code)})"
             raise UserError(f"{found}; read it, and set trust_remote_code=true to run it")
-        try:
+        with _sound(file, folder):
             config = AutoConfig.from_pretrained(temporary, trust_remote_code=trust_remote_code)
             model = build_from_config(config, trust_remote_code=trust_remote_code)
             state = {name.removeprefix("student."): tensor for name, tensor in checkpoint["state_dict"].items()}
-            model.load_state_dict(state, strict=True)
-            with tempfile.TemporaryDirectory(dir=temporary) as weights:
-                model.eval().save_pretrained(weights)
-                permit_reading(Path(weights))
-                for path in Path(weights).iterdir():
-                    if not (temporary / path.name).exists() and path.suffix != ".py":  # code is there, with its folders
-                        path.rename(temporary / path.name)
+            model.eval().load_state_dict(state, strict=True)
+            lm = lm_of_model(model)
+        measured = None
+        if onnx:
+            tokenizer = load_tokenizer(name=str(temporary), trust_remote_code=trust_remote_code)
+            measured = onnx.write(model, tokenizer, temporary, config=saved["record"].get("config", {}))
+        with _sound(file, folder):
+            if weights:
+                _write_weights(model, temporary, dtype=dtype)
+                if lm == "mlm" and hasattr(model.config, "hidden_size"):
+                    _write_pooling(model, temporary)
             mask_token = json.loads(saved["files"].get("tokenizer_config.json", "{}")).get("mask_token")
             card = student_card(
                 saved["record"],
-                results=results or {},
-                verdict=verdict,
+                summary=_summary_of(file, tokens_seen=saved["tokens_seen"]) if summary is None else summary,
                 tokens_seen=saved["tokens_seen"],
                 num_params=num_parameters(model),
-                lm=lm_of_model(model),
+                lm=lm,
                 mask_token=mask_token["content"] if isinstance(mask_token, dict) else mask_token or "[MASK]",
                 own_code=own_code,
+                positions=_positions(model),
+                onnx=measured,
+                license=license,
+                repo=repo,
             )
-        except Exception as error:  # of a config, weights or a record that were changed, or of a student's own code
-            if isinstance(error, UserError) or storage_fault(error, folder, cure=""):
-                raise
-            found = f"{file} holds no student that can be built"
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            raise UserError(f"{found} ({reason}); give another checkpoint of the run") from error
         card.save(temporary / "README.md")
     return model
+
+
+@contextmanager
+def _sound(file: Path, folder: Path) -> Iterator[None]:
+    """Turn errors of a config, weights or a record that were changed, or of a student's own code, into a ``UserError``."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or storage_fault(error, folder, cure=""):
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise UserError(f"{file} holds no student that can be built ({reason}); give another checkpoint") from error
+
+
+def _write_weights(model: PreTrainedModel, folder: Path, *, dtype: Dtype) -> None:
+    """Write the weights in a type of 16 or 32 bits, which config.json names; buffers stay as they are."""
+    if dtype != "float32":
+        to = getattr(torch, dtype)
+        large = max(float(weight.abs().max()) for weight in model.parameters() if weight.numel())
+        if large > torch.finfo(to).max:
+            raise UserError(f"dtype={dtype} cannot hold a weight of {large:.3g}; set dtype=bfloat16 or float32")
+        cast_parameters(model, to)
+        said = json.loads((folder / "config.json").read_text("utf-8")) | {"dtype": dtype}
+        text = json.dumps(said, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        (folder / "config.json").write_text(text, "utf-8")
+    with tempfile.TemporaryDirectory(dir=folder) as weights:
+        model.save_pretrained(weights)
+        permit_reading(Path(weights))
+        for path in Path(weights).iterdir():
+            if not (folder / path.name).exists() and path.suffix != ".py":  # code is there, with its folders
+                path.rename(folder / path.name)
+
+
+def _positions(model: PreTrainedModel) -> int | None:
+    """Return the maximum number of tokens of a sequence, if the config limits it."""
+    return max_positions(model) if (getattr(model.config, "max_position_embeddings", None) or 0) > 0 else None
+
+
+def _write_pooling(model: PreTrainedModel, folder: Path) -> None:
+    """Write what ``sentence_transformers.SentenceTransformer`` reads: the mean of the last states over real tokens.
+
+    The names of modules and keys are those that all its versions since 2.0 read.
+    """
+    parts, width = {"": "Transformer", "1_Pooling": "Pooling"}, int(model.config.hidden_size)
+    files: dict[str, Any] = {
+        "modules.json": [
+            {"idx": idx, "name": str(idx), "path": path, "type": f"sentence_transformers.models.{parts[path]}"}
+            for idx, path in enumerate(parts)
+        ],
+        "1_Pooling/config.json": {"word_embedding_dimension": width, "pooling_mode_mean_tokens": True},
+        "sentence_bert_config.json": {"max_seq_length": _positions(model), "do_lower_case": False},
+    }
+    (folder / "1_Pooling").mkdir()
+    for file, content in files.items():
+        (folder / file).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+
+
+def _summary_of(ckpt: Path, *, tokens_seen: int) -> dict[str, Any]:
+    """Read summary.json of a checkpoint's run, or nothing where it does not tell of these weights."""
+    try:
+        found: Any = json.loads((ckpt.resolve().parents[1] / "summary.json").read_text("utf-8"))
+    except (OSError, ValueError, IndexError):
+        return {}
+    return found if isinstance(found, dict) and found.get("tokens_seen") == tokens_seen else {}
