@@ -234,7 +234,7 @@ def _check_config(cfg: DictConfig) -> None:
         raise UserError(f"non_finite={cfg.non_finite}, but it takes stop or skip")
     if cfg.max_skipped < 1:
         raise UserError(f"max_skipped={cfg.max_skipped}, but it must be at least 1; non_finite=stop skips none")
-    check_names(cfg.card or (), ("license", "language", "data_license"), path="card")
+    check_names(cfg.card or (), ("license", "language", "data_license", "energy"), path="card")
 
 
 def _budget(cfg: DictConfig) -> float | None:

@@ -1,6 +1,7 @@
 """Export a checkpoint: ``python -m distilkit.export ckpt=outputs/.../best.ckpt out=my-student``."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any, get_args
 
@@ -77,6 +78,7 @@ def _check(given: dict[str, Any]) -> None:
 def main(cfg: DictConfig) -> None:
     """Export ``ckpt`` to the folder ``out``."""
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request
     print(json.dumps(export(cfg)))
 
 

@@ -88,7 +88,7 @@ def student_card(
     if base_model and (teacher.get("folder") or not _HUB_ID.fullmatch(base_model) or Path(base_model).exists()):
         teacher["name"], base_model = _last(base_model), None
     given: dict[str, Any] = {**record.get("metadata", {})}
-    data_license, inherited = given.pop("data_license", None), given.get("license")
+    data_license, energy, inherited = given.pop("data_license", None), given.pop("energy", None), given.get("license")
     given |= {"license": license} if license else {}
     after: Mapping[str, float] = summary.get("after") or {}
     scores = {each: after[f"val/{each}"] for each in _METRICS if f"val/{each}" in after}
@@ -114,6 +114,7 @@ def student_card(
         "license": given.get("license"),
         "teacher_license": None if own or not teacher else inherited,
         "data_license": data_license,
+        "energy": energy,
         "where": repo or "path/to/this/folder",
         "blank": f" {mask_token}." if lm == "mlm" else "",
     }

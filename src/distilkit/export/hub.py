@@ -1,6 +1,5 @@
 """Publish a student's folder on the Hugging Face hub; what would fail is refused before anything is written."""
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,6 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from distilkit.errors import UserError
-
-logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request
 
 
 def check_push(repo: str, *, license: str | None, metadata: Mapping[str, Any]) -> None:
