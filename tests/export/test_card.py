@@ -161,6 +161,7 @@ def test_a_causal_student_generates_and_one_without_a_teacher_has_no_base_model(
     assert 'pipeline("text-generation", "path/to/this/folder")\nprint(write("The capital of France is"' in made.text
     assert "## Held-out scores" not in made.text and "no scores of these weights" in made.text
     assert "| layers kept | none: random init |" in made.text
+    assert "## Citation" not in made.text
 
 
 def test_a_card_shows_how_the_layers_were_chosen() -> None:

@@ -14,6 +14,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distilkit.data.cache import cache_key, open_cache, separator_id
@@ -151,10 +152,9 @@ def encode(sentences: Sequence[str], tokenizer: PreTrainedTokenizerBase, model: 
     tokenizer.padding_side = "right"
     for start in range(0, len(sentences), _BATCH):
         some, room = list(sentences[start : start + _BATCH]), max(4, min(_TOKENS, longest - 2))
-        encoded = tokenizer(some, truncation=True, max_length=room)
-        length = max(map(len, encoded["input_ids"])) + 2
-        padded = tokenizer.pad(encoded, padding="max_length", max_length=length, return_tensors="pt")
-        yield {name: tensor for name, tensor in padded.items() if name in names}
+        encoded: Any = tokenizer(some, truncation=True, max_length=room, padding=True, return_tensors="pt")
+        fill = {"input_ids": tokenizer.pad_token_id}
+        yield {name: pad(encoded[name], (0, 2), value=fill.get(name, 0)) for name in names if name in encoded}
 
 
 def _alone(batch: Inputs) -> Iterator[Inputs]:
