@@ -48,13 +48,12 @@ def export(cfg: DictConfig) -> dict[str, Any]:
         license=cfg.license,
         repo=cfg.push_to_hub,
     )
-    out = Path(cfg.out).expanduser().resolve()
-    made: dict[str, Any] = {"out": str(out), "parameters": num_parameters(model)}
+    made: dict[str, Any] = {"out": str(Path(cfg.out).expanduser().resolve()), "parameters": num_parameters(model)}
     if onnx:
         made["onnx"] = onnx.measured
     if cfg.push_to_hub:
         how = {name: given[name] for name in ("private", "revision", "commit_message")}
-        made["pushed"] = push(out, repo=cfg.push_to_hub, **how)
+        made["pushed"] = push(Path(made["out"]), repo=cfg.push_to_hub, **how)
     return made
 
 
