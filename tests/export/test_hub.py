@@ -150,7 +150,7 @@ def test_a_wrong_name_is_refused(name: str, message: str, hub: Hub, folder: Path
 def test_a_card_without_a_licence_asks_for_one(hub: Hub, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     save_student(tmp_path / "last.ckpt", tokenizer, metadata={**RECORD["metadata"], "license": None})
     done = push(tmp_path)
-    assert "the card has no licence, since that of the teacher names none; set license=apache-2.0, mit" in done.err
+    assert "the card has no licence; set license=apache-2.0, mit" in done.err
     assert (done.code, hub.asked, (tmp_path / "made").exists()) == (1, [], False)
 
 

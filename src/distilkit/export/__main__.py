@@ -77,7 +77,8 @@ def _check(given: dict[str, Any]) -> None:
 def main(cfg: DictConfig) -> None:
     """Export ``ckpt`` to the folder ``out``."""
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request
+    for name in ("httpx", "httpx2"):  # of huggingface_hub, by version: a line for each request
+        logging.getLogger(name).setLevel(logging.WARNING)
     print(json.dumps(export(cfg)))
 
 

@@ -224,7 +224,7 @@ def _write_weights(model: PreTrainedModel, folder: Path, *, dtype: Dtype) -> Non
     """Write the weights in a type of 16 or 32 bits, which config.json names; buffers stay as they are."""
     if dtype != "float32":
         to = getattr(torch, dtype)
-        large = max(float(weight.abs().max()) for weight in model.parameters() if weight.numel())
+        large = max(float(weight.detach().abs().max()) for weight in model.parameters() if weight.numel())
         if large > torch.finfo(to).max:
             raise UserError(f"dtype={dtype} cannot hold a weight of {large:.3g}; set dtype=bfloat16 or float32")
         cast_parameters(model, to)

@@ -21,8 +21,7 @@ def check_push(repo: str, *, license: str | None, metadata: Mapping[str, Any]) -
     if repo.count("/") != 1:
         raise UserError(f"{name} has no owner; give push_to_hub=<user or organization>/<name>")
     if not (license or metadata.get("license")):
-        found = f"{name}, but the card has no licence, since that of the teacher names none"
-        raise UserError(f"{found}; set license=apache-2.0, mit or another identifier of the hub")
+        raise UserError(f"{name}, but the card has no licence; set license=apache-2.0, mit or another one of the hub")
     if get_token() is None:
         raise UserError(f"{name} needs a key of the hub; set HF_TOKEN, or call hf auth login")
     if constants.is_offline_mode():
