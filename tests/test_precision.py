@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 import distilkit.precision
 import distilkit.train
-from distilkit.precision import choose_precision, measured_ratio
+from distilkit.precision import choose_precision, emulation, measured_ratio
 from jobs import QUIET, SMALL, call
 
 Device = Callable[..., None]
@@ -53,7 +53,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
 def test_bfloat16_is_taken_where_the_device_multiplies_it_faster(
     found: dict[str, Any], accelerator: str, precision: str, reason: str, device: Device
 ) -> None:
-    device(*found.pop("units", []), **found)
+    device(*found.get("units", ()), **{key: value for key, value in found.items() if key != "units"})
     chosen, why = choose_precision(accelerator=accelerator)
     assert chosen == precision
     assert re.search(reason, why), why
@@ -79,6 +79,23 @@ def test_a_resumed_run_keeps_its_precision_where_the_device_has_it(device: Devic
     assert choose_precision(accelerator="cpu", before="bf16-mixed")[0] == "32-true"
     device(capability=(8, 6))
     assert choose_precision(accelerator="gpu", before="32-true")[0] == "32-true"
+
+
+def test_bfloat16_without_units_is_said_to_be_slow(device: Device) -> None:
+    device("avx2")
+    assert emulation(torch.device("cpu")) is None  # of an unknown architecture
+    device(capability=(7, 5))
+    assert str(emulation(torch.device("cuda"))).startswith(
+        "this GPU only emulates bfloat16, which is slow; set trainer"
+    )
+    device(capability=(8, 0))
+    assert emulation(torch.device("cuda")) is None
+
+
+@pytest.mark.parametrize(("units", "slow"), [({}, True), ({"avx512_bf16": True}, False)])
+def test_a_processor_without_units_is_slow(units: dict[str, bool], slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", **units})
+    assert (emulation(torch.device("cpu")) is not None) == slow
 
 
 def test_this_machine_can_be_measured() -> None:

@@ -80,10 +80,10 @@ def explain_keys(main: Callable[P, R]) -> Callable[P, R]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         report: Any = hydra_run.run_and_report  # it prints what Hydra raises, and exits
 
-        def explain(compose_and_run: Callable[[], Any]) -> Any:
+        def explain(func: Callable[[], Any]) -> Any:
             def run() -> Any:
                 try:
-                    return compose_and_run()
+                    return func()
                 except ConfigCompositionException as error:
                     found = unknown_key(error)
                     if found is None or os.environ.get("HYDRA_FULL_ERROR") == "1":

@@ -29,9 +29,7 @@ def choose_precision(*, accelerator: str, before: str | None = None, alone: bool
         return "32-true", f"{found}, and bfloat16 needs 8.0; 16-mixed may be faster"
     if accelerator not in ("auto", "cpu") or (accelerator == "auto" and torch.backends.mps.is_available()):
         return "32-true", f"bfloat16 was not tried on the device of trainer.accelerator={accelerator}"
-    capable = torch.cpu.get_capabilities()
-    units = [name for key, name in (("amx_bf16", "AMX"), ("avx512_bf16", "avx512_bf16")) if capable.get(key)]
-    if not units:
+    if not (units := _cpu_units()):
         return "32-true", "this CPU has neither AMX nor avx512_bf16"
     found = f"this CPU has {' and '.join(units)}"
     if before:
@@ -41,6 +39,21 @@ def choose_precision(*, accelerator: str, before: str | None = None, alone: bool
     if (ratio := measured_ratio()) < _FASTER:
         return "32-true", f"{found}, but a layer in bfloat16 is only {ratio:.1f} times as fast as in float32"
     return "bf16-mixed", f"{found}, and a layer in bfloat16 is {ratio:.1f} times as fast as in float32"
+
+
+def emulation(device: torch.device) -> str | None:
+    """Return what to say of a device that has no units for bfloat16, or None."""
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return "this GPU only emulates bfloat16, which is slow; set trainer.precision=16-mixed or 32-true"
+    if device.type == "cpu" and torch.cpu.get_capabilities().get("architecture") == "x86_64" and not _cpu_units():
+        return "this CPU only emulates bfloat16, which is slow; set trainer.precision=32-true"
+    return None
+
+
+def _cpu_units() -> list[str]:
+    """Return the units of an x86 processor that multiply bfloat16."""
+    has = torch.cpu.get_capabilities()
+    return [name for key, name in (("amx_bf16", "AMX"), ("avx512_bf16", "avx512_bf16")) if has.get(key)]
 
 
 @functools.cache  # jobs of a sweep in one process take the same

@@ -45,7 +45,7 @@ from distilkit.language_model import (
 from distilkit.layers import METHODS
 from distilkit.module import DistillationModule
 from distilkit.objective import Objective
-from distilkit.precision import choose_precision
+from distilkit.precision import choose_precision, emulation
 from distilkit.probe import probe
 from distilkit.records import read_rows, write_json
 from distilkit.runs import same_run
@@ -366,9 +366,8 @@ def _build_trainer(cfg: DictConfig) -> Trainer:
         )
     if not trainer.limit_val_batches:
         log.warning("trainer.limit_val_batches=0: the student is never scored, so that the metric of the run is nan")
-    halves = str(trainer.precision).startswith("bf16") and trainer.strategy.root_device.type == "cuda"
-    if halves and not torch.cuda.is_bf16_supported(including_emulation=False):
-        log.warning("this GPU only emulates bfloat16, which is slow; set trainer.precision=16-mixed or 32-true")
+    if str(trainer.precision).startswith("bf16") and (slow := emulation(trainer.strategy.root_device)):
+        log.warning("%s", slow)
     return trainer
 
 
