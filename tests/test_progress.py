@@ -179,6 +179,7 @@ def terminal(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], io.St
 @pytest.mark.parametrize(
     ("width", "bar", "below"),
     [
+        (50, 0, "held-out 3.456  loss 8.210 (ce 2.100, mlm 3.900, cos 0.120)"),
         (60, 5, "held-out 3.456  loss 8.210 (ce 2.100, mlm 3.900, cos 0.120)"),
         (80, 15, "held-out 3.456  loss 8.210 (ce 2.100, mlm 3.900, cos 0.120)"),
         (200, 35, "held-out 3.456  loss 8.210 (ce 2.100, mlm 3.900, cos 0.120)"),
