@@ -139,7 +139,7 @@ def _held_out(config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
         raise UserError(f"the held-out text of this run is not cached here ({error}); {_CURE}") from error
     ends = np.flatnonzero(tokens == separator_id(tokenizer))[:_SENTENCES]
     documents = np.split(tokens, ends)[: len(ends)] or [tokens]
-    return [tokenizer.decode(ids[:_TOKENS].tolist(), skip_special_tokens=True) for ids in documents]
+    return [str(tokenizer.decode(ids[:_TOKENS].tolist(), skip_special_tokens=True)) for ids in documents]
 
 
 def encode(sentences: Sequence[str], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Iterator[Inputs]:
