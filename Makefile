@@ -60,7 +60,7 @@ bench-growth: $(INSTALLED)  ## cost of loss and preparation by tokens, vocabular
 verify-published: $(INSTALLED)  ## fine-tune the published DistilBERT and compare with table 1 of the paper; hub, hours
 	$(BIN)/python -m benchmarks.published
 
-release-check:  ## build sdist and wheel of HEAD, install each in an empty environment, and distil there (10 minutes)
+release-check:  ## build sdist and wheel of HEAD, install each in an empty environment, and distil there; pip
 	$(PYTHON) benchmarks/release.py
 
 clean:  ## remove everything that make created, including the demo's runs
