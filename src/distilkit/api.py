@@ -73,6 +73,37 @@ def distill(
         )
         model = AutoModelForMaskedLM.from_pretrained(result.path)
     """
+    options = [] if progress else ["callbacks.progress=null", "+trainer.enable_progress_bar=false"]
+    given: dict[str, Any] = {"text": text, "paths": paths, "max_steps": max_steps, "budget": budget}
+    with isolated(), quiet():
+        cfg = composed(teacher, out=out, student=student, **given, overrides=overrides, options=options)
+        job = build(cfg)
+        run(job)
+    before, after = (
+        {name.removeprefix("val/"): value for name, value in scores.items()}
+        for scores in (job.module.before, job.module.after)
+    )
+    return Distilled(path=job.out / "student", run=job.out, before=before, metrics=after, verdict=job.module.verdict)
+
+
+def composed(
+    teacher: str | Path | None,
+    *,
+    out: str | Path,
+    text: Iterable[str] | None,
+    paths: Paths | None,
+    student: str,
+    max_steps: int | None,
+    budget: str | float | None,
+    overrides: Sequence[str],
+    options: Sequence[str] = (),
+    config: str = "train",
+    caller: str = "distill",
+) -> DictConfig:
+    """Compose the config of a command from the arguments of ``distill``, within ``isolated``.
+
+    ``options`` are overrides that the ``caller`` adds.
+    """
     if text is not None and paths is not None:
         raise UserError("both text and paths are given; give one of them, or neither for the docstring corpus")
     for name, value in (("out", out), ("paths", paths)):
@@ -85,33 +116,25 @@ def distill(
     taken |= set() if max_steps is None else {"trainer.max_steps"}
     taken |= set() if budget is None else {"budget"}
     if wrong := taken & {str(override).lstrip("+~").partition("=")[0] for override in overrides}:
-        raise UserError(f"overrides set {wrong.pop()}, which an argument of distill sets too; drop one of the two")
-    options = ["teacher=none" if teacher is None else "teacher=hf", f"student={student}"]
-    options += ["data=text"] if text is not None or paths is not None else []
-    options += [] if progress else ["callbacks.progress=null", "+trainer.enable_progress_bar=false"]
-    with _isolated(), quiet():
-        cfg = _compose([*options, *overrides])
-        cfg.output_dir = _literal(Path(out).expanduser().resolve())
-        if teacher is not None:
-            cfg.teacher.name = _literal(teacher)
-        if max_steps is not None:
-            cfg.trainer.max_steps = max_steps
-        if budget is not None:
-            cfg.budget = budget
-        if text is not None:
-            cfg.data.corpus.paths, count = write_documents(text, Path(cfg.cache_dir).expanduser() / "texts")
-            cfg.data.description = f"{count:,} documents given to distilkit.distill"
-        elif paths is not None:
-            several = [paths] if isinstance(paths, str | Path) else paths
-            cfg.data.corpus.paths = [_literal(path) for path in several]
-        expand_home(cfg)
-        job = build(cfg)
-        run(job)
-    before, after = (
-        {name.removeprefix("val/"): value for name, value in scores.items()}
-        for scores in (job.module.before, job.module.after)
-    )
-    return Distilled(path=job.out / "student", run=job.out, before=before, metrics=after, verdict=job.module.verdict)
+        raise UserError(f"overrides set {wrong.pop()}, which an argument of {caller} sets too; drop one of the two")
+    groups = ["teacher=none" if teacher is None else "teacher=hf", f"student={student}"]
+    groups += ["data=text"] if text is not None or paths is not None else []
+    cfg = _compose([*groups, *options, *overrides], name=config)
+    cfg.output_dir = _literal(Path(out).expanduser().resolve())
+    if teacher is not None:
+        cfg.teacher.name = _literal(teacher)
+    if max_steps is not None:
+        cfg.trainer.max_steps = max_steps
+    if budget is not None:
+        cfg.budget = budget
+    if text is not None:
+        cfg.data.corpus.paths, count = write_documents(text, Path(cfg.cache_dir).expanduser() / "texts")
+        cfg.data.description = f"{count:,} documents given to distilkit.{caller}"
+    elif paths is not None:
+        several = [paths] if isinstance(paths, str | Path) else paths
+        cfg.data.corpus.paths = [_literal(path) for path in several]
+    expand_home(cfg)
+    return cfg
 
 
 def export_student(
@@ -132,7 +155,7 @@ def export_student(
         made = distilkit.export_student("runs/a/checkpoints/best.ckpt", "my-student", formats=["hf", "onnx"])
         made["onnx"]["difference"]
     """
-    with _isolated(), quiet():
+    with isolated(), quiet():
         cfg = _compose(list(overrides), name="export")
         cfg.ckpt, cfg.out = _literal(ckpt), _literal(out)
         if formats is not None:
@@ -160,7 +183,7 @@ def replay(
     cfg: Any = OmegaConf.load(file)
     cfg.update({"output_dir": str(file.parent / "replay"), "ckpt_path": None, "baseline": None, "logger": {}})
     cfg.trainer.update({"accelerator": "cpu", "devices": 1, "strategy": "auto", "num_nodes": 1, "precision": "32-true"})
-    with _isolated(), quiet():
+    with isolated(), quiet():
         data = build(cfg).data
         return data.replay(epoch=epoch, step=step, rank=rank, world_size=world_size, progress=progress)
 
@@ -173,14 +196,14 @@ def _literal(path: str | Path) -> str:
 def _compose(overrides: list[str], *, name: str = "train") -> DictConfig:
     with initialize_config_module("distilkit.conf.train", version_base="1.3"):
         cfg = compose(name, overrides)
-    check_added(cfg, config=f"train/{name}.yaml", overrides=overrides)
+    check_added(cfg, config=f"train/{'train' if name == 'plan' else name}.yaml", overrides=overrides)
     if "sweep" in {override.lstrip("+").partition("=")[0] for override in overrides}:
         raise UserError("sweep= needs python -m distilkit.train; from Python, call distill once for each run")
     return cfg
 
 
 @contextlib.contextmanager
-def _isolated() -> Iterator[None]:
+def isolated() -> Iterator[None]:
     """Set the caller's own Hydra aside, and turn the errors of Hydra that a user can fix into ``UserError``."""
     hydra, job, version = GlobalHydra.instance(), HydraConfig.instance(), VersionBase.instance()
     before = hydra.hydra, job.cfg, version.version_base

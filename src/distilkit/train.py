@@ -95,7 +95,7 @@ def build(cfg: DictConfig) -> Job:
     """Check the config and build models, data and trainer from it; write nothing into the run's folder."""
     _check_config(cfg)
     _apply_row(cfg)
-    budget = _budget(cfg)
+    budget = budget_of(cfg)
     out = Path(cfg.output_dir).resolve()
     if in_sweep() and (cfg.ckpt_path in (None, "last") or checkpoints_of(out)):
         cfg.ckpt_path = "auto"  # the job's own goes before one that the command names for all jobs
@@ -128,7 +128,7 @@ def build(cfg: DictConfig) -> Job:
     objective = instantiate(cfg.objective)
     tokenizer = instantiate(cfg.tokenizer)
     teacher = instantiate(cfg.teacher, needs_head=objective.reads_teacher_logits)
-    trainer, models = _build_trainer(cfg), {"teacher": teacher, "tokenizer": tokenizer}
+    trainer, models = build_trainer(cfg), {"teacher": teacher, "tokenizer": tokenizer}
     choice = _measured_layers(cfg, models, objective=objective, trainer=trainer, record=record)
     student = instantiate(cfg.student)(**models)
     _check_models(cfg, models, student=student)
@@ -237,7 +237,7 @@ def _check_config(cfg: DictConfig) -> None:
     check_names(cfg.card or (), ("license", "language", "data_license", "energy"), path="card")
 
 
-def _budget(cfg: DictConfig) -> float | None:
+def budget_of(cfg: DictConfig) -> float | None:
     """Return the seconds that the training may take, or None; nothing else may end it too."""
     try:
         given = cfg.budget
@@ -328,7 +328,7 @@ def _choose_precision(cfg: DictConfig, saved: Mapping[str, Any] | None) -> None:
         log.info("trainer.precision=auto takes %s: %s", cfg.trainer.precision, reason)
 
 
-def _build_trainer(cfg: DictConfig) -> Trainer:
+def build_trainer(cfg: DictConfig) -> Trainer:
     """Build the trainer with its callbacks and loggers."""
     plain: Any = {"_convert_": "all"}  # Lightning compares types: max_time may be a dict, but not a DictConfig
     found = {group: instantiate(cfg[group] or {}, **plain) for group in ("callbacks", "logger")}

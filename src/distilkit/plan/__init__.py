@@ -1,0 +1,68 @@
+"""Forecast a run before it starts: ``python -m distilkit.plan``, or ``distilkit.plan(...)`` from Python."""
+
+import sys
+import tempfile
+import types
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distilkit.api import Paths
+    from distilkit.plan.measure import Plan
+
+
+def plan(
+    teacher: str | Path | None,
+    *,
+    text: Iterable[str] | None = None,
+    paths: "Paths | None" = None,
+    student: str = "half_depth",
+    max_steps: int | None = None,
+    budget: str | float | None = None,
+    price_per_hour: float | None = None,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+) -> "Plan":
+    """Measure what ``distill`` with the same arguments would take, and write it to ``out``/plan.json, if that is given.
+
+    ``price_per_hour`` is of one device; ``overrides`` may set ``plan.*``. It takes a few minutes, and trains nothing.
+    A wrong setting raises a ``UserError``.
+    Example::
+
+        found = distilkit.plan("roberta-base", paths="books/*.txt", budget="3h")
+        print(found.line, found.numbers["step"]["tokens_per_second"])
+    """
+    from distilkit.api import composed, isolated  # which import torch
+    from distilkit.cli import quiet
+    from distilkit.plan.measure import measure, write
+
+    nowhere = Path(tempfile.gettempdir(), "distilkit-plan")  # nothing is written there
+    given: dict[str, Any] = {"text": text, "paths": paths, "max_steps": max_steps, "budget": budget}
+    options = ["plan.file=null"] if out is None else []
+    with isolated(), quiet():
+        cfg = composed(
+            teacher,
+            out=nowhere if out is None else out,
+            student=student,
+            **given,
+            overrides=overrides,
+            options=options,
+            config="plan",
+            caller="plan",
+        )
+        if price_per_hour is not None:
+            cfg.plan.price_per_hour = price_per_hour
+        found = measure(cfg)
+        write(found, cfg.plan.file)
+    return found
+
+
+class _Callable(types.ModuleType):
+    """A module that is also the function: Python binds ``distilkit.plan`` to this package once it is imported."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> "Plan":
+        return plan(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Callable
