@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from distilkit.data import DistillationDataModule
     from distilkit.module import DistillationModule
     from distilkit.objective import Objective
+    from distilkit.plan import plan
     from distilkit.student import cut_student
     from distilkit.teacher import load_teacher
 
@@ -31,6 +32,7 @@ __all__ = [
     "distill",
     "export_student",
     "load_teacher",
+    "plan",
     "replay",
 ]
 __version__ = version("distilkit")
@@ -44,6 +46,7 @@ _MODULES = {
     "distill": "distilkit.api",
     "export_student": "distilkit.api",
     "load_teacher": "distilkit.teacher",
+    "plan": "distilkit.plan",
     "replay": "distilkit.api",
 }
 

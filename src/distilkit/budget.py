@@ -36,6 +36,22 @@ def parse_budget(given: Any, *, key: str = "budget") -> float | None:
     return seconds
 
 
+def check_budget(budget: float | None, *, step_seconds: float) -> None:
+    """Refuse a budget that is shorter than ten optimizer steps."""
+    if budget is not None and budget < (short := step_seconds * _FEWEST):
+        raise UserError(
+            f"budget={budget:g} seconds is shorter than {_FEWEST} optimizer steps of {step_seconds:.3g} seconds; "
+            f"set budget={math.ceil(short)}s or more, or a smaller data.global_batch_size"
+        )
+
+
+def duration(hours: float) -> str:
+    """Write a time as 40 s, 12 min, 2.1 h or 3.4 days."""
+    units = ((48, 24.0, "days"), (1, 1.0, "h"), (1 / 60, 1 / 60, "min"))
+    unit, name = next(((unit, name) for least, unit, name in units if hours >= least), (1 / 3600, "s"))
+    return f"{hours / unit:,.{0 if name == 's' else 1}f} {name}"
+
+
 class Clock:
     """Count the seconds of optimizer steps, without validation, the saving of checkpoints, and compilation.
 
@@ -116,12 +132,8 @@ class Clock:
         if not resumed and self.steps <= _UNSURE:
             return
         self.done = self._is_done()
-        short = self.pace * _FEWEST
-        if not resumed and self.steps < _FEWEST and self.budget < short:
-            raise UserError(
-                f"budget={self.budget:g} seconds is shorter than {_FEWEST} optimizer steps of {self.pace:.3g} seconds; "
-                f"set budget={math.ceil(short)}s or more, or a smaller data.global_batch_size"
-            )
+        if not resumed and self.steps < _FEWEST:
+            check_budget(self.budget, step_seconds=self.pace)
 
     def _is_done(self) -> bool:
         """Return whether the next step would end farther beyond the budget than now is before it."""

@@ -28,33 +28,22 @@ def plan(
 
     ``price_per_hour`` is of one device; ``overrides`` may set ``plan.*``. It takes a few minutes, and trains nothing.
     A wrong setting raises a ``UserError``.
-    Example::
-
-        found = distilkit.plan("roberta-base", paths="books/*.txt", budget="3h")
-        print(found.line, found.numbers["step"]["tokens_per_second"])
     """
     from distilkit.api import composed, isolated  # which import torch
     from distilkit.cli import quiet
-    from distilkit.plan.measure import measure, write
+    from distilkit.plan.measure import measure
+    from distilkit.records import write_json
 
-    nowhere = Path(tempfile.gettempdir(), "distilkit-plan")  # nothing is written there
     given: dict[str, Any] = {"text": text, "paths": paths, "max_steps": max_steps, "budget": budget}
-    options = ["plan.file=null"] if out is None else []
     with isolated(), quiet():
-        cfg = composed(
-            teacher,
-            out=nowhere if out is None else out,
-            student=student,
-            **given,
-            overrides=overrides,
-            options=options,
-            config="plan",
-            caller="plan",
-        )
-        if price_per_hour is not None:
-            cfg.plan.price_per_hour = price_per_hour
+        nowhere = Path(tempfile.gettempdir(), "distilkit-plan")  # nothing is written there
+        given |= {"out": out or nowhere, "student": student, "overrides": overrides}
+        cfg = composed(teacher, **given, config="plan", caller="plan")
+        cfg.plan.price_per_hour = cfg.plan.price_per_hour if price_per_hour is None else price_per_hour
         found = measure(cfg)
-        write(found, cfg.plan.file)
+        if out is not None and cfg.plan.file:
+            Path(out).expanduser().mkdir(parents=True, exist_ok=True)
+            write_json(Path(cfg.plan.file), found.numbers)
     return found
 
 

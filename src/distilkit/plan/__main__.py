@@ -1,12 +1,14 @@
 """Forecast what a run would take: ``python -m distilkit.plan teacher=roberta-base student=half_depth``."""
 
+from pathlib import Path
+
 import hydra
 from omegaconf import DictConfig
-from rich.console import Console
 
 from distilkit.cli import keep_large_buffers, quiet, report_errors
-from distilkit.plan.measure import measure, write
+from distilkit.plan.measure import measure
 from distilkit.plan.page import show
+from distilkit.records import write_json
 
 
 @hydra.main(version_base="1.3", config_path="pkg://distilkit.conf.train", config_name="plan")
@@ -16,12 +18,10 @@ def main(cfg: DictConfig) -> None:
     keep_large_buffers()
     with quiet():
         found = measure(cfg)
-    file = write(found, cfg.plan.file)
-    console = Console()
-    show(found, console)
-    if file:
-        console.print(f"numbers: {file}", soft_wrap=True, highlight=False)
-    console.print(found.line, style="bold", highlight=False, soft_wrap=True)
+    if cfg.plan.file:
+        write_json(Path(cfg.plan.file), found.numbers)
+    show(found.numbers, found.examples)
+    print(found.line)
 
 
 if __name__ == "__main__":

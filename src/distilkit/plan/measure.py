@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import resources
-from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -14,29 +14,33 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from pytorch_lightning import Trainer
 
+from distilkit.budget import check_budget
 from distilkit.cli import check_keys
 from distilkit.errors import UserError
 from distilkit.language_model import num_parameters, num_parameters_without_embeddings
-from distilkit.module import DistillationModule
-from distilkit.plan.forecast import Cost, Length, Settings, cost, decide, length_of
-from distilkit.plan.memory import limit_bytes, used_bytes
+from distilkit.memory import free_bytes, used_bytes
+from distilkit.plan.forecast import Settings, cost, decide, steps_of
 from distilkit.plan.micro_batch import Fit, Point, grow
-from distilkit.plan.preview import Example, TextFigures, examples, text_figures
-from distilkit.plan.steps import Timing, how_many, time_steps, time_validation
-from distilkit.records import processor, write_json
+from distilkit.plan.preview import Example, examples, text_figures
+from distilkit.records import processor
+from distilkit.step_timer import Timing, how_many, sizes, time_steps
 from distilkit.throughput import peak_flops
 from distilkit.train import Job, budget_of, build, build_trainer
 
 _MIB = 2**20
+_TIMING = {  # of the trainer that times steps: one device, nothing written, nothing scored between steps
+    "max_steps": 1, "max_epochs": -1, "max_time": None, "devices": 1, "num_nodes": 1, "strategy": "auto",
+    "limit_train_batches": 1.0, "limit_val_batches": 1.0, "check_val_every_n_epoch": None, "val_check_interval": 10**9,
+    "enable_checkpointing": False, "enable_progress_bar": False, "accumulate_grad_batches": 1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A forecast: the line to decide by, what plan.json holds, the text's figures, and masked blocks to look at."""
+    """A forecast: the line to decide by, what plan.json holds, and masked blocks to look at."""
 
     line: str
     numbers: dict[str, Any]
-    text: TextFigures
     examples: list[Example]
 
 
@@ -44,114 +48,118 @@ def measure(cfg: DictConfig) -> Plan:
     """Measure on one device what the run of a config would take; nothing but the token cache is written."""
     check_keys(cfg.plan, path="plan")
     settings: Settings = instantiate(cfg.plan, _convert_="all")
-    budget, own = budget_of(cfg), _for_timing(cfg)
-    job = build(own)
-    job.data.prepare_data()
-    job.data.setup()
-    count = _num_devices(cfg)
-    device, batch_size = job.trainer.strategy.root_device, int(cfg.data.global_batch_size)
-    fit = _search(job, settings, per_device=math.ceil(batch_size / count))
-    given = min(int(cfg.data.micro_batch_size), math.ceil(batch_size / count))
+    budget, own = budget_of(cfg), cfg.copy()
+    with open_dict(own):
+        own.update({"callbacks": {}, "logger": {}, "budget": None, "ckpt_path": None, "baseline": None})
+        own.validate_first = False
+        own.trainer.update(_TIMING)
+    job, count, batch_size = _built(own), _num_devices(cfg), int(cfg.data.global_batch_size)
+    device, per_device = job.trainer.strategy.root_device, math.ceil(batch_size / count)
+    fit = _search(job, settings, per_device=per_device)
     if not fit.largest:
-        raise UserError(
-            f"no micro-batch fits: one block needs {fit.predict(1) / _MIB:,.0f} MB, but plan.memory_share="
-            f"{settings.memory_share:g} of what is free allows {fit.limit / _MIB:,.0f} MB; set "
-            "activation_checkpointing=true, a smaller student or data.block_size, or a larger share"
-        )
-    micro = min(given, fit.largest)
-    timing = _time(job, settings.seconds, settings.steps, micro=micro, rate=fit.points[-1].seconds_per_block)
-    length = _length(cfg, job, budget=budget)
-    val_seconds = _val_seconds(job, micro=micro) * math.ceil(length.val_blocks / micro) if length.val_blocks else 0.0
+        found = f"no micro-batch fits: one block needs {fit.predict(1) / _MIB:,.0f} MB, but plan.memory_share="
+        found += f"{settings.memory_share:g} of the free memory allows {fit.limit / _MIB:,.0f} MB"
+        raise UserError(f"{found}; set activation_checkpointing=true, a smaller student, or a larger share")
+    micro = min(cfg.data.micro_batch_size, per_device, fit.largest)
+    rate = fit.points[-1].seconds_per_block
+    timing = _time(job, settings.seconds, settings.steps, micro=micro, rate=rate)
     per_step = math.ceil(batch_size / micro)
+    seconds, step_tokens = timing.step_seconds(per_step), timing.tokens / micro * batch_size
+    check_budget(budget, step_seconds=seconds / count)
+    steps, end = _steps(cfg, job) if budget is None else (None, f"a budget of {budget:,.0f} s")
+    validation = (cfg.callbacks or {}).get("validation")
     forecast = functools.partial(
         cost,
-        length,
+        steps=steps,
+        budget=budget,
         scaling=settings.scaling,
-        step_seconds=timing.step_seconds(per_step),
-        step_tokens=timing.tokens / micro * batch_size,
-        val_seconds=val_seconds,
+        step_seconds=seconds,
+        step_tokens=step_tokens,
+        val_seconds=_val_seconds(cfg, job, micro=micro),
+        val_every=validation.optimizer_steps if validation else None,
+        val_first=bool(cfg.validate_first),
         price_per_hour=settings.price_per_hour,
         watts=timing.watts,
     )
-    here = forecast(devices=count)
-    others = [forecast(devices=each) for each in settings.devices if batch_size % each == 0]
-    text, module = text_figures(job.data), job.module
+    run, module, precision = forecast(devices=count), job.module, str(job.trainer.precision)
+    dtype = torch.bfloat16 if "bf16" in precision else torch.float16 if "16" in precision else torch.float32
     shown = examples(job.data, module.teacher if module.scores_teacher else None, count=settings.examples)
     numbers = {
-        "machine": {"device": processor(str(device)), "devices": count, "precision": str(job.trainer.precision)},
-        "teacher": None if module.teacher is None else {"name": module.teacher_name} | _sizes(module.teacher),
-        "student": _sizes(module.student),
-        "text": asdict(text),
-        "micro_batch": _micro_batch(fit, given=given, timed=micro),
-        "step": _step(timing, module, device, per_step=per_step, precision=str(job.trainer.precision)),
-        "memory_mb": round(timing.peak / _MIB, 1),
-        "disk_mb": _disk(cfg, job, timing),
-        "run": {"end": length.end, **asdict(here)},
-        "devices": [asdict(each) for each in others],
-        "assumptions": [
-            "Measured on one device; each doubling of the devices keeps %g of the speed." % settings.scaling,
-            "Hours count training and validation, and neither the start, nor the saving of checkpoints.",
-        ],
+        "machine": f"{processor(str(device))}, {precision}",
+        "teacher": {"name": module.teacher_name, **_parameters(module.teacher)} if module.teacher else None,
+        "student": _parameters(module.student),
+        "text": text_figures(job.data),
+        "micro_batch": {"configured": int(cfg.data.micro_batch_size), "timed": micro} | asdict(fit),
+        "step": {
+            **asdict(timing),
+            "micro_batches": per_step,
+            "timed_micro_batches": timing.micro_batches,
+            "step_seconds": seconds,
+            "tokens_per_second": step_tokens / seconds,
+            "mfu": per_step * timing.flops / seconds / peak_flops(device, dtype),
+        },
+        "memory_mb": timing.peak / _MIB,
+        "disk_mb": _disk(cfg, job, state=timing.state),
+        "run": {"end": end, **asdict(run)},
+        "devices": [asdict(forecast(devices=each)) for each in settings.devices if batch_size % each == 0],
+        "assumption": f"Measured on one device. Each doubling of the devices keeps {settings.scaling:g} of the speed.",
     }
     del job, module  # before the models of the alternatives are loaded
-    numbers["alternatives"] = [
-        _alternative(label, changes, own, timing, here, settings=settings, micro=micro, length=length)
-        for label, changes in _alternatives(own, settings.alternatives, device=device)
-    ]
-    numbers = {"line": decide(numbers, budget=length.budget), **numbers}
-    return Plan(line=numbers["line"], numbers=numbers, text=text, examples=shown)
+    numbers["alternatives"] = []
+    for label, changes in _alternatives(own, settings.alternatives, device=device, precision=precision):
+        found = {"override": label} | _alternative(changes, own, timing, micro=micro, settings=settings)
+        if "ratio" in found:
+            found["tokens_per_second"] = run.tokens_per_second * found["ratio"]
+            training = (run.hours - run.validation_hours) / (found["ratio"] if budget is None else 1)
+            found["hours"] = run.validation_hours + training
+        numbers["alternatives"].append(found)
+    return Plan(line=decide(numbers), numbers={"line": decide(numbers), **numbers}, examples=shown)
 
 
-def _for_timing(cfg: DictConfig) -> DictConfig:
-    """Return a config whose trainer runs on one device, and writes and scores nothing."""
-    own = cfg.copy()
-    with open_dict(own):
-        own.update({"callbacks": {}, "logger": {}, "budget": None, "ckpt_path": None, "baseline": None})
-        own.update({"validate_first": False})
-        own.trainer.update({"max_steps": 1, "max_epochs": -1, "max_time": None, "strategy": "auto"})
-        own.trainer.update({"devices": 1, "num_nodes": 1, "limit_train_batches": 1.0, "limit_val_batches": 1.0})
-        own.trainer.update({"enable_checkpointing": False, "enable_progress_bar": False})
-        own.trainer.update({"check_val_every_n_epoch": None, "val_check_interval": 10**9})
-        own.trainer.pop("accumulate_grad_batches", None)
-    return own
+def _built(cfg: DictConfig) -> Job:
+    job = build(cfg)
+    job.data.prepare_data()
+    job.data.setup()
+    return job
 
 
 def _trainer(job: Job, **options: Any) -> Trainer:
-    cfg = job.cfg.copy()
-    with open_dict(cfg):
-        cfg.trainer.update(options)
+    cfg: Any = OmegaConf.merge(job.cfg, {"trainer": options})
     return build_trainer(cfg)
 
 
 def _num_devices(cfg: DictConfig) -> int:
     """Return how many devices the run of a config would use."""
-    given, nodes = cfg.trainer.get("devices", 1), int(cfg.trainer.get("num_nodes") or 1)
-    if OmegaConf.is_list(given):
-        return len(given) * nodes
-    number = int(given) if str(given).lstrip("-").isdigit() else -1
-    return (number if number > 0 else max(1, torch.cuda.device_count())) * nodes
+    given = cfg.trainer.get("devices", 1)
+    number = len(given) if OmegaConf.is_list(given) else int(given) if str(given).isdigit() else None
+    return (number or max(1, torch.cuda.device_count())) * int(cfg.trainer.get("num_nodes") or 1)
+
+
+def _bytes(model: torch.nn.Module | None) -> int:
+    return 0 if model is None else sum(each.numel() * each.element_size() for each in model.parameters())
+
+
+def _parameters(model: torch.nn.Module) -> dict[str, int]:
+    without = num_parameters_without_embeddings(model)
+    return {"parameters": num_parameters(model), "parameters_without_embeddings": without}
 
 
 def _search(job: Job, settings: Settings, *, per_device: int) -> Fit:
     """Find the largest micro-batch that fits."""
-    device = job.trainer.strategy.root_device
-    student = sum(each.numel() * each.element_size() for each in job.module.student.parameters())
-    teacher = job.module.teacher
-    moved = [] if device.type == "cpu" else [job.module.student, *([teacher] if teacher is not None else [])]
-    weights = sum(each.numel() * each.element_size() for model in moved for each in model.parameters())
+    device, module = job.trainer.strategy.root_device, job.module
+    moved = 0 if device.type == "cpu" else _bytes(module.student) + _bytes(module.teacher)
 
     def measured(size: int) -> Point:
         count = min(2, math.ceil(per_device / size))
-        steps = {"micro_batch_size": size, "micro_batches": count}
-        timing = time_steps(_trainer(job, max_steps=2), job.module, job.data, **steps)
-        seconds = timing.step_seconds(count) / (count * size)
-        return Point(micro_batch_size=size, peak=timing.peak, seconds_per_block=seconds)
+        trainer = _trainer(job, max_steps=2)
+        timing = time_steps(trainer, module, job.data, micro_batch_size=size, micro_batches=count)
+        return Point(size, timing.peak, timing.step_seconds(count) / (count * size))
 
     return grow(
         measured,
         most=per_device,
-        least=used_bytes(device) + weights + 3 * student,  # a gradient, and two moments of Adam
-        limit=limit_bytes(device, share=settings.memory_share),
+        least=used_bytes(device) + moved + 3 * _bytes(module.student),  # a gradient, and two moments of Adam
+        limit=used_bytes(device) + (settings.memory_share if device.type == "cpu" else 1.0) * free_bytes(device),
         seconds=settings.seconds,
     )
 
@@ -164,157 +172,74 @@ def _time(job: Job, seconds: float, steps: int, *, micro: int, rate: float) -> T
     return time_steps(trainer, job.module, job.data, micro_batch_size=micro, micro_batches=micro_batches)
 
 
-def _val_seconds(job: Job, *, micro: int) -> float:
-    return time_validation(_trainer(job, limit_val_batches=2), job.module, job.data, micro_batch_size=micro)
+def _val_seconds(cfg: DictConfig, job: Job, *, micro: int) -> float:
+    """Score a held-out batch, after one to warm up, and return the seconds of a whole validation."""
+    if cfg.trainer.get("limit_val_batches") == 0:
+        return 0.0
+    for _ in range(2):
+        trainer = _trainer(job, limit_val_batches=1)
+        with sizes(job.data, micro_batch_size=micro, micro_batches=1):
+            began = perf_counter()
+            trainer.validate(job.module, datamodule=job.data, verbose=False)
+            seconds = perf_counter() - began
+    return seconds * math.ceil(min(len(job.data.val_blocks or ()), cfg.data.max_val_blocks) / micro)
 
 
-def _length(cfg: DictConfig, job: Job, *, budget: float | None) -> Length:
-    """Return when the run of a config ends, and how much it scores on the way."""
-    assert job.data.train_blocks is not None and job.data.val_blocks is not None
-    trainer, validation = cfg.trainer, cfg.callbacks.get("validation") if cfg.callbacks else None
-    blocks, limit = len(job.data.train_blocks), trainer.get("limit_train_batches")
+def _steps(cfg: DictConfig, job: Job) -> tuple[float, str]:
+    """Return after how many full steps the run of a config ends, and what ends it."""
+    blocks, limit = len(job.data.train_blocks or ()), cfg.trainer.get("limit_train_batches")
     if limit is not None:
-        blocks = min(blocks, int(limit * cfg.data.micro_batch_size if isinstance(limit, int) else limit * blocks))
-    scores = trainer.get("limit_val_batches") != 0
-    return length_of(
-        blocks=blocks,
-        global_batch_size=cfg.data.global_batch_size,
-        max_epochs=trainer.max_epochs,
-        max_steps=trainer.max_steps,
-        budget=budget,
-        val_blocks=min(len(job.data.val_blocks), cfg.data.max_val_blocks) if scores else 0,
-        val_every=validation.optimizer_steps if validation else None,
-        val_first=bool(cfg.validate_first),
-    )
+        blocks = min(blocks, int(limit * (cfg.data.micro_batch_size if isinstance(limit, int) else blocks)))
+    ends = cfg.trainer.max_epochs, cfg.trainer.max_steps
+    return steps_of(blocks, batch_size=cfg.data.global_batch_size, max_epochs=ends[0], max_steps=ends[1])
 
 
-def _sizes(model: torch.nn.Module) -> dict[str, int]:
-    return {
-        "parameters": num_parameters(model),
-        "parameters_without_embeddings": num_parameters_without_embeddings(model),
-    }
-
-
-def _micro_batch(fit: Fit, *, given: int, timed: int) -> dict[str, Any]:
-    points = [
-        {
-            "micro_batch_size": point.micro_batch_size,
-            "memory_mb": round(point.peak / _MIB, 1),
-            "blocks_per_second": 1 / point.seconds_per_block,
-        }
-        for point in fit.points
-    ]
-    own = {"configured": given, "timed": timed, "largest": fit.largest, "measured": fit.measured}
-    return own | {"limit_mb": round(fit.limit / _MIB, 1), "points": points}
-
-
-def _step(
-    timing: Timing, module: DistillationModule, device: torch.device, *, per_step: int, precision: str
-) -> dict[str, Any]:
-    dtype = torch.bfloat16 if "bf16" in precision else torch.float16 if "16" in precision else torch.float32
-    seconds = timing.step_seconds(per_step)
-    return {
-        "seconds": seconds,
-        "micro_batches": per_step,
-        "timed_steps": timing.steps,
-        "timed_micro_batches": timing.micro_batches,
-        "tokens_per_second": per_step * timing.tokens / seconds,
-        "mfu": per_step * timing.flops / seconds / peak_flops(device, dtype),
-        "watts": timing.watts,
-    }
-
-
-def _disk(cfg: DictConfig, job: Job, timing: Timing) -> dict[str, float]:
-    """Return the megabytes of the token cache, of the checkpoints while one more is written, and of the student."""
+def _disk(cfg: DictConfig, job: Job, *, state: int) -> dict[str, float]:
+    """Return the megabytes of the token cache, of all checkpoints while one more is written, and of the student."""
     assert job.data.cache is not None
-    student = sum(each.numel() * each.element_size() for each in job.module.student.parameters())
-    saving = cfg.callbacks.get("checkpoint") if cfg.callbacks else None
-    files = (saving.get("keep") or 1) + 2 if saving else 2  # best.ckpt and a temporary one, too
-    sizes = {
-        "cache": sum(job.data.cache.meta["bytes"].values()),
-        "checkpoint": student + timing.state,
-        "checkpoints": files * (student + timing.state),
-        "student": student,
-    }
-    return {name: round(value / _MIB, 2) for name, value in sizes.items()}
+    student, saving = _bytes(job.module.student), (cfg.callbacks or {}).get("checkpoint")
+    files = 2 + ((saving.get("keep") or 1) if saving else 0)  # best.ckpt and a temporary one, too
+    cache = sum(job.data.cache.meta["bytes"].values())
+    return {"cache": cache / _MIB, "checkpoints": files * (student + state) / _MIB, "student": student / _MIB}
 
 
-def _alternatives(cfg: DictConfig, names: list[str], *, device: torch.device) -> Iterator[tuple[str, Any]]:
-    """Yield what may be faster, as an override and the changes of the config, or the reason why it is not measured."""
+def _alternatives(
+    cfg: DictConfig, names: list[str], *, device: torch.device, precision: str
+) -> Iterator[tuple[str, Any]]:
+    """Yield what may be faster, as an override with the changes of the config, or why it is not measured."""
     objective, distils = instantiate(cfg.objective), cfg.teacher.get("name") is not None
-    folder = resources.files("distilkit.conf.train").joinpath("objective")
-    if "masked" in names and distils and objective.reads_teacher_logits and "clm" not in objective.weights:
-        if objective.soft_targets == "all":
-            yield "objective.soft_targets=masked", {"objective": {"soft_targets": "masked"}}
+    all_rows = distils and objective.reads_teacher_logits and objective.soft_targets == "all"
+    if "masked" in names and all_rows and "clm" not in objective.weights:
+        yield "objective.soft_targets=masked", {"objective": {"soft_targets": "masked"}}
     if "minilm" in names and distils and set(objective.weights) != {"rel"}:
-        parts: Any = [OmegaConf.create(folder.joinpath(f"{name}.yaml").read_text()) for name in ("distilbert", "minilm")]
-        node = OmegaConf.merge(*parts)
+        folder = resources.files("distilkit.conf.train").joinpath("objective")
+        text = [folder.joinpath(f"{name}.yaml").read_text("utf-8") for name in ("distilbert", "minilm")]
+        node: Any = OmegaConf.merge(*map(OmegaConf.create, text))
         yield "objective=minilm", {"objective": {key: node[key] for key in node if key != "defaults"}}
-    if "bf16" in names and cfg.trainer.precision == "32-true":
-        reason = _no_bf16(device)
-        yield "trainer.precision=bf16-mixed", reason or {"trainer": {"precision": "bf16-mixed"}}
-    half = cfg.data.block_size // 2
-    if "shorter" in names and half >= 16:
-        sizes = {name: 2 * cfg.data[name] for name in ("global_batch_size", "micro_batch_size")}
-        yield f"data.block_size={half}", {"data": {"block_size": half, **sizes}}
-
-
-def _no_bf16(device: torch.device) -> str | None:
-    """Return why bfloat16 would be slow on a device, or None."""
-    if device.type == "cuda":
-        return None if torch.cuda.is_bf16_supported(including_emulation=False) else "this GPU only emulates bfloat16"
-    units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return None if units else "this CPU has no units for bfloat16"
+    if "bf16" in names and precision == "32-true":
+        has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        has = has if device.type == "cpu" else torch.cuda.is_bf16_supported(including_emulation=False)
+        reason = "this device has no units for bfloat16"
+        yield "trainer.precision=bf16-mixed", {"trainer": {"precision": "bf16-mixed"}} if has else reason
+    if "shorter" in names and (half := cfg.data.block_size // 2) >= 16:
+        twice = {name: 2 * cfg.data[name] for name in ("global_batch_size", "micro_batch_size")}  # as many tokens
+        yield f"data.block_size={half}", {"data": {"block_size": half, **twice}}
 
 
 def _alternative(
-    label: str,
-    changes: Any,
-    cfg: DictConfig,
-    timing: Timing,
-    here: Cost,
-    *,
-    settings: Settings,
-    micro: int,
-    length: Length,
-) -> dict[str, Any]:
-    """Time the steps of a changed config, and compare its tokens per second; a reason stands for what is not measured."""
+    changes: Any, cfg: DictConfig, timing: Timing, *, micro: int, settings: Settings
+) -> dict[str, float | str]:
+    """Time the steps of a changed config, and compare its tokens per second with ``timing``, or say why it cannot be."""
     if isinstance(changes, str):
-        return {"override": label, "reason": changes}
-    own, rate = cfg.copy(), timing.seconds / micro
-    with open_dict(own):
-        own.merge_with(changes)
-    micro *= own.data.micro_batch_size // cfg.data.micro_batch_size
+        return {"reason": changes}
+    own, seconds = cfg.copy(), settings.seconds / 2 / len(settings.alternatives)
+    own.merge_with(changes)
+    size = micro * own.data.micro_batch_size // cfg.data.micro_batch_size
     gc.collect()
     try:
-        job = build(own)
-        job.data.prepare_data()
-        job.data.setup()
-        seconds = settings.seconds / 2 / max(1, len(settings.alternatives))
-        other = _time(job, seconds, settings.steps, micro=micro, rate=rate)
-    except UserError as error:
-        return {"override": label, "reason": str(error)}
-    except torch.OutOfMemoryError:
-        return {"override": label, "reason": "it needs more memory than the device has"}
-    per_step = math.ceil(own.data.global_batch_size / micro)
-    mine, theirs = (each.tokens * per_step / each.step_seconds(per_step) for each in (timing, other))
-    ratio = theirs / mine
-    hours = here.hours if length.blocks is None else here.training_hours / ratio + here.validation_hours
-    return {
-        "override": label,
-        "tokens_per_second": here.tokens_per_second * ratio,
-        "ratio": ratio,
-        "hours": hours,
-        "memory_mb": round(other.peak / _MIB, 1),
-        "timed_steps": other.steps,
-    }
-
-
-def write(plan: Plan, file: str | None) -> Path | None:
-    """Write plan.json, and return its path."""
-    if file is None:
-        return None
-    path = Path(file).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, plan.numbers)
-    return path.resolve()
+        other = _time(_built(own), seconds, settings.steps, micro=size, rate=timing.seconds / micro)
+    except (UserError, torch.OutOfMemoryError) as error:
+        return {"reason": str(error)}
+    per_step = math.ceil(own.data.global_batch_size / size)
+    mine, theirs = (per_step * each.tokens / each.step_seconds(per_step) for each in (timing, other))
+    return {"ratio": theirs / mine, "memory_mb": other.peak / _MIB, "timed_steps": other.steps}

@@ -1,4 +1,4 @@
-"""Show a forecast in a terminal of 80 columns: models, text, steps, the run, more devices, and what is faster."""
+"""Show a forecast in a terminal: blocks, text, models, steps, the run, more devices, and what is faster."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,94 +6,98 @@ from typing import Any
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Column, Table
+from rich.text import Text
 
-from distilkit.plan.forecast import duration, size
-from distilkit.plan.measure import Plan
-from distilkit.plan.preview import show_examples, show_figures
+from distilkit.budget import duration
+from distilkit.memory import megabytes
+from distilkit.plan.preview import Example
 
 
-def show(plan: Plan, console: Console) -> None:
-    """Print all parts of a forecast but its last line."""
-    found = plan.numbers
-    if plan.examples:
-        console.print(show_examples(plan.examples))
-    parts = {"text": show_figures(plan.text), "models": _models(found), "a step": _step(found), "the run": _run(found)}
-    for title, part in parts.items():
+def show(found: Mapping[str, Any], examples: list[Example]) -> None:
+    """Print the numbers of a plan, all but its last line, and the masked blocks."""
+    console = Console(markup=False)  # texts and paths may hold brackets
+    if examples:
+        console.print(_blocks(examples))
+    for title, lines in _lines(found).items():
         console.print(title, style="bold")
-        console.print(Padding(part, (0, 0, 1, 2)), highlight=False)
-    if found["devices"]:
-        console.print(_devices(found))
-        console.print(Padding(found["assumptions"][0], (0, 0, 1, 2)), highlight=False)
-    if found["alternatives"]:
-        console.print(_alternatives(found))
+        console.print(Padding("\n".join(lines), (0, 0, 1, 2)), highlight=False)
+    for table in (_devices(found), _alternatives(found)):
+        if table.row_count:
+            console.print(table, "")
 
 
-def _models(found: Mapping[str, Any]) -> str:
-    lines = []
-    for name in ("teacher", "student"):
-        if (model := found[name]) is None:
-            continue
-        own = f" {model['name']}" if "name" in model else ""
-        without = f"{model['parameters_without_embeddings']:,} without embeddings"
-        lines.append(f"{name}{own}: {model['parameters']:,} parameters, {without}")
-    return "\n".join(lines)
+def _blocks(examples: list[Example]) -> Table:
+    table = Table("a block, and {what to predict}", box=None, padding=(0, 2, 1, 0), header_style="bold")
+    table.add_column("what the teacher predicts", min_width=34)
+    for example in examples:
+        text, beside = Text(), Text()
+        for number, piece in enumerate(example.pieces):
+            target = f"{{{piece}}}" if number % 2 else piece
+            text.append(" " * bool(number and target) + target, "magenta" if number % 2 else "")
+        for target, best in zip(example.pieces[1::2], example.predictions, strict=True):
+            beside.append(f"{target}:", "magenta")
+            for token, share in best:
+                beside.append(f" {token} {share:.0%}", "green" if token == target else "")
+            beside.append("\n" if best else " there is no teacher\n")
+        beside.rstrip()
+        table.add_row(text, beside)
+    return table
 
 
-def _step(found: Mapping[str, Any]) -> str:
-    step, micro, machine = found["step"], found["micro_batch"], found["machine"]
-    timed = f"{step['timed_steps']} steps timed"
-    if step["timed_micro_batches"] < step["micro_batches"]:
-        timed += f", of {step['timed_micro_batches']} micro-batches each"
-    whence = "measured" if micro["measured"] else "by the growth up to there, not tried"
-    tried = max(point["micro_batch_size"] for point in micro["points"])
-    largest = f"largest that fits {size(micro['limit_mb'])}: {micro['largest']} ({whence})"
-    smaller = "" if micro["timed"] == micro["configured"] else f", not {micro['configured']}, which does not fit"
-    return "\n".join(
-        [
-            f"{machine['device']}, {machine['precision']}",
-            f"{step['seconds']:.3g} s for {step['micro_batches']} micro-batches of {micro['timed']} blocks{smaller} "
-            f"({timed})",
-            f"{step['tokens_per_second']:,.0f} tokens/s, MFU {step['mfu']:.1%}, {size(found['memory_mb'])} at the peak",
-            f"micro-batch sizes tried up to {tried}; {largest}",
-        ]
-    )
-
-
-def _run(found: Mapping[str, Any]) -> str:
-    run, disk = found["run"], found["disk_mb"]
-    energy = "energy unknown: this device reports no power" if run["kwh"] is None else f"{run['kwh']:,.2f} kWh"
-    price = [] if run["price"] is None else [f"price {run['price']:,.2f}"]
-    return "\n".join(
-        [
+def _lines(found: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Write what is no table, by title."""
+    step, micro, run, text = found["step"], found["micro_batch"], found["run"], found["text"]
+    model = "{}: {parameters:,} parameters, {parameters_without_embeddings:,} without embeddings"
+    part = f" with {step['timed_micro_batches']}" if step["timed_micro_batches"] < step["micro_batches"] else ""
+    whence = "" if micro["measured"] else " by their growth"
+    tried = ", ".join(str(point[0]) for point in micro["points"])
+    energy = "energy unknown: this device reports no power" if run["kwh"] is None else f"{run['kwh']:,.3g} kWh"
+    price = "" if run["price"] is None else f", price {run['price']:,.2f}"
+    disk = ", ".join(f"{name} {megabytes(value)}" for name, value in found["disk_mb"].items())
+    return {
+        "text": [
+            "{documents:,} documents, {tokens:,} tokens, {blocks:,} blocks to train on".format(**text),
+            "tokens of a document: median {document_tokens_median:g}, 95th percentile {document_tokens_p95:g}".format(
+                **text
+            ),
+            "{duplicates:,} of {documents_read:,} documents are exact duplicates of others".format(**text),
+            "{unknown_share:.2%} of the tokens are unknown, {padding_share:.1%} of a block is padding".format(**text),
+        ],
+        "models": [model.format(name, **found[name]) for name in ("teacher", "student") if found[name]],
+        "a step": [
+            found["machine"],
+            f"{step['step_seconds']:.3g} s for {step['micro_batches']} micro-batches of {micro['timed']} blocks, "
+            f"by {step['steps']} steps{part}",
+            f"{step['tokens_per_second']:,.0f} tokens/s, MFU {step['mfu']:.1%}, {megabytes(found['memory_mb'])} of memory",
+            f"micro-batches tried: {tried}; largest in {megabytes(micro['limit'] / 2**20)}: {micro['largest']}{whence}",
+        ],
+        "the run": [
             f"until {run['end']}: {run['steps']:,.0f} steps, {run['tokens']:,.0f} tokens",
-            f"{duration(run['training_hours'])} of training, {duration(run['validation_hours'])} of validation",
-            ", ".join([f"{run['device_hours']:,.2f} device-hours", *price, energy]),
-            f"disk: token cache {size(disk['cache'])}, checkpoints {size(disk['checkpoints'])}, "
-            f"student {size(disk['student'])}",
-        ]
-    )
+            f"{duration(run['hours'])}, of which validation {duration(run['validation_hours'])}; saving is not counted",
+            f"{run['device_hours']:,.3g} device-hours{price}; {energy}",
+            f"disk: {disk}",
+        ],
+    }
 
 
 def _devices(found: Mapping[str, Any]) -> Table:
-    priced = any(each["price"] is not None for each in found["devices"])
-    powered = any(each["kwh"] is not None for each in found["devices"])
-    names = ["devices", "tokens/s", "tokens", "time", "device-hours", *(["price"] * priced), *(["kWh"] * powered)]
-    table = Table(*(Column(name, justify="right") for name in names), title="on more devices", title_justify="left")
+    names = ("devices", "tokens/s", "tokens", "time", "device-hours", "price", "kWh")
+    columns = (Column(name, justify="right") for name in names)
+    table = Table(*columns, title="on more devices", title_justify="left", caption=found["assumption"])
     for each in found["devices"]:
-        cells = [str(each["devices"]), f"{each['tokens_per_second']:,.0f}", f"{each['tokens']:,.0f}"]
-        cells += [duration(each["hours"]), f"{each['device_hours']:,.2f}"]
-        cells += [f"{each['price']:,.2f}"] * priced + [f"{each['kwh'] or 0:,.2f}"] * powered
-        table.add_row(*cells)
+        numbers = (f"{each[key]:,.0f}" for key in ("tokens_per_second", "tokens"))
+        costs = ("-" if each[key] is None else f"{each[key]:,.2f}" for key in ("price", "kwh"))
+        table.add_row(str(each["devices"]), *numbers, duration(each["hours"]), f"{each['device_hours']:,.3g}", *costs)
     return table
 
 
 def _alternatives(found: Mapping[str, Any]) -> Table:
-    numbers = (Column(name, justify="right") for name in ("tokens/s", "times", "time", "memory"))
-    table = Table("instead", *numbers, title="measured alternatives", title_justify="left")
+    columns = (Column(name, justify="right") for name in ("tokens/s", "times", "time", "memory"))
+    table = Table("instead", *columns, title="what else was measured", title_justify="left")
     for each in found["alternatives"]:
         if "reason" in each:
             table.add_row(f"{each['override']}: {each['reason']}", *"----")
             continue
-        cells = f"{each['tokens_per_second']:,.0f}", f"{each['ratio']:.2f}", duration(each["hours"])
-        table.add_row(each["override"], *cells, size(each["memory_mb"]))
+        numbers = f"{each['tokens_per_second']:,.0f}", f"{each['ratio']:.2f}", duration(each["hours"])
+        table.add_row(each["override"], *numbers, megabytes(each["memory_mb"]))
     return table
