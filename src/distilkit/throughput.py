@@ -72,6 +72,11 @@ def step_flops(
     return float(total)
 
 
+def dtype_of(precision: str) -> torch.dtype:
+    """Return the type in which the products of a trainer's precision are computed."""
+    return torch.bfloat16 if "bf16" in precision else torch.float16 if "16" in precision else torch.float32
+
+
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Measure the FLOP/s of a large matrix product, because data sheets assume sparse products or other clock rates."""
     side = _SIDE.get(device.type, 1024)
@@ -102,9 +107,7 @@ class Throughput(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the peak of the device, and begin a window."""
-        precision = str(trainer.precision)
-        dtype = torch.bfloat16 if "bf16" in precision else torch.float16 if "16" in precision else torch.float32
-        self.peak = peak_flops(pl_module.device, dtype) * trainer.world_size
+        self.peak = peak_flops(pl_module.device, dtype_of(str(trainer.precision))) * trainer.world_size
         if pl_module.device.type == "cuda":  # the matrices of this measurement are none of the training's memory
             torch.cuda.reset_peak_memory_stats(pl_module.device)
         assert isinstance(pl_module, DistillationModule)

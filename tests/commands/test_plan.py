@@ -121,7 +121,7 @@ def test_python_gives_the_same_plan(
         ("plan.price_per_hour=-1", "plan.price_per_hour=-1, but it must be at least 0"),
         ("plan.seconds=0", "plan.seconds=0, but it must be at least 1"),
         ("plan.memory_share=1.5", "plan.memory_share=1.5, but it must be above 0 and at most 1"),
-        ("plan.devices=[0]", "each number of devices must be at least 1"),
+        ("plan.devices=[0]", "plan.devices=[0], but it must be at least 1"),
         ("plan.alternatives=[faster]", "plan.alternatives has faster, but it takes masked, minilm, bf16, shorter"),
         ("plan.memory_share=1e-9", "no micro-batch fits: one block needs"),
         ("budget=-3", "budget=-3, but it must be a time above 0"),
@@ -172,7 +172,7 @@ def test_the_forecast_of_memory_holds_against_a_run(
     numbers = json.loads((tmp_path / "plan" / "plan.json").read_text("utf-8"))
     summary = json.loads((tmp_path / "run" / "summary.json").read_text("utf-8"))
     assert numbers["memory_mb"] == pytest.approx(summary["peak_memory_mb"]["host"], rel=0.15)
-    points = [Point(*point) for point in numbers["micro_batch"]["points"]]
+    points = [Point(**point) for point in numbers["micro_batch"]["points"]]
     assert [point.size for point in points] == [1, 2, 4, 8, 16, 32, 64]
     fit = Fit(points=tuple(points[:5]), least=0.0, limit=0.0)
     assert fit.predict(64) == pytest.approx(points[-1].peak, rel=0.15)

@@ -28,14 +28,13 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check the values before a model is loaded."""
-        for key, least in (("steps", 1), ("seconds", 1), ("examples", 0), ("price_per_hour", 0)):
-            if (value := getattr(self, key)) is not None and value < least:
+        for key, least in (("steps", 1), ("seconds", 1), ("examples", 0), ("price_per_hour", 0), ("devices", 1)):
+            value = getattr(self, key)
+            if value is not None and (min(value, default=1) if key == "devices" else value) < least:
                 raise UserError(f"plan.{key}={value}, but it must be at least {least}")
         for key in ("memory_share", "scaling"):
             if not 0 < (value := getattr(self, key)) <= 1:
                 raise UserError(f"plan.{key}={value}, but it must be above 0 and at most 1")
-        if any(count < 1 for count in self.devices):
-            raise UserError(f"plan.devices={self.devices}, but each number of devices must be at least 1")
         if self.price_per_hour is not None and not self.devices:
             found = f"plan.price_per_hour={self.price_per_hour} is of one device, but plan.devices is empty"
             raise UserError(f"{found}; give numbers of devices, as plan.devices=[1,8]")

@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -24,8 +25,10 @@ from distilkit.plan.micro_batch import Fit, Point, grow
 from distilkit.plan.preview import Example, examples, text_figures
 from distilkit.records import processor
 from distilkit.step_timer import Timing, how_many, sizes, time_steps
-from distilkit.throughput import peak_flops
+from distilkit.throughput import dtype_of, peak_flops
 from distilkit.train import Job, budget_of, build, build_trainer
+
+log = logging.getLogger(__name__)
 
 _MIB = 2**20
 _TIMING = {  # of the trainer that times steps: one device, nothing written, nothing scored between steps
@@ -60,9 +63,10 @@ def measure(cfg: DictConfig) -> Plan:
         found = f"no micro-batch fits: one block needs {fit.predict(1) / _MIB:,.0f} MB, but plan.memory_share="
         found += f"{settings.memory_share:g} of the free memory allows {fit.limit / _MIB:,.0f} MB"
         raise UserError(f"{found}; set activation_checkpointing=true, a smaller student, or a larger share")
-    micro = min(cfg.data.micro_batch_size, per_device, fit.largest)
-    rate = fit.points[-1].seconds_per_block
-    timing = _time(job, settings.seconds, settings.steps, micro=micro, rate=rate)
+    micro = min(wanted := min(cfg.data.micro_batch_size, per_device), fit.largest)
+    if micro < wanted:
+        log.warning("a micro-batch of %d blocks does not fit; steps of %d are timed", wanted, micro)
+    timing = _time(job, settings.seconds, settings.steps, micro=micro, rate=fit.points[-1].seconds_per_block)
     per_step = math.ceil(batch_size / micro)
     seconds, step_tokens = timing.step_seconds(per_step), timing.tokens / micro * batch_size
     check_budget(budget, step_seconds=seconds / count)
@@ -82,21 +86,21 @@ def measure(cfg: DictConfig) -> Plan:
         watts=timing.watts,
     )
     run, module, precision = forecast(devices=count), job.module, str(job.trainer.precision)
-    dtype = torch.bfloat16 if "bf16" in precision else torch.float16 if "16" in precision else torch.float32
     shown = examples(job.data, module.teacher if module.scores_teacher else None, count=settings.examples)
     numbers = {
         "machine": f"{processor(str(device))}, {precision}",
         "teacher": {"name": module.teacher_name, **_parameters(module.teacher)} if module.teacher else None,
         "student": _parameters(module.student),
         "text": text_figures(job.data),
-        "micro_batch": {"configured": int(cfg.data.micro_batch_size), "timed": micro} | asdict(fit),
+        "micro_batch": {"configured": int(cfg.data.micro_batch_size), "timed": micro, **asdict(fit)}
+        | {"points": [point._asdict() for point in fit.points]},
         "step": {
             **asdict(timing),
             "micro_batches": per_step,
             "timed_micro_batches": timing.micro_batches,
             "step_seconds": seconds,
             "tokens_per_second": step_tokens / seconds,
-            "mfu": per_step * timing.flops / seconds / peak_flops(device, dtype),
+            "mfu": per_step * timing.flops / seconds / peak_flops(device, dtype_of(precision)),
         },
         "memory_mb": timing.peak / _MIB,
         "disk_mb": _disk(cfg, job, state=timing.state),
@@ -118,7 +122,6 @@ def measure(cfg: DictConfig) -> Plan:
 
 def _built(cfg: DictConfig) -> Job:
     job = build(cfg)
-    job.data.prepare_data()
     job.data.setup()
     return job
 
@@ -151,8 +154,7 @@ def _search(job: Job, settings: Settings, *, per_device: int) -> Fit:
 
     def measured(size: int) -> Point:
         count = min(2, math.ceil(per_device / size))
-        trainer = _trainer(job, max_steps=2)
-        timing = time_steps(trainer, module, job.data, micro_batch_size=size, micro_batches=count)
+        timing = time_steps(_trainer(job, max_steps=2), module, job.data, micro_batch_size=size, micro_batches=count)
         return Point(size, timing.peak, timing.step_seconds(count) / (count * size))
 
     return grow(
@@ -177,9 +179,8 @@ def _val_seconds(cfg: DictConfig, job: Job, *, micro: int) -> float:
     if cfg.trainer.get("limit_val_batches") == 0:
         return 0.0
     for _ in range(2):
-        trainer = _trainer(job, limit_val_batches=1)
         with sizes(job.data, micro_batch_size=micro, micro_batches=1):
-            began = perf_counter()
+            trainer, began = _trainer(job, limit_val_batches=1), perf_counter()
             trainer.validate(job.module, datamodule=job.data, verbose=False)
             seconds = perf_counter() - began
     return seconds * math.ceil(min(len(job.data.val_blocks or ()), cfg.data.max_val_blocks) / micro)

@@ -50,7 +50,7 @@ def _lines(found: Mapping[str, Any]) -> dict[str, list[str]]:
     model = "{}: {parameters:,} parameters, {parameters_without_embeddings:,} without embeddings"
     part = f" with {step['timed_micro_batches']}" if step["timed_micro_batches"] < step["micro_batches"] else ""
     whence = "" if micro["measured"] else " by their growth"
-    tried = ", ".join(str(point[0]) for point in micro["points"])
+    tried = ", ".join(str(point["size"]) for point in micro["points"])
     energy = "energy unknown: this device reports no power" if run["kwh"] is None else f"{run['kwh']:,.3g} kWh"
     price = "" if run["price"] is None else f", price {run['price']:,.2f}"
     disk = ", ".join(f"{name} {megabytes(value)}" for name, value in found["disk_mb"].items())
