@@ -1,6 +1,8 @@
 """The command plan: a forecast on a tiny teacher, beside the run that it forecasts, on a clock that the work moves."""
 
 import json
+import re
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -152,6 +154,17 @@ def test_alternatives_are_those_of_the_groups() -> None:
     assert list(found) == ["objective=minilm", "data.block_size=64"]  # a causal model has no masks
     assert found["objective=minilm"]["objective"] == OmegaConf.to_container(minilm.objective)
     assert found["data.block_size=64"] == {"data": {"block_size": 64, "global_batch_size": 512, "micro_batch_size": 64}}
+
+
+def test_the_help_names_each_key_and_its_examples_compose(tmp_path: Path) -> None:
+    text = call(main, "--help", cwd=tmp_path).out
+    with initialize_config_module("distilkit.conf.train", version_base="1.3"):
+        keys = set(compose("plan", []).plan) - {"_target_"}
+        assert set(re.findall(r"^plan\.(\w+) ", text, re.MULTILINE)) == keys
+        examples = text.strip().partition("== Examples ==\n")[2].splitlines()
+        assert len(examples) == 5
+        for line in examples:
+            assert compose("plan", shlex.split(line)[3:]).plan
 
 
 @pytest.mark.slow

@@ -87,7 +87,7 @@ def measure(cfg: DictConfig) -> Plan:
     )
     run, module, precision = forecast(devices=count), job.module, str(job.trainer.precision)
     shown = examples(job.data, module.teacher if module.scores_teacher else None, count=settings.examples)
-    numbers = {
+    numbers: dict[str, Any] = {
         "machine": f"{processor(str(device))}, {precision}",
         "teacher": {"name": module.teacher_name, **_parameters(module.teacher)} if module.teacher else None,
         "student": _parameters(module.student),
@@ -111,12 +111,12 @@ def measure(cfg: DictConfig) -> Plan:
     del job, module  # before the models of the alternatives are loaded
     numbers["alternatives"] = []
     for label, changes in _alternatives(own, settings.alternatives, device=device, precision=precision):
-        found = {"override": label} | _alternative(changes, own, timing, micro=micro, settings=settings)
-        if "ratio" in found:
-            found["tokens_per_second"] = run.tokens_per_second * found["ratio"]
-            training = (run.hours - run.validation_hours) / (found["ratio"] if budget is None else 1)
-            found["hours"] = run.validation_hours + training
-        numbers["alternatives"].append(found)
+        other = {"override": label, **_alternative(changes, own, timing, micro=micro, settings=settings)}
+        if "ratio" in other:
+            other["tokens_per_second"] = run.tokens_per_second * other["ratio"]
+            training = (run.hours - run.validation_hours) / (other["ratio"] if budget is None else 1)
+            other["hours"] = run.validation_hours + training
+        numbers["alternatives"].append(other)
     return Plan(line=decide(numbers), numbers={"line": decide(numbers), **numbers}, examples=shown)
 
 
@@ -183,7 +183,7 @@ def _val_seconds(cfg: DictConfig, job: Job, *, micro: int) -> float:
             trainer, began = _trainer(job, limit_val_batches=1), perf_counter()
             trainer.validate(job.module, datamodule=job.data, verbose=False)
             seconds = perf_counter() - began
-    return seconds * math.ceil(min(len(job.data.val_blocks or ()), cfg.data.max_val_blocks) / micro)
+    return seconds * math.ceil(min(len(job.data.val_blocks or ()), job.data.max_val_blocks) / micro)
 
 
 def _steps(cfg: DictConfig, job: Job) -> tuple[float, str]:
@@ -227,9 +227,7 @@ def _alternatives(
         yield f"data.block_size={half}", {"data": {"block_size": half, **twice}}
 
 
-def _alternative(
-    changes: Any, cfg: DictConfig, timing: Timing, *, micro: int, settings: Settings
-) -> dict[str, float | str]:
+def _alternative(changes: Any, cfg: DictConfig, timing: Timing, *, micro: int, settings: Settings) -> dict[str, Any]:
     """Time the steps of a changed config, and compare its tokens per second with ``timing``, or say why it cannot be."""
     if isinstance(changes, str):
         return {"reason": changes}
