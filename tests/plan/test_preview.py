@@ -51,7 +51,7 @@ def test_unknown_tokens_are_counted_without_separators(tokenizer: PreTrainedToke
     counts = np.zeros(len(tokenizer), dtype=np.int64)
     counts[[tokenizer.unk_token_id, tokenizer.sep_token_id, 10]] = 3, 100, 9  # type: ignore[index]
     assert unknown_share(counts, tokenizer) == 0.25
-    assert unknown_share(np.zeros_like(counts), tokenizer) == 0.0
+    assert unknown_share(np.zeros_like(counts), tokenizer) is None
 
 
 def test_figures_count_documents_duplicates_and_padding(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

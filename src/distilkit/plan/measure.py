@@ -23,6 +23,7 @@ from distilkit.memory import free_bytes, used_bytes
 from distilkit.plan.forecast import Settings, cost, decide, steps_of
 from distilkit.plan.micro_batch import Fit, Point, grow
 from distilkit.plan.preview import Example, examples, text_figures
+from distilkit.precision import choose_precision
 from distilkit.records import processor
 from distilkit.step_timer import Timing, how_many, sizes, time_steps
 from distilkit.throughput import dtype_of, peak_flops
@@ -218,10 +219,8 @@ def _alternatives(
         node: Any = OmegaConf.merge(*map(OmegaConf.create, text))
         yield "objective=minilm", {"objective": {key: node[key] for key in node if key != "defaults"}}
     if "bf16" in names and precision == "32-true":
-        has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        has = has if device.type == "cpu" else torch.cuda.is_bf16_supported(including_emulation=False)
-        reason = "this device has no units for bfloat16"
-        yield "trainer.precision=bf16-mixed", {"trainer": {"precision": "bf16-mixed"}} if has else reason
+        chosen, reason = choose_precision(accelerator=device.type)
+        yield "trainer.precision=bf16-mixed", reason if chosen == precision else {"trainer": {"precision": chosen}}
     if "shorter" in names and (half := cfg.data.block_size // 2) >= 16:
         twice = {name: 2 * cfg.data[name] for name in ("global_batch_size", "micro_batch_size")}  # as many tokens
         yield f"data.block_size={half}", {"data": {"block_size": half, **twice}}

@@ -43,7 +43,7 @@ def text_figures(data: DistillationDataModule) -> dict[str, float]:
         "documents": data.cache.meta["documents"]["train"],
         "tokens": len(data.cache.tokens["train"]),
         "blocks": len(data.train_blocks),
-        "unknown_share": unknown_share(data.cache.token_counts, data.tokenizer),
+        "unknown_share": unknown_share(data.cache.token_counts, data.tokenizer) or 0.0,
         "padding_share": 1 - sum(int(batch["num_tokens"]) for batch in drawn) / places,
         "document_tokens_median": float(median),
         "document_tokens_p95": float(high),
