@@ -11,6 +11,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
+from torch.utils._pytree import tree_leaves
 
 import distilkit
 from distilkit.module import DistillationModule
@@ -68,7 +69,7 @@ def test_it_prints_what_a_person_decides_by_and_writes_plan_json_alone(planned: 
     line = done.out.strip().splitlines()[-1]
     assert line.startswith("10 s on this machine, ") and "of memory" in line and "price 0.01" in line
     assert [file.name for file in folder.iterdir() if file.name != ".lock"] == ["plan.json"]
-    assert max(map(len, done.out.splitlines()[:-1])) <= 80
+    assert max(len(each) for each in done.out.splitlines()[:-1] if not each.startswith("[20")) <= 80  # no log line
     for part in ("what the teacher predicts", "tokens of a document", "MFU", "on more devices", "objective=minilm"):
         assert part in done.out
 
@@ -99,9 +100,10 @@ def test_the_forecast_holds_against_the_run(
     assert numbers["run"]["steps"] == summary["optimizer_steps"]
     assert numbers["run"]["tokens"] == pytest.approx(summary["tokens_seen"], rel=0.02)
     assert numbers["student"]["parameters"] == summary["student_parameters"]
-    names = ("last.ckpt", "best.ckpt")
-    size = sum((tmp_path / "checkpoints" / name).stat().st_size for name in names) / 2  # of one
-    assert numbers["disk_mb"]["checkpoints"] == pytest.approx(4 * size / 2**20, rel=0.15)  # two, best, a temporary one
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=False)
+    tensors = [each for each in tree_leaves((saved["state_dict"], saved["optimizer_states"])) if torch.is_tensor(each)]
+    size = sum({each.data_ptr(): each.nbytes for each in tensors}.values())  # a tied weight counts once
+    assert numbers["disk_mb"]["checkpoints"] == pytest.approx(4 * size / 2**20, rel=0.02)  # two, best, a temporary one
 
 
 def test_python_gives_the_same_plan(

@@ -21,9 +21,9 @@ def show(found: Mapping[str, Any], examples: list[Example]) -> None:
     for title, lines in _lines(found).items():
         console.print(title, style="bold")
         console.print(Padding("\n".join(lines), (0, 0, 1, 2)), highlight=False)
-    for table in (_devices(found), _alternatives(found)):
+    for table, note in ((_devices(found), found["assumption"] + "\n"), (_alternatives(found), "")):
         if table.row_count:
-            console.print(table, "")
+            console.print(table, note, highlight=False)
 
 
 def _blocks(examples: list[Example]) -> Table:
@@ -83,7 +83,7 @@ def _lines(found: Mapping[str, Any]) -> dict[str, list[str]]:
 def _devices(found: Mapping[str, Any]) -> Table:
     names = ("devices", "tokens/s", "tokens", "time", "device-hours", "price", "kWh")
     columns = (Column(name, justify="right") for name in names)
-    table = Table(*columns, title="on more devices", title_justify="left", caption=found["assumption"])
+    table = Table(*columns, title="on more devices", title_justify="left")
     for each in found["devices"]:
         numbers = (f"{each[key]:,.0f}" for key in ("tokens_per_second", "tokens"))
         costs = ("-" if each[key] is None else f"{each[key]:,.2f}" for key in ("price", "kwh"))
