@@ -64,7 +64,8 @@ def test_importing_distilkit_imports_no_large_library(tmp_path: Path) -> None:
 
 
 def test_the_public_names_are_those_of_their_modules() -> None:
-    assert set(distilkit.__all__) == {*NAMES, "__version__"} <= set(dir(distilkit))
+    assert set(distilkit.__all__) == {*NAMES, "plan", "__version__"} <= set(dir(distilkit))
+    assert callable(distilkit.plan)  # a room and its function
     for name, module in NAMES.items():
         assert getattr(distilkit, name) is getattr(sys.modules[module], name)
     with pytest.raises(AttributeError, match="module 'distilkit' has no attribute 'destill'"):
