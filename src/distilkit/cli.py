@@ -151,6 +151,7 @@ class ExpandHome(Callback):
             set_folder(config, kind, Path(folder).expanduser())
         made = Path(config.hydra[kind].dir)
         with ends_command(), writing(made, cure=f"set hydra.{kind}.dir to another folder"):  # before Hydra's traceback
+            check_folder(folder, key=f"hydra.{kind}.dir")
             made.mkdir(parents=True, exist_ok=True)
             if not os.access(made, os.W_OK):
                 raise PermissionError(errno.EACCES, "")
@@ -207,13 +208,21 @@ def check_names(names: Iterable[Any], known: Iterable[str], *, path: str) -> Non
 _OF_HYDRA = {"_target_", "_args_", "_partial_", "_convert_", "_recursive_"}
 
 
+def check_folder(value: Any, *, key: str) -> None:
+    """Refuse an empty text, as of a variable that is not set, which would be the working folder."""
+    if value == "":
+        raise UserError(f"{key}='' would write into the working folder; name a folder, or write {key}=.")
+
+
 def check_added(cfg: DictConfig, *, config: str, overrides: Iterable[str] | None = None) -> None:
     """Check that each top-level key that ``+key=value`` has added is known to a file below conf/, or read by another.
 
-    A key or a password among the values is refused, too.
+    A key or a password among the values is refused, too, and an empty text in place of a folder that is written to.
     ``overrides`` are those of Hydra's command line, if there is one, by default.
     """
     refuse_credentials(cfg)
+    for key in ("cache_dir", "data.cache_dir", "tokenizer.cache_dir", "output_dir", "out"):
+        check_folder(OmegaConf.select(cfg, key, throw_on_resolution_failure=False), key=key)
     if overrides is None:
         overrides = unresolved(HydraConfig.get().overrides.task) if HydraConfig.initialized() else ()
     own: Any = OmegaConf.create(resources.files("distilkit.conf").joinpath(config).read_text("utf-8"))
