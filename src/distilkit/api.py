@@ -14,14 +14,16 @@ from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.utils import instantiate
 from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distilkit.cli import check_added, expand_home, keep_large_buffers, quiet, replace_unprintable, user_cause
+from distilkit.data.batches import DistillationDataModule
 from distilkit.data.corpus import write_documents
 from distilkit.errors import UserError
-from distilkit.language_model import Batch
+from distilkit.language_model import Batch, lm_of_name
 from distilkit.runs.run_folder import release
 from distilkit.train import build, run
 from distilkit.verdict import Verdict
@@ -126,10 +128,13 @@ def replay(
     if not file.is_file():
         raise UserError(f"run={str(run)!r} has no config.yaml; give the folder of a run of distilkit.train")
     cfg: Any = OmegaConf.load(file)
-    cfg.update({"output_dir": str(file.parent / "replay"), "ckpt_path": None, "baseline": None, "logger": {}})
-    cfg.trainer.update({"accelerator": "cpu", "devices": 1, "strategy": "auto", "num_nodes": 1, "precision": "32-true"})
     with _isolated(), quiet():
-        data = build(cfg).data
+        lm = next(
+            (each for each in ("mlm", "clm") if each in instantiate(cfg.objective).weights), cfg.teacher.get("lm")
+        )
+        source = {name: cfg.teacher[name] for name in ("name", "revision", "trust_remote_code")}
+        tokenizer = instantiate(cfg.tokenizer)
+        data: DistillationDataModule = instantiate(cfg.data, tokenizer=tokenizer, lm=lm or lm_of_name(**source))
         return data.replay(epoch=epoch, step=step, rank=rank, world_size=world_size, progress=progress)
 
 

@@ -221,8 +221,8 @@ def check_added(cfg: DictConfig, *, config: str, overrides: Iterable[str] | None
     ``overrides`` are those of Hydra's command line, if there is one, by default.
     """
     refuse_credentials(cfg)
-    for key in ("cache_dir", "data.cache_dir", "tokenizer.cache_dir", "output_dir", "out"):
-        check_folder(OmegaConf.select(cfg, key, throw_on_resolution_failure=False), key=key)
+    for place in ("cache_dir", "data.cache_dir", "tokenizer.cache_dir", "output_dir", "out"):
+        check_folder(OmegaConf.select(cfg, place, throw_on_resolution_failure=False), key=place)
     if overrides is None:
         overrides = unresolved(HydraConfig.get().overrides.task) if HydraConfig.initialized() else ()
     own: Any = OmegaConf.create(resources.files("distilkit.conf").joinpath(config).read_text("utf-8"))

@@ -104,7 +104,9 @@ def test_an_empty_text_is_no_folder_to_write_into(
     key: str, settings: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DISTILKIT_CACHE", "")
-    given = [each for each in settings if not each.startswith("cache_dir=")] if key.isupper() else [*settings, f"{key}="]
+    given = (
+        [each for each in settings if not each.startswith("cache_dir=")] if key.isupper() else [*settings, f"{key}="]
+    )
     key = "cache_dir" if key.isupper() else key
     refusal = f"{key}='' would write into the working folder; name a folder, or write {key}=."
     assert_refused(call(distilkit.train.main, *given, cwd=tmp_path), refusal)
