@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -66,7 +67,8 @@ def distill(
     ``student`` is an option of conf/train/student, and ``overrides`` are those of the command line. Training ends after
     ``max_steps``, after a ``budget`` of time, ``40m`` or seconds, or without both after three epochs. ``out`` gets
     config.yaml, metrics.csv, checkpoints/, summary.json and student/. A wrong setting, a finished run in ``out`` and a
-    loss that is not finite raise a ``UserError``.
+    loss that is not finite raise a ``UserError``. Ctrl-C raises ``KeyboardInterrupt`` after the step is saved;
+    ``overrides=["ckpt_path=auto"]`` goes on.
     Example::
 
         result = distilkit.distill(
@@ -107,7 +109,12 @@ def distill(
             cfg.data.corpus.paths = [_literal(path) for path in several]
         expand_home(cfg)
         job = build(cfg)
-        run(job)
+        try:
+            run(job)
+        except SystemExit as stop:  # which would end the caller's Python, too
+            if stop.code != 128 + signal.SIGINT:
+                raise
+            raise KeyboardInterrupt from stop
     before, after = (
         {name.removeprefix("val/"): value for name, value in scores.items()}
         for scores in (job.module.before, job.module.after)
