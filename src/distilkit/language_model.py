@@ -77,8 +77,7 @@ def load_language_model(
         raise UserError(f"teacher.lm is {lm!r}; it takes mlm or clm")
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(name, **source)
-        lm = lm or lm_of(config.model_type, config.architectures, getattr(config, "auto_map", None))
+        lm = lm or lm_of_name(name, **source)
         model, info = _AUTO_CLASS[lm].from_pretrained(
             name, **source, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
