@@ -285,6 +285,13 @@ def test_auto_takes_its_own_folder_first_then_that_of_its_job_then_the_newest_of
     assert find("auto", tmp_path / "new", requeued=job) == own / "checkpoints" / "last.ckpt"
 
 
+def test_checkpoints_that_are_a_link_are_those_of_its_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "checkpoints").rename(tmp_path / "disk")
+    (run / "checkpoints").symlink_to(tmp_path / "disk")
+    assert find("auto", run) == run / "checkpoints" / "last.ckpt"  # its metrics.csv is in the folder above
+
+
 def test_auto_does_not_train_again_what_a_newer_run_has_finished(tmp_path: Path) -> None:
     make_run(tmp_path / "broken", age=9)
     make_run(tmp_path / "finished", age=1, finished=True)

@@ -17,11 +17,12 @@ def rows_of(folder: Path) -> list[tuple[str, str]]:
 
 @pytest.mark.filterwarnings("ignore:Experiment logs directory")
 @pytest.mark.parametrize("torn", ["0,", "0,1e-", "\0\0\0", "0,1e-3,\0\0"])
-def test_a_torn_row_does_not_keep_a_run_from_going_on(torn: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("disk", ["", "of checkpoints"])
+def test_a_torn_row_does_not_keep_a_run_from_going_on(torn: str, disk: str, tmp_path: Path) -> None:
     rows = "epoch,lr,step,train/loss\n0,1e-3,0,5.5\n0,1e-3,1,5.25\n"
     (tmp_path / "metrics.csv").write_text(rows + torn, "utf-8")
     logger = CSVLogger(tmp_path, name="", version="")
-    continue_records([logger], checkpoint=tmp_path / "checkpoints" / "last.ckpt", step=2, row={})
+    continue_records([logger], checkpoint=tmp_path / disk / "checkpoints" / "last.ckpt", step=2, row={})
     assert rows_of(tmp_path) == [("0", "5.5"), ("1", "5.25")]
 
 

@@ -133,7 +133,7 @@ def find_checkpoint(
     file, step = found
     if step:
         log.info("ckpt_path=%s goes on from step %d of %s", given, step, file)
-        return file.resolve()
+        return file.absolute()  # a link stays one: the run's records are beside it
     log.info("%s has no steps to resume, so that the run starts from the beginning", file)  # trainer.max_steps=0
     return None
 

@@ -45,9 +45,11 @@ def continue_records(loggers: Iterable[Logger], *, checkpoint: Path, step: int, 
             if there.is_dir() and there.resolve() != here.resolve():
                 shutil.copytree(there, here, dirs_exist_ok=True)
         elif isinstance(logger, CSVLogger):
-            file, kept = before / "metrics.csv", before / ".metrics.csv"
+            here = Path(logger.log_dir)
+            folder = before if (before / "metrics.csv").is_file() else here  # the checkpoints may be on another disk
+            file, kept = folder / "metrics.csv", folder / ".metrics.csv"
             rows = _rows(kept if kept.is_file() else file, step=step)
-            if file.is_file() and not kept.is_file() and before.resolve() == Path(logger.log_dir).resolve():
+            if file.is_file() and not kept.is_file() and folder.resolve() == here.resolve():
                 file.replace(kept)  # Lightning would delete it before the new one is on the disk
             if not rows:
                 log.warning("%s has no metrics.csv, so that this run's begins after step %d", before, step)
@@ -56,7 +58,7 @@ def continue_records(loggers: Iterable[Logger], *, checkpoint: Path, step: int, 
             for each in rows:
                 logger.experiment.log_metrics({name: each[name] for name in each if name != "step"}, int(each["step"]))
             logger.save()
-            (Path(logger.log_dir) / kept.name).unlink(missing_ok=True)
+            (here / kept.name).unlink(missing_ok=True)
 
 
 def _rows(file: Path, *, step: int) -> list[dict[str, Any]]:
