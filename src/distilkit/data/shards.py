@@ -58,7 +58,7 @@ def prepare_shard(
     shard: int | None,
     num_shards: int,
     batch_documents: int = 4096,
-    batch_characters: int = 2_000_000,
+    batch_bytes: int = 2_000_000,
 ) -> list[Path]:
     """Tokenize a shard of a corpus into the folder ``key-shard-of-num_shards``, unless it or the cache is there.
 
@@ -80,7 +80,7 @@ def prepare_shard(
 
         if (cache_dir / key).is_dir():  # made while this process waited for another one at the same shard
             return
-        limits = {"max_documents": batch_documents, "max_characters": batch_characters}
+        limits = {"max_documents": batch_documents, "max_bytes": batch_bytes}
         *_, sums = write_tokens(folder, chunks(), tokenizer)
         (folder / "index.json").write_text(json.dumps({"crc32": sums, "chunks": index}), "utf-8")
 
