@@ -254,6 +254,7 @@ def record(folder: Path, *overrides: str) -> None:
         (["a=1,2", "b=3"], None),
         (["a=5,6", "b='3'", "ckpt_path=auto"], None),
         (["a=2", "b=3,4"], None),
+        (["a=2", "b=3", "optuna.trials=40"], None),  # a search goes on
     ],
 )
 def test_a_sweeps_folder_is_not_taken_by_a_command_of_other_settings(
@@ -269,6 +270,16 @@ def test_a_sweeps_folder_is_not_taken_by_a_command_of_other_settings(
         sweeps.SweepFailures().on_multirun_start(config)
     assert stopped.value.code == 1
     assert f"error: the sweep in {tmp_path}/sweep {message}" in capsys.readouterr().err
+
+
+def test_a_damaged_record_of_a_job_is_named_with_what_to_delete(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record(tmp_path / "sweep" / "1", "a=1")
+    (tmp_path / "sweep" / "1" / "job.json").write_text("")  # as after a power cut
+    with pytest.raises(SystemExit, match="1"):
+        sweeps.SweepFailures().on_multirun_start(config_of(tmp_path / "sweep", "a=1,2"))
+    assert f"1/job.json is damaged; delete {tmp_path}/sweep/1," in capsys.readouterr().err
 
 
 def test_a_folder_of_another_job_is_refused_and_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

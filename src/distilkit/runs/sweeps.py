@@ -29,11 +29,9 @@ log = logging.getLogger(__name__)
 
 PRUNED = "pruned.json"  # in the folder of a job that a search has ended early
 _RECORD = "job.json"  # in the folder of each job: its overrides
-_NOT_SETTINGS = ("ckpt_path=", "may_change=")  # they belong to a resume
-_NUMBER = re.compile(
-    r"(?<![\w./-])-?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?(?![\w./-])"
-)  # as 1e-3, which Hydra writes as 0.001
-_OWN = ("last", "auto")  # for a sweep: each job's own checkpoint
+_NOT_SETTINGS = ("ckpt_path=", "may_change=", "optuna.trials=")  # they belong to a resume
+# As 1e-3, which Hydra writes as 0.001.
+_NUMBER = re.compile(r"(?<![\w./-])-?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?(?![\w./-])")
 
 
 def _plain(override: str) -> str:
@@ -53,8 +51,13 @@ def _keys(settings: Iterable[str]) -> set[str]:
 
 def _recorded(sweep: Path) -> dict[str, frozenset[str]]:
     """Read the settings of each job of a sweep by the name of its folder."""
-    files = sorted(sweep.glob(f"*/{_RECORD}"))
-    return {file.parent.name: _settings(json.loads(file.read_text("utf-8"))) for file in files}
+    found = {}
+    for file in sorted(sweep.glob(f"*/{_RECORD}")):
+        try:
+            found[file.parent.name] = _settings(json.loads(file.read_text("utf-8")))
+        except ValueError as error:  # as after a power cut
+            raise UserError(f"{file} is damaged; delete {file.parent}, whose job is then trained again") from error
+    return found
 
 
 def job_folder() -> str:
@@ -156,7 +159,7 @@ class SweepFailures(Callback):
 def _find_sweep(config: DictConfig, given: list[str]) -> None:
     """With ``ckpt_path=last`` or ``auto``, set the sweep's folder to that of the newest sweep of the same overrides."""
     folder = Path(config.hydra.sweep.dir).expanduser()
-    if config.get("ckpt_path") not in _OWN or (folder / "multirun.yaml").is_file():
+    if config.get("ckpt_path") not in ("last", "auto") or (folder / "multirun.yaml").is_file():
         return
     same = []
     for file in sorted(folder.parent.glob("*/multirun.yaml"), key=lambda file: file.stat().st_mtime):
