@@ -422,3 +422,8 @@ def test_a_temporary_folder_that_is_full_is_named_with_the_cure(
     with pytest.raises(UserError, match=message):
         student_files(build_model("distilbert", num_layers=1), tokenizer)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_number_is_no_file(tmp_path: Path) -> None:
+    refused = call(distilkit.export.main, "ckpt=5", "out=exported", cwd=tmp_path)
+    assert (refused.code, refused.err) == (1, "error: ckpt=5, but it takes str; put a name of digits in quotes\n")

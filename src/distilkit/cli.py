@@ -1,7 +1,6 @@
 """The parts that all commands share: config checks, one-line errors, warnings and memory."""
 
 import ctypes
-import errno
 import functools
 import inspect
 import io
@@ -13,6 +12,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -153,15 +153,16 @@ class ExpandHome(Callback):
         with ends_command(), writing(made, cure=f"set hydra.{kind}.dir to another folder"):  # before Hydra's traceback
             check_folder(folder, key=f"hydra.{kind}.dir")
             made.mkdir(parents=True, exist_ok=True)
-            if not os.access(made, os.W_OK):
-                raise PermissionError(errno.EACCES, "")
+            with tempfile.TemporaryFile(dir=made) as file:  # Hydra's own files take no more
+                file.write(bytes(2**16))
 
 
 def set_folder(config: DictConfig, kind: str, folder: Path) -> None:
     """Set the folder of a ``run`` or a ``sweep``, also for the jobs of the sweep."""
     with flag_override(config, "readonly", False), flag_override(config.hydra, "readonly", False):
         config.hydra[kind].dir = str(folder)
-        config.hydra.overrides.hydra.append(f"hydra.{kind}.dir='{folder}'")  # each job of a sweep reads these
+        quoted = str(folder).replace("'", r"\'")
+        config.hydra.overrides.hydra.append(f"hydra.{kind}.dir='{quoted}'")  # each job of a sweep reads these
 
 
 def unresolved(overrides: Any) -> list[str]:

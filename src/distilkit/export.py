@@ -15,7 +15,7 @@ import transformers
 from omegaconf import DictConfig
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, dynamic_module_utils
 
-from distilkit.cli import check_added, report_errors
+from distilkit.cli import check_added, check_type, report_errors
 from distilkit.errors import UserError
 from distilkit.language_model import build_from_config, lm_of_model, num_parameters
 from distilkit.model_card import student_card
@@ -206,6 +206,7 @@ def main(cfg: DictConfig) -> None:
     for name in ("ckpt", "out"):
         if cfg[name] is None:
             raise UserError(f"{name} is not set: python -m distilkit.export ckpt=<file> out=<folder>")
+        check_type(cfg[name], str, name=name)
     model = export_checkpoint(cfg.ckpt, cfg.out, trust_remote_code=cfg.trust_remote_code)
     print(json.dumps({"out": str(Path(cfg.out).resolve()), "parameters": num_parameters(model)}))
 

@@ -1,6 +1,7 @@
 """Say in one message what a full disk, a quota or a read-only folder asks of the user."""
 
 import errno
+import logging
 import os
 import re
 import shutil
@@ -13,7 +14,8 @@ from socket import gethostname
 from distilkit.errors import UserError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-_CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR}
+_CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
+_CLOSED |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP}
 
 
 def storage_fault(error: Exception, folder: Path | None, *, cure: str) -> UserError | None:
@@ -24,10 +26,13 @@ def storage_fault(error: Exception, folder: Path | None, *, cure: str) -> UserEr
     file = getattr(error, "filename2", None) or getattr(error, "filename", None)  # the target of a copy, if it is one
     place = Path(os.fsdecode(file)) if isinstance(file, str | bytes) else folder
     if number in _FULL:
+        logging.raiseExceptions = False  # else each line for a log on the same disk prints a traceback
         disk = f"the disk of {place}" if place else "a disk that is written to, or in $TMPDIR"
         return UserError(f"no space left on {disk} (or in your quota); free some, or {cure}")
     if number in _CLOSED and place and (folder or number == errno.EROFS):  # else a file may not be readable
         return UserError(f"{place} cannot be written ({os.strerror(number)}); {cure}")
+    if number == errno.ENOENT and folder and not folder.exists():  # renamed or deleted while it is written
+        return UserError(f"{folder} is not there any more, or cannot be made; {cure}")
     return None
 
 
