@@ -34,6 +34,7 @@ from distilkit.errors import UserError
 log = logging.getLogger(__name__)
 
 _SPLITS = ("train", "val")
+_MOST = 100_000
 _LARGE = 1.25  # of a shard's share: a larger piece is divided, although each process then reads it
 
 
@@ -42,6 +43,8 @@ def check_shard(shard: int | None, num_shards: int | None) -> None:
     for name, value, least in (("num_shards", num_shards, 1), ("shard", shard, 0)):
         if value is not None and (type(value) is not int or value < least):
             raise UserError(f"data.{name}={value}, but it must be a whole number of at least {least}")
+    if num_shards is not None and num_shards > _MOST:
+        raise UserError(f"data.num_shards={num_shards}, but it must be at most {_MOST:,}: each shard is a folder")
     if shard is not None and (num_shards is None or shard >= num_shards):
         cure = f"it takes 0 to {num_shards - 1}" if num_shards else "also set data.num_shards, as 4"
         raise UserError(

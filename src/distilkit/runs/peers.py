@@ -32,7 +32,10 @@ def _end_with(parent: int) -> None:
 
 def _place(num_nodes: int) -> tuple[int, int, str, int] | None:
     """Return the number of this process, how many are started apart from each other, and where the first one is."""
-    found: list[Any] = [kind() for kind in (TorchElasticEnvironment, SLURMEnvironment) if kind.detect()]
+    try:
+        found: list[Any] = [kind() for kind in (TorchElasticEnvironment, SLURMEnvironment) if kind.detect()]
+    except (RuntimeError, ValueError) as error:  # --ntasks without --ntasks-per-node, or variables of another kind
+        raise UserError(f"Lightning cannot read the variables of this SLURM job: {error}") from error
     if found and found[0].world_size() > 1:  # the first, as Lightning chooses
         return found[0].global_rank(), found[0].world_size(), found[0].main_address, found[0].main_port
     at = os.environ

@@ -112,7 +112,8 @@ def release() -> None:
 
 def first_rank() -> bool:
     """Return whether this is the first of the processes that a launcher or another process of the run has started."""
-    return not any(int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+    names = "RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"  # others may use these for texts
+    return not any(os.environ.get(name, "").strip("0").isdecimal() for name in names)
 
 
 def command_again(changes: Mapping[str, str]) -> str:
