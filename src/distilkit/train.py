@@ -343,7 +343,7 @@ def _build_trainer(cfg: DictConfig) -> Trainer:
     if trainer.check_val_every_n_epoch is not None and any(isinstance(each, ValidateEvery) for each in callbacks):
         every = f"trainer.check_val_every_n_epoch={trainer.check_val_every_n_epoch}"
         raise UserError(f"{every}, but callbacks.validation counts optimizer steps; set one of the two to null")
-    given = f"trainer.strategy={cfg.trainer.strategy}"
+    given = f"trainer.strategy={cfg.trainer.get('strategy')}"
     if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
         raise UserError(f"{given} is not supported; set trainer=fsdp to shard the models")
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):  # ddp_spawn, ddp_fork, and auto in a notebook
