@@ -1,7 +1,6 @@
 """Say in one message what a full disk, a quota or a read-only folder asks of the user."""
 
 import errno
-import logging
 import os
 import re
 import shutil
@@ -26,7 +25,6 @@ def storage_fault(error: Exception, folder: Path | None, *, cure: str) -> UserEr
     file = getattr(error, "filename2", None) or getattr(error, "filename", None)  # the target of a copy, if it is one
     place = Path(os.fsdecode(file)) if isinstance(file, str | bytes) else folder
     if number in _FULL:
-        logging.raiseExceptions = False  # else each line for a log on the same disk prints a traceback
         disk = f"the disk of {place}" if place else "a disk that is written to, or in $TMPDIR"
         return UserError(f"no space left on {disk} (or in your quota); free some, or {cure}")
     if number in _CLOSED and place and (folder or number == errno.EROFS):  # else a file may not be readable
