@@ -11,6 +11,7 @@ import shutil
 import traceback
 import uuid
 from collections.abc import Iterable
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import OverrideParseException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from distilkit import cli
@@ -126,6 +128,8 @@ class SweepFailures(Callback):
             shutil.rmtree(left, ignore_errors=True)
         self.notes = folder / f".failures-{uuid.uuid4().hex[:8]}"
         cli.forget_failures(self.notes)
+        if config.hydra.launcher._target_.endswith("JoblibLauncher"):
+            _outlive(get_class(config.hydra.launcher._target_), folder)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Log the error of a job, and give Hydra's own sweeper NaN instead; others have rules for failed jobs."""
@@ -154,6 +158,23 @@ class SweepFailures(Callback):
         if failures := cli.all_failures():
             print(f"{len(failures)} failed:", *failures, sep="\n")
             raise SystemExit(1)
+
+
+def _outlive(launcher: Any, folder: Path) -> None:
+    """Let a launcher that breaks off, since a process was killed, end its jobs and not the sweep."""
+    plain = launcher.launch
+
+    def launch(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return plain(*args, **kwargs)
+        except BrokenExecutor:
+            ended = {file.parent.name for name in (PRUNED, "summary.json") for file in folder.glob(f"*/{name}")}
+            left = ", ".join(name for name in _recorded(folder) if name not in ended) or "no job"
+            cure = f"the same command with hydra.sweep.dir={folder} goes on; hydra.launcher.n_jobs=1 takes less memory"
+            cli.note_failure("the launcher", UserError(f"a process was killed; begun, not finished: {left}; {cure}"))
+            return []
+
+    launcher.launch = launch
 
 
 def _find_sweep(config: DictConfig, given: list[str]) -> None:
