@@ -25,7 +25,7 @@ test-slow: $(INSTALLED)  ## run the slow tests: the wheel, several processes, th
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow -n auto --maxprocesses 2
 
 fuzz: $(INSTALLED)  ## give commands and readers wrong values and damaged files, 1,500 cases (15 minutes)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m fuzz tests/fuzz
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m fuzz -p no:logging tests/fuzz
 
 audit: $(INSTALLED)  ## look up the installed packages in the list of known vulnerabilities; needs PyPI
 	$(PYTHON) -m venv $(VENV)/audit

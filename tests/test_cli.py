@@ -1,10 +1,13 @@
+import errno
 import io
 import platform
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -85,7 +88,9 @@ def test_a_command_prints_a_replacement_for_what_its_output_cannot_encode(monkey
     assert written.getvalue() == b"\xe9 ?? ?\n"
 
 
-@pytest.mark.parametrize(("folder", "expanded"), [("~/a", "{home}/a"), ("{home}/~", "{home}/~")])
+@pytest.mark.parametrize(
+    ("folder", "expanded"), [("~/a", "{home}/a"), ("{home}/~", "{home}/~"), ("~/it's", "{home}/it's")]
+)
 def test_the_folder_of_a_sweep_may_begin_with_the_home_folder(
     folder: str, expanded: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -95,7 +100,8 @@ def test_the_folder_of_a_sweep_may_begin_with_the_home_folder(
     OmegaConf.set_readonly(config.hydra, True)
     ExpandHome().on_multirun_start(config)
     assert config.hydra.sweep.dir == expanded
-    assert config.hydra.overrides.hydra == ([] if folder == expanded else [f"hydra.sweep.dir='{expanded}'"])
+    parsed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.hydra))  # as Hydra does for each job
+    assert [each.value() for each in parsed] == ([] if folder == expanded else [expanded])
 
 
 def test_the_folder_of_a_run_that_cannot_be_made_or_written_is_said_in_one_line(
@@ -107,9 +113,20 @@ def test_the_folder_of_a_run_that_cannot_be_made_or_written_is_said_in_one_line(
         ExpandHome().on_run_start(config)
     cure = "; set hydra.run.dir to another folder\n"
     assert capsys.readouterr().err == f"error: {tmp_path}/file/run cannot be written (Not a directory){cure}"
+    config.hydra.run.dir = f"{tmp_path}/{'a' * 300}"
+    with pytest.raises(SystemExit, match="1"):
+        ExpandHome().on_run_start(config)
+    assert capsys.readouterr().err == f"error: {tmp_path}/{'a' * 300} cannot be written (File name too long){cure}"
     config.hydra.run.dir = str(tmp_path)
     ExpandHome().on_run_start(config)
-    monkeypatch.setattr("os.access", lambda path, mode: False)  # as for root on a read-only disk
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # as a disk with a few KB left
+    with pytest.raises(SystemExit, match="1"):
+        ExpandHome().on_run_start(config)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert capsys.readouterr().err == f"error: {tmp_path} cannot be written (File too large){cure}"
+    refuse = PermissionError(errno.EACCES, "Permission denied", str(tmp_path))  # as to another user
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: (_ for _ in ()).throw(refuse))
     with pytest.raises(SystemExit, match="1"):
         ExpandHome().on_run_start(config)
     assert capsys.readouterr().err == f"error: {tmp_path} cannot be written (Permission denied){cure}"

@@ -809,6 +809,9 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, tokenizer: PreTr
         UserError, match=r"trained with objective.alpha_cos=1.0, this run has 0.5; resume with the same"
     ):
         resume(build_module(tokenizer, alphas={**DISTILBERT, "alpha_cos": 0.5}), file)
+    on_purpose = build_module(tokenizer, alphas={**DISTILBERT, "alpha_cos": 0.5})
+    on_purpose.record["config"] = {"may_change": ["objective.alpha_cos"]}
+    resume(on_purpose, file)
     with pytest.raises(
         UserError, match=r"distilled from teacher 'tiny-bert', this run has 'tiny-bert' or other weights"
     ):

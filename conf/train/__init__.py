@@ -40,15 +40,10 @@ def _lm_alone(*, _root_: Any) -> dict[str, float]:
     weights = {name: 0.0 for name in map(str, objective) if name.startswith("alpha_")}
     own = [name for name in ("alpha_mlm", "alpha_clm") if objective[name]]
     if not own:  # no weight tells which
-        from transformers import AutoConfig
+        from distilkit.language_model import lm_of_name  # which takes seconds to import
 
-        from distilkit.language_model import lm_of
-
-        config = AutoConfig.from_pretrained(
-            teacher.name, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code
-        )
-        lm = teacher.get("lm") or lm_of(config.model_type, config.architectures, getattr(config, "auto_map", None))
-        own = [f"alpha_{lm}"]
+        source = {name: teacher[name] for name in ("name", "revision", "trust_remote_code")}
+        own = [f"alpha_{teacher.get('lm') or lm_of_name(**source)}"]
     return weights | {own[0]: 1.0}
 
 

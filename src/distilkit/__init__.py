@@ -6,11 +6,16 @@ result = distilkit.distill("roberta-base", paths="books/*.txt", out="runs/books"
 result.path, result.metrics
 """
 
+import sys
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from distilkit.errors import UserError
+from distilkit.runs.signals import end_at_once
+
+if sys.argv[:1] == ["-m"]:  # Python is about to import a command, which takes seconds
+    end_at_once()
 
 if TYPE_CHECKING:
     from distilkit.api import Distilled, distill, export_student, replay

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,15 +15,17 @@ from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.utils import instantiate
 from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distilkit.cli import check_added, expand_home, keep_large_buffers, quiet, replace_unprintable, user_cause
+from distilkit.data.batches import DistillationDataModule
 from distilkit.data.corpus import write_documents
 from distilkit.errors import UserError
 from distilkit.export.__main__ import export
-from distilkit.language_model import Batch
+from distilkit.language_model import Batch, lm_of_name
 from distilkit.runs.run_folder import release
 from distilkit.train import build, run
 from distilkit.verdict import Verdict
@@ -65,7 +68,8 @@ def distill(
     ``student`` is an option of conf/train/student, and ``overrides`` are those of the command line. Training ends after
     ``max_steps``, after a ``budget`` of time, ``40m`` or seconds, or without both after three epochs. ``out`` gets
     config.yaml, metrics.csv, checkpoints/, summary.json and student/. A wrong setting, a finished run in ``out`` and a
-    loss that is not finite raise a ``UserError``.
+    loss that is not finite raise a ``UserError``. Ctrl-C raises ``KeyboardInterrupt`` after the step is saved;
+    ``overrides=["ckpt_path=auto"]`` goes on.
     Example::
 
         result = distilkit.distill(
@@ -78,7 +82,12 @@ def distill(
     with isolated(), quiet():
         cfg = composed(teacher, out=out, student=student, **given, overrides=overrides, options=options)
         job = build(cfg)
-        run(job)
+        try:
+            run(job)
+        except SystemExit as stop:  # which would end the caller's Python, too
+            if stop.code != 128 + signal.SIGINT:
+                raise
+            raise KeyboardInterrupt from stop
     before, after = (
         {name.removeprefix("val/"): value for name, value in scores.items()}
         for scores in (job.module.before, job.module.after)
@@ -181,10 +190,13 @@ def replay(
     if not file.is_file():
         raise UserError(f"run={str(run)!r} has no config.yaml; give the folder of a run of distilkit.train")
     cfg: Any = OmegaConf.load(file)
-    cfg.update({"output_dir": str(file.parent / "replay"), "ckpt_path": None, "baseline": None, "logger": {}})
-    cfg.trainer.update({"accelerator": "cpu", "devices": 1, "strategy": "auto", "num_nodes": 1, "precision": "32-true"})
     with isolated(), quiet():
-        data = build(cfg).data
+        lm = next(
+            (each for each in ("mlm", "clm") if each in instantiate(cfg.objective).weights), cfg.teacher.get("lm")
+        )
+        source = {name: cfg.teacher[name] for name in ("name", "revision", "trust_remote_code")}
+        tokenizer = instantiate(cfg.tokenizer)
+        data: DistillationDataModule = instantiate(cfg.data, tokenizer=tokenizer, lm=lm or lm_of_name(**source))
         return data.replay(epoch=epoch, step=step, rank=rank, world_size=world_size, progress=progress)
 
 

@@ -1,7 +1,6 @@
 """The parts that all commands share: config checks, one-line errors, warnings and memory."""
 
 import ctypes
-import errno
 import functools
 import inspect
 import io
@@ -13,6 +12,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -155,16 +155,18 @@ class ExpandHome(Callback):
             set_folder(config, kind, Path(folder).expanduser())
         made = Path(config.hydra[kind].dir)
         with ends_command(), writing(made, cure=f"set hydra.{kind}.dir to another folder"):  # before Hydra's traceback
+            check_folder(folder, key=f"hydra.{kind}.dir")
             made.mkdir(parents=True, exist_ok=True)
-            if not os.access(made, os.W_OK):
-                raise PermissionError(errno.EACCES, "")
+            with tempfile.TemporaryFile(dir=made) as file:  # Hydra's own files take no more
+                file.write(bytes(2**16))
 
 
 def set_folder(config: DictConfig, kind: str, folder: Path) -> None:
     """Set the folder of a ``run`` or a ``sweep``, also for the jobs of the sweep."""
     with flag_override(config, "readonly", False), flag_override(config.hydra, "readonly", False):
         config.hydra[kind].dir = str(folder)
-        config.hydra.overrides.hydra.append(f"hydra.{kind}.dir='{folder}'")  # each job of a sweep reads these
+        quoted = str(folder).replace("'", r"\'")
+        config.hydra.overrides.hydra.append(f"hydra.{kind}.dir='{quoted}'")  # each job of a sweep reads these
 
 
 def unresolved(overrides: Any) -> list[str]:
@@ -212,13 +214,21 @@ def check_names(names: Iterable[Any], known: Iterable[str], *, path: str) -> Non
 _OF_HYDRA = {"_target_", "_args_", "_partial_", "_convert_", "_recursive_"}
 
 
+def check_folder(value: Any, *, key: str) -> None:
+    """Refuse an empty text, as of a variable that is not set, which would be the working folder."""
+    if value == "":
+        raise UserError(f"{key}='' would write into the working folder; name a folder, or write {key}=.")
+
+
 def check_added(cfg: DictConfig, *, config: str, overrides: Iterable[str] | None = None) -> None:
     """Check that each top-level key that ``+key=value`` has added is known to a file below conf/, or read by another.
 
-    A key or a password among the values is refused, too.
+    A key or a password among the values is refused, too, and an empty text in place of a folder that is written to.
     ``overrides`` are those of Hydra's command line, if there is one, by default.
     """
     refuse_credentials(cfg)
+    for place in ("cache_dir", "data.cache_dir", "tokenizer.cache_dir", "output_dir", "out"):
+        check_folder(OmegaConf.select(cfg, place, throw_on_resolution_failure=False), key=place)
     if overrides is None:
         overrides = unresolved(HydraConfig.get().overrides.task) if HydraConfig.initialized() else ()
     own: Any = OmegaConf.create(resources.files("distilkit.conf").joinpath(config).read_text("utf-8"))

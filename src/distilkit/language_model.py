@@ -55,6 +55,12 @@ def lm_of(model_type: str, architectures: list[str] | None = None, auto_map: Map
     return "clm" if not masked or causal & set(architectures or ()) else "mlm"
 
 
+def lm_of_name(name: str, *, revision: str, trust_remote_code: bool) -> LM:
+    """Return mlm or clm by the config of a model, a hub id or a folder, whose weights are not read."""
+    config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    return lm_of(config.model_type, config.architectures, getattr(config, "auto_map", None))
+
+
 def lm_of_model(model: PreTrainedModel) -> LM:
     """Return mlm or clm by the model's class, whatever its config says."""
     return lm_of(model.config.model_type, [type(model).__name__], getattr(model.config, "auto_map", None))
@@ -71,8 +77,7 @@ def load_language_model(
         raise UserError(f"teacher.lm is {lm!r}; it takes mlm or clm")
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(name, **source)
-        lm = lm or lm_of(config.model_type, config.architectures, getattr(config, "auto_map", None))
+        lm = lm or lm_of_name(name, **source)
         model, info = _AUTO_CLASS[lm].from_pretrained(
             name, **source, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )

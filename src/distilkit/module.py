@@ -480,9 +480,11 @@ class DistillationModule(LightningModule):
         if saved is None:
             raise UserError("the checkpoint was not written by distilkit; give ckpt_path of a run of distilkit.train")
         cure = "resume with the same settings, or start again with student=hf student.name=<exported student>"
+        may_change = (self.record.get("config") or {}).get("may_change") or ()
         for name, value in vars(self.objective).items():
             was = saved["objective"].get(name, getattr(Objective, name, None))
-            if name != "implementation" and was != value:
+            allowed = any(f"objective.{name}.".startswith(f"{each}.") for each in may_change)
+            if name != "implementation" and was != value and not allowed:
                 raise UserError(f"the checkpoint was trained with objective.{name}={was}, this run has {value}; {cure}")
         if saved["teacher"]["sha256"] != self.teacher_sha256:
             found = f"the checkpoint was distilled from teacher {saved['teacher']['name']!r}"

@@ -6,7 +6,7 @@ import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from distilkit.cli import check_added, check_keys, explain_keys, report_errors
+from distilkit.cli import check_added, check_keys, check_type, explain_keys, report_errors
 
 
 @explain_keys
@@ -16,6 +16,7 @@ def main(cfg: DictConfig) -> None:
     """Prepare the cache that ``distilkit.train`` uses with the same overrides, or a shard of it, and print its size."""
     check_added(cfg, config="train/train.yaml")
     check_keys(cfg)
+    check_type(cfg.verify, bool, name="verify")
     tokenizer = instantiate(cfg.tokenizer)
     data = instantiate(cfg.data, tokenizer=tokenizer, lm="clm" if tokenizer.mask_token_id is None else "mlm")
     if data.shard is not None and (missing := data.prepare_shard(data.shard)):

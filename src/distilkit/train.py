@@ -17,6 +17,7 @@ from omegaconf.errors import ConfigKeyError, InterpolationResolutionError
 from pytorch_lightning import Callback, Trainer, seed_everything
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
+from pytorch_lightning.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from transformers import PreTrainedModel
 
 from distilkit.budget import parse_budget
@@ -284,8 +285,7 @@ def _measured_layers(
         objective.check_models(student=trial, teacher=models["teacher"].model, lm=models["teacher"].lm)
         data = instantiate(cfg.data, tokenizer=models["tokenizer"], lm=models["teacher"].lm)
         place, names = trainer.strategy, ("layers", "num_layers", "num_blocks", "init")
-        forks = getattr(place.launcher, "is_interactive_compatible", False)  # which CUDA does not survive
-        device = torch.device("cpu") if forks else place.root_device
+        device = place.root_device
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=str(trainer.precision).startswith("bf16")):
             measured = measure_layers(
                 **models,
@@ -358,12 +358,14 @@ def build_trainer(cfg: DictConfig) -> Trainer:
         if value is not None and value < least:
             raise UserError(f"trainer.{name}={value}, but it must be at least {least}; {least} turns it off")
     if trainer.check_val_every_n_epoch is not None and any(isinstance(each, ValidateEvery) for each in callbacks):
-        given = f"trainer.check_val_every_n_epoch={trainer.check_val_every_n_epoch}"
-        raise UserError(f"{given}, but callbacks.validation counts optimizer steps; set one of the two to null")
+        every = f"trainer.check_val_every_n_epoch={trainer.check_val_every_n_epoch}"
+        raise UserError(f"{every}, but callbacks.validation counts optimizer steps; set one of the two to null")
+    given = f"trainer.strategy={cfg.trainer.get('strategy')}"
     if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
-        raise UserError(
-            f"trainer.strategy={cfg.trainer.strategy} is not supported; set trainer=fsdp to shard the models"
-        )
+        raise UserError(f"{given} is not supported; set trainer=fsdp to shard the models")
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):  # ddp_spawn, ddp_fork, and auto in a notebook
+        copies = f"{given} trains in copies of this process"
+        raise UserError(f"{copies}, which cannot export from them; set trainer=ddp, or trainer.devices=1")
     if not trainer.limit_val_batches:
         log.warning("trainer.limit_val_batches=0: the student is never scored, so that the metric of the run is nan")
     if str(trainer.precision).startswith("bf16") and (slow := emulation(trainer.strategy.root_device)):

@@ -111,6 +111,15 @@ def test_documents_in_memory_are_written_once(distill: Callable[..., Distilled],
     assert "| data | 300 documents given to distilkit.distill |" in (first.path / "README.md").read_text("utf-8")
 
 
+def test_an_interrupt_is_one_for_the_caller_too_and_the_call_goes_on(
+    distill: Callable[..., Distilled], text_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):  # a SystemExit would end a notebook's or a prompt's Python
+        distill("+callbacks.send={_target_: jobs.Send, name: SIGINT, step: 1}", paths=text_file)
+    assert not (tmp_path / "run" / "student").exists()
+    assert distill("ckpt_path=auto", paths=text_file).path.is_dir()
+
+
 def test_the_same_call_gives_the_same_metrics(distill: Callable[..., Distilled], text_file: Path) -> None:
     first, second = (distill("objective.temperature=4", paths=[text_file], out=out) for out in ("a", "b"))
     assert (first.before, first.metrics) == (second.before, second.metrics)

@@ -102,6 +102,20 @@ def test_an_unknown_key_is_refused_with_the_known_ones(
     refused(override, facts=facts)
 
 
+@pytest.mark.parametrize("key", ["cache_dir", "data.cache_dir", "hydra.run.dir", "DISTILKIT_CACHE"])
+def test_an_empty_text_is_no_folder_to_write_into(
+    key: str, settings: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISTILKIT_CACHE", "")
+    given = (
+        [each for each in settings if not each.startswith("cache_dir=")] if key.isupper() else [*settings, f"{key}="]
+    )
+    key = "cache_dir" if key.isupper() else key
+    refusal = f"{key}='' would write into the working folder; name a folder, or write {key}=."
+    assert_refused(call(distilkit.train.main, *given, cwd=tmp_path), refusal)
+    assert_nothing_half_made(tmp_path)
+
+
 def test_an_added_key_that_another_reads_is_taken(settings: tuple[str, ...], tmp_path: Path) -> None:
     done = call(distilkit.train.main, *settings, "+half=0.5", "objective.alpha_cos=${half}", cwd=tmp_path)
     assert done.code == 0, done.err

@@ -10,7 +10,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
-from transformers import AutoModelForMaskedLM, PreTrainedTokenizerBase
+from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import distilkit
 import distilkit.train
@@ -286,7 +286,9 @@ def bad(*steps: int, rank: int = 0) -> str:
     return f"+callbacks.bad={{_target_: jobs.NotFinite, steps: {list(steps)}, rank: {rank}}}"
 
 
-def test_steps_that_are_not_finite_are_left_out_counted_and_made_again(given: tuple[str, ...], tmp_path: Path) -> None:
+def test_steps_that_are_not_finite_are_left_out_counted_and_made_again(
+    given: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     more = *given, "trainer.max_steps=6", "non_finite=skip", "max_skipped=2"
     done = call(distilkit.train.main, *more, bad(1, 4), "hydra.run.dir=run", cwd=tmp_path)
     assert done.code == 0, done.err
@@ -298,12 +300,18 @@ def test_steps_that_are_not_finite_are_left_out_counted_and_made_again(given: tu
     assert "left out a step: the loss is not finite at step 4 or its gradient is not" in done.out
     assert "distilkit.replay(run, epoch=0, step=4) returns its batch of seed=42" in done.out
     kept = NotFinite.batches[2:]
-    again = distilkit.replay(tmp_path / "run", epoch=0, step=4)
-    assert len(again) == len(kept) == 2
-    for one, two in zip(again, kept, strict=True):
-        assert torch.equal(one["input_ids"], two["input_ids"])
-        assert torch.equal(one["labels"], two["labels"])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+    (tmp_path / "soft").mkdir()  # a run without a weight that tells which labels it has
+    soft = OmegaConf.merge(OmegaConf.load(tmp_path / "run" / "config.yaml"), {"objective": {"alpha_mlm": 0}})
+    OmegaConf.save(soft, tmp_path / "soft" / "config.yaml")
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedModel, "from_pretrained", None)  # a batch needs no model
+        for run in ("run", "soft"):
+            again = distilkit.replay(tmp_path / run, epoch=0, step=4)
+            assert len(again) == len(kept) == 2
+            for one, two in zip(again, kept, strict=True):
+                assert torch.equal(one["input_ids"], two["input_ids"])
+                assert torch.equal(one["labels"], two["labels"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "soft"]
     stopped = call(distilkit.train.main, *more, bad(1, 3, 4), "hydra.run.dir=stopped", cwd=tmp_path)
     assert stopped.code == 1
     assert "max_skipped=2 steps were left out before" in stopped.err

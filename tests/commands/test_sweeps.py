@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 from collections.abc import Callable
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any
 
@@ -136,12 +137,15 @@ def test_a_sweep_of_evaluations_goes_on_after_a_task_without_data(
     assert "Traceback" not in done.out + done.err
 
 
+OWN = "hydra._internal.core_plugins."
+
+
 def config_of(
-    sweep: Path, *overrides: str, sweeper: str = "hydra._internal.core_plugins.basic_sweeper.X"
+    sweep: Path, *overrides: str, sweeper: str = f"{OWN}basic_sweeper.X", launcher: str = f"{OWN}basic_launcher.X"
 ) -> DictConfig:
     """Return what Hydra's callbacks read of a sweep's config."""
     hydra = {"mode": RunMode.MULTIRUN, "job": {"num": 3}, "overrides": {"task": list(overrides), "hydra": []}}
-    hydra |= {"sweep": {"dir": str(sweep)}, "sweeper": {"_target_": sweeper}}
+    hydra |= {"sweep": {"dir": str(sweep)}, "sweeper": {"_target_": sweeper}, "launcher": {"_target_": launcher}}
     own = dict(each.split("=") for each in overrides if each.startswith("ckpt_path="))
     return OmegaConf.create({"hydra": hydra, **own})
 
@@ -184,6 +188,24 @@ def test_a_job_without_a_score_has_failed_for_a_sweeper_that_needs_one(plugin: s
     callback.on_job_end(config, returned)
     assert cli.all_failures() == ["job 3 (b=2) failed: it has no score"] * fails
     assert returned.status == (JobStatus.FAILED if fails else JobStatus.COMPLETED)
+
+
+def test_a_launcher_that_breaks_off_leaves_the_table_and_names_the_jobs_that_had_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Launcher:
+        def launch(self, jobs: Any) -> Any:
+            raise BrokenExecutor
+
+    monkeypatch.setattr(sweeps, "get_class", lambda _: Launcher)
+    callback = sweeps.SweepFailures()
+    for number in (0, 1, 2):
+        record(tmp_path / f"{number}", "b=0", f"a={number}")
+    (tmp_path / "0" / "summary.json").touch()
+    callback.on_multirun_start(config_of(tmp_path, "b=0", "a=0,1,2,3", launcher="x.JoblibLauncher"))
+    assert Launcher().launch([]) == []
+    again = f"the same command with hydra.sweep.dir={tmp_path} goes on; hydra.launcher.n_jobs=1 takes less memory"
+    assert cli.all_failures() == [f"the launcher failed: a process was killed; begun, not finished: 1, 2; {again}"]
 
 
 # -------------------------------------------------------------------------------- going on
@@ -254,6 +276,7 @@ def record(folder: Path, *overrides: str) -> None:
         (["a=1,2", "b=3"], None),
         (["a=5,6", "b='3'", "ckpt_path=auto"], None),
         (["a=2", "b=3,4"], None),
+        (["a=2", "b=3", "optuna.trials=40"], None),  # a search goes on
     ],
 )
 def test_a_sweeps_folder_is_not_taken_by_a_command_of_other_settings(
@@ -269,6 +292,16 @@ def test_a_sweeps_folder_is_not_taken_by_a_command_of_other_settings(
         sweeps.SweepFailures().on_multirun_start(config)
     assert stopped.value.code == 1
     assert f"error: the sweep in {tmp_path}/sweep {message}" in capsys.readouterr().err
+
+
+def test_a_damaged_record_of_a_job_is_named_with_what_to_delete(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record(tmp_path / "sweep" / "1", "a=1")
+    (tmp_path / "sweep" / "1" / "job.json").write_text("")  # as after a power cut
+    with pytest.raises(SystemExit, match="1"):
+        sweeps.SweepFailures().on_multirun_start(config_of(tmp_path / "sweep", "a=1,2"))
+    assert f"1/job.json is damaged; delete {tmp_path}/sweep/1," in capsys.readouterr().err
 
 
 def test_a_folder_of_another_job_is_refused_and_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

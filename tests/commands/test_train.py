@@ -270,6 +270,10 @@ def test_the_sharding_of_lightning_is_refused_and_ours_named(
     done = call(distilkit.train.main, *SMALL, *QUIET, *given, other, cwd=tmp_path)
     assert done.code == 1
     assert re.search("trainer.strategy=.*ModelParallelStrategy.* is not supported; set trainer=fsdp to shard", done.err)
+    copies = "trainer.strategy=ddp_fork", "trainer.devices=2"
+    done = call(distilkit.train.main, *SMALL, *QUIET, *given, *copies, cwd=tmp_path)
+    assert done.code == 1
+    assert "trainer.strategy=ddp_fork trains in copies of this process, which cannot export from them" in done.err
 
 
 def test_a_run_without_held_out_scores_says_so_and_writes_its_student(

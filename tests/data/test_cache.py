@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from distilkit.data import cache
-from distilkit.data.cache import TokenCache, cache_key, open_cache, prepare, separator_id, split_of, tokenize
+from distilkit.data.cache import TokenCache, batches, cache_key, open_cache, prepare, separator_id, split_of, tokenize
 from distilkit.data.corpus import write_documents
 from distilkit.data.text_files import TextFiles
 from distilkit.data.tokenizer import num_ids, tokenizer_hash, train_tokenizer
@@ -91,7 +91,7 @@ def test_the_cache_does_not_depend_on_how_the_corpus_is_cut_into_batches(
         return {file.name: file.read_bytes() for file in folder.iterdir()}
 
     whole = prepared(tmp_path / "whole")
-    parts = prepared(tmp_path / "parts", batch_documents=documents, batch_characters=characters)
+    parts = prepared(tmp_path / "parts", batch_documents=documents, batch_bytes=characters)
     assert parts == whole
 
 
@@ -452,6 +452,11 @@ class CountedText(str):
         cls.alive -= 1
 
 
+def test_a_batch_has_fewer_characters_of_several_bytes() -> None:
+    for text, size in (("a" * 300, 3), ("\u4e00" * 300, 1)):
+        assert [len(each) for each in batches(iter([text] * 3), max_documents=9, max_bytes=900)] == [size] * (3 // size)
+
+
 @pytest.mark.parametrize(("documents", "characters"), [(10, 10**9), (10**9, 100)])
 def test_a_corpus_may_be_larger_than_memory(
     tmp_path: Path,
@@ -462,7 +467,7 @@ def test_a_corpus_may_be_larger_than_memory(
 ) -> None:
     monkeypatch.setattr(CountedText, "most", 0)
     texts = Texts(CountedText("ba be bi b") for _ in range(500))
-    limits = {"batch_documents": documents, "batch_characters": characters}
+    limits = {"batch_documents": documents, "batch_bytes": characters}
     folder = prepare(texts, tokenizer, cache_dir=tmp_path, val_share=0.5, **limits)
     assert sum(open_cache(folder, tokenizer).meta["documents"].values()) == 500
     assert 10 <= CountedText.most <= 21  # the batch that is read and the one before it

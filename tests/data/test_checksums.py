@@ -122,6 +122,7 @@ def test_damage_that_leaves_size_and_times_is_found_on_request(
     monkeypatch.setattr(Path, "stat", lambda path, **options: before if path == file else stat(path, **options))
     open_cache(folder, tokenizer)
     refused(folder, tokenizer, "train.bin", verify=True)
+    refused(folder, tokenizer, "train.bin")
 
 
 @pytest.mark.parametrize("change", ["machine", "copy", "touched"])

@@ -205,6 +205,7 @@ def test_a_training_is_refused_a_shard(tmp_path: Path, text_file: Path) -> None:
         (4, 4, "data.shard=4, but data.num_shards=4: it takes 0 to 3"),
         (-1, 4, "data.shard=-1, but it must be a whole number of at least 0"),
         (0, 0, "data.num_shards=0, but it must be a whole number of at least 1"),
+        (0, 10**9, "data.num_shards=1000000000, but it must be at most 100,000: each shard is a folder"),
         ("a", 4, "data.shard=a, but it must be a whole number"),
         (True, 4, "data.shard=True, but it must be a whole number"),
         (1.0, 4, "data.shard=1.0, but it must be a whole number"),

@@ -528,3 +528,15 @@ def test_a_text_of_many_lines_in_quotes_is_one_document(tmp_path: Path) -> None:
     text = 'a "quoted" word,\nand\r\nmore\n' * 3
     (tmp_path / "a.csv").write_text('n,text\r\n1,"' + text.replace('"', '""') + '"\r\n2,b\r\n', "utf-8", newline="")
     assert read(tmp_path / "a.csv") == [text.strip(), "b"]
+
+
+def test_few_rows_of_a_parquet_file_are_in_memory(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["ba be bi " * 10_000] * 300}), tmp_path / "a.parquet")
+    texts = TextFiles(paths=str(tmp_path / "a.parquet")).documents()
+    next(texts)
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in texts) == 299
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000  # of 27 MB
+    finally:
+        tracemalloc.stop()

@@ -31,20 +31,19 @@ def settings(cache_dir: Path, **fields: Any) -> dict[str, Any]:
     return {"cache_dir": str(cache_dir), "lowercase": True, "max_documents": 1000, "vocab_size": 300} | fields
 
 
-@MODELS
 def test_more_words_than_asked_for_are_a_warning_that_says_why(
-    tmp_path: Path, model: str, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     texts = Texts(["".join(chr(0x4E00 + start + n) for n in range(20)) for start in range(0, 800, 20)])
-    why = {"bpe": "each of 256 bytes", "wordpiece": "each character of the corpus"}[model]
     for _ in range(2):  # trained, and from the cache
-        words = len(train_tokenizer(corpus=texts, model=model, **settings(tmp_path, vocab_size=200)))
+        words = len(train_tokenizer(corpus=texts, model="wordpiece", **settings(tmp_path, vocab_size=200)))
         assert (
-            f"the tokenizer has {words} words, more than tokenizer.vocab_size=200: {why} is one, and so are the special tokens"
+            f"the tokenizer has {words} words, more than tokenizer.vocab_size=200: each character of the corpus is one, "
+            f"and so are the special tokens; set at least {words}, or tokenizer=bpe"
         ) in caplog.text
         caplog.clear()
     assert texts.reads == 1
-    train_tokenizer(corpus=texts, model=model, **settings(tmp_path, vocab_size=2000))
+    train_tokenizer(corpus=texts, model="wordpiece", **settings(tmp_path, vocab_size=2000))
     assert not caplog.text
 
 
@@ -76,7 +75,12 @@ def test_a_config_that_is_none_is_an_error_of_the_tokenizer(config: str, tmp_pat
         load_tokenizer(name=str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["vocab_size", "max_documents"])
-def test_a_size_below_one_is_an_error(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match=f"tokenizer.{name}=-1, but it must be at least 1"):
-        train_tokenizer(corpus=Texts(["ba"]), model="bpe", **settings(tmp_path, **{name: -1}))
+@pytest.mark.parametrize(
+    ("model", "name", "least"),
+    [("bpe", "vocab_size", 261), ("wordpiece", "vocab_size", 6), ("bpe", "max_documents", 1)],
+)
+def test_a_size_that_is_too_small_is_an_error(tmp_path: Path, model: str, name: str, least: int) -> None:
+    found = f"tokenizer.{name}={least - 1}, but with tokenizer.model={model} it must be at least {least}"
+    with pytest.raises(UserError, match=found):
+        train_tokenizer(corpus=Texts(["ba"]), model=model, **settings(tmp_path, **{name: least - 1}))
+    train_tokenizer(corpus=Texts(["ba"]), model=model, **settings(tmp_path, **{name: least}))

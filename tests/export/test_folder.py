@@ -473,3 +473,8 @@ def test_sentence_transformers_takes_the_mean_of_the_last_states(
         states, real = model(**batch).last_hidden_state, batch["attention_mask"][..., None]
     expected = (states * real).sum(dim=1) / real.sum(dim=1)
     torch.testing.assert_close(torch.from_numpy(found.encode(sentences)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_number_is_no_file(tmp_path: Path) -> None:
+    refused = call(distilkit.export.__main__.main, "ckpt=5", "out=exported", cwd=tmp_path)
+    assert (refused.code, refused.err) == (1, "error: ckpt=5, but it takes str; put a name of digits in quotes\n")

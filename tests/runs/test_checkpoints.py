@@ -25,6 +25,7 @@ def make(file: Path, *, step: int = 1, size: int = 40, config: Mapping[str, Any]
     content = {
         "state_dict": weights,
         "global_step": step,
+        "optimizer_states": [],
         "distilkit": {"record": {"name": config["name"], "config": dict(config)}},
     }
     torch.save(content, file)
@@ -225,9 +226,22 @@ def test_a_damaged_file_of_another_name_is_refused_and_so_is_a_run_without_a_sou
     assert find("auto", tmp_path / "new") is None
 
 
+def test_weights_alone_are_passed_over(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "old")
+    content = torch.load(run / "checkpoints" / "last.ckpt")
+    del content["optimizer_states"]
+    torch.save(content, run / "checkpoints" / "last.ckpt")
+    torch.save(content, run / "checkpoints" / "best.ckpt")
+    assert find(str(run), tmp_path / "new") == run / "checkpoints" / "last-1.ckpt"
+    with pytest.raises(UserError, match="best.ckpt holds weights alone, from which no run can go on; give another"):
+        find(str(run / "checkpoints" / "best.ckpt"), tmp_path / "new")
+
+
 def test_the_last_checkpoint_is_that_of_the_newest_run(tmp_path: Path) -> None:
     make_run(tmp_path / "2026-01-02", age=9)
     newest = make_run(tmp_path / "2026-01-01", age=1)  # by time, not by name
+    (tmp_path / "2026-01-03").mkdir()
+    (tmp_path / "2026-01-03" / "last.ckpt").symlink_to("nowhere")
     assert find("last", tmp_path / "new") == newest / "checkpoints" / "last.ckpt"
     with pytest.raises(UserError, match="ckpt_path=last is not defined in a sweep; give the file, or auto"):
         find("last", tmp_path / "new", in_sweep=True)
@@ -283,6 +297,13 @@ def test_auto_takes_its_own_folder_first_then_that_of_its_job_then_the_newest_of
     assert find("auto", tmp_path / "new", requeued=job) == job / "checkpoints" / "last.ckpt"
     own = make_run(tmp_path / "new", age=100)
     assert find("auto", tmp_path / "new", requeued=job) == own / "checkpoints" / "last.ckpt"
+
+
+def test_checkpoints_that_are_a_link_are_those_of_its_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "checkpoints").rename(tmp_path / "disk")
+    (run / "checkpoints").symlink_to(tmp_path / "disk")
+    assert find("auto", run) == run / "checkpoints" / "last.ckpt"  # its metrics.csv is in the folder above
 
 
 def test_auto_does_not_train_again_what_a_newer_run_has_finished(tmp_path: Path) -> None:

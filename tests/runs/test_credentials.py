@@ -115,6 +115,7 @@ def test_a_key_of_the_environment_reaches_no_file(
             }
         },
         {"url": "https://host:8080/a@b", "key": "value", "monkey": "donkey"},
+        {"paths": ["/data/sk-slovak-wikipedia-dump-2024.txt", "data/sk-learn_documentation_english"]},
     ],
 )
 def test_what_only_resembles_a_key_is_taken(given: dict[str, Any]) -> None:
@@ -131,6 +132,11 @@ def test_what_only_resembles_a_key_is_taken(given: dict[str, Any]) -> None:
         {"hub_token": "x"},
         {"text": "of wandb_v1_" + "a1B2" * 10},
         {"text": "AKIA" + "A1" * 8},
+        {"text": "sk-proj-" + "a1B2" * 10},
+        {"text": "github_pat_11ABCDEFG0" + "a1B2" * 10},
+        {"text": "glpat-" + "a1B2" * 5},
+        {"api-key": "x"},
+        {"hydra": {"overrides": {"task": ["+headers.accessToken=x"]}}},
     ],
 )
 def test_keys_are_found_by_name_and_by_form(given: dict[str, Any]) -> None:

@@ -102,6 +102,10 @@ def test_a_process_alone_waits_for_nobody(place: dict[str, str], monkeypatch: py
         monkeypatch.setenv(f"SLURM_{name}", value)
     with watching(num_nodes=1, seconds=1):
         pass
+    for ntasks in ("4", "many"):
+        monkeypatch.setenv("SLURM_NTASKS", ntasks)
+        with pytest.raises(UserError, match=f"cannot read the variables of this SLURM job: .*{ntasks}"):
+            watching(num_nodes=1, seconds=1).__enter__()
 
 
 @pytest.mark.slow

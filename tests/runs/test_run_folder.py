@@ -78,3 +78,6 @@ def test_a_process_may_hold_a_folder_again_and_leave_it_to_others(tmp_path: Path
 def test_only_the_first_rank_holds_the_folder(taken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     run_folder.hold(taken)  # the first rank of this run holds it
+    monkeypatch.setenv("LOCAL_RANK", "of something else")
+    with pytest.raises(UserError, match="another process trains"):
+        run_folder.hold(taken)

@@ -32,7 +32,8 @@ from test_module import Steps, build_module, uneven_step
 
 def content(step: int, *, size: int = 30_000) -> dict[str, Any]:
     weights = {"a": torch.arange(float(size)) + step}
-    return {"state_dict": weights, "global_step": step, "distilkit": {"record": {"config": {}}}}
+    saved = {"state_dict": weights, "optimizer_states": [], "global_step": step}
+    return {**saved, "distilkit": {"record": {"config": {}}}}
 
 
 def steps(folder: Path) -> dict[str, int]:
@@ -384,6 +385,14 @@ def test_the_best_is_saved_where_the_clock_has_saved_the_step_before_its_validat
     saved, _ = train(tmp_path, tokenizer, time, itertools.repeat(1.0), steps=4, validate=4, every_n_train_steps=4)
     assert saved == [4]
     assert read_checkpoint(tmp_path / "best.ckpt")["global_step"] == 4
+
+
+def test_a_run_can_go_on_where_the_best_is_weights_alone(
+    time: Time, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    train(tmp_path, tokenizer, time, itertools.repeat(1.0), steps=2, validate=2, save_weights_only=True)
+    saved = {file.stem for file in checkpoints_of(tmp_path) if "optimizer_states" in read_checkpoint(file)}
+    assert saved == {"last"}
 
 
 def test_ranks_take_the_decision_of_the_first_and_ask_for_it_seldom(

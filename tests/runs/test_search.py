@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,32 @@ def test_a_study_learns_how_each_trial_ended(
     if state == TrialState.COMPLETE:
         best = json.loads((tmp_path / "best.json").read_text("utf-8"))
         assert (best["trial"], best["val/nll"], set(best["values"])) == (4, 2.5, {"optimizer.lr", "data.epochs"})
+
+
+def test_the_lock_of_a_study_leads_to_its_file_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    link, found = os.symlink, []
+
+    def spy(target: str, name: str) -> None:
+        link(target, name)
+        found.append(Path(name).exists())
+
+    monkeypatch.setattr(os, "symlink", spy)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sweep").mkdir()
+    search._open("sweep/optuna.journal")
+    assert found and all(found)
+
+
+def test_a_study_whose_last_line_was_cut_goes_on(tmp_path: Path) -> None:
+    row = search.suggest(node(tmp_path, 4), seed=1)
+    hydra = {"sweep": {"dir": str(tmp_path)}}
+    config = OmegaConf.create({"hydra": hydra, "optuna": node(tmp_path, 4), **row})
+    journal = tmp_path / "optuna.journal"
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + b'{"op_code": 4, "tri')
+    search.Study().on_multirun_start(config)
+    assert journal.read_bytes().startswith(whole)
+    assert len(trials(tmp_path)) == 1
 
 
 def test_a_search_that_cannot_run_ends_before_its_first_job(

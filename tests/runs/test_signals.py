@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -120,6 +121,15 @@ def test_another_thread_has_no_handlers() -> None:
     thread.start()
     thread.join()
     assert found == [signal.SIG_DFL]
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_while_a_command_imports_ends_it_in_one_line(name: str, status: int, tmp_path: Path) -> None:
+    line = f"import os, signal, time; os.kill(os.getpid(), signal.{name}); time.sleep(9)"
+    (tmp_path / "torch.py").write_text(line, "utf-8")
+    found = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-m", "distilkit.train"], env=found, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (status, f"{name} ended the command\n")
 
 
 @pytest.mark.parametrize("path", ["/runs/a/last.ckpt", "/my runs/1,2=(x)/last.ckpt", "/it's/last.ckpt"])

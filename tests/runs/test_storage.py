@@ -22,7 +22,7 @@ def test_a_full_disk_or_quota_is_one_message_with_folder_and_cure(tmp_path: Path
     assert caught.value.__cause__ is error
 
 
-@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR])
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR, errno.EEXIST])
 def test_a_place_that_cannot_be_written_is_named_with_the_reason(tmp_path: Path, number: int) -> None:
     file = tmp_path / "a"
     reason = os.strerror(number)
@@ -33,6 +33,14 @@ def test_a_place_that_cannot_be_written_is_named_with_the_reason(tmp_path: Path,
 def test_of_a_copy_the_target_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no space left on the disk of /target/b "), writing(tmp_path, cure="set"):
         raise OSError(errno.ENOSPC, "No space left on device", "/source/a", None, "/target/b")
+
+
+def test_a_folder_that_is_renamed_while_it_is_written_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(UserError, match=f"{folder} is not there any more, .*; set"), writing(folder, cure="set"):
+        (folder / "metrics.csv").touch()
+    with pytest.raises(FileNotFoundError), writing(tmp_path, cure="set"):  # another file is missed
+        (folder / "metrics.csv").touch()
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), RuntimeError("bug"), KeyError(28)])

@@ -81,17 +81,17 @@ def prepare(
     cache_dir: str | Path,
     val_share: float,
     batch_documents: int = 4096,
-    batch_characters: int = 2_000_000,
+    batch_bytes: int = 2_000_000,
 ) -> Path:
     """Tokenize a corpus into the cache, unless it is cached already, and return the cache's folder.
 
-    Concurrent processes wait for the first one. ``batch_documents`` and ``batch_characters`` limit the text in memory;
+    Concurrent processes wait for the first one. ``batch_documents`` and ``batch_bytes`` limit the text in memory;
     the defaults keep all cores of the tokenizer busy.
     """
     key = cache_key(corpus, tokenizer, val_share=val_share)
 
     def write(folder: Path) -> None:
-        texts = batches(corpus.documents(), max_documents=batch_documents, max_characters=batch_characters)
+        texts = batches(corpus.documents(), max_documents=batch_documents, max_bytes=batch_bytes)
         chunks = (tokenize_batch(batch, tokenizer, val_share=val_share) for batch in texts)
         write_cache(folder, corpus, chunks, tokenizer, key=key)
 
@@ -194,16 +194,16 @@ def tokenize_batch(documents: list[str], tokenizer: PreTrainedTokenizerBase, *, 
     return {split: (len(texts), tokenize(texts, tokenizer, dtype=dtype)) for split, texts in by_split.items()}
 
 
-def batches(documents: Iterator[str], *, max_documents: int, max_characters: int) -> Iterator[list[str]]:
+def batches(documents: Iterator[str], *, max_documents: int, max_bytes: int) -> Iterator[list[str]]:
     """Cut a stream of documents into lists, of which each but the last has reached one of the limits."""
     batch: list[str] = []
-    num_characters = 0
+    num_bytes = 0
     for document in documents:
         batch.append(document)
-        num_characters += len(document)
-        if num_characters >= max_characters or len(batch) == max_documents:
+        num_bytes += len(document.encode("utf-8", "surrogatepass"))  # Chinese has as many tokens as characters
+        if num_bytes >= max_bytes or len(batch) == max_documents:
             yield batch
-            batch, num_characters = [], 0
+            batch, num_bytes = [], 0
     if batch:
         yield batch
 

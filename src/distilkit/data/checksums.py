@@ -7,6 +7,7 @@ import os
 import socket
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from distilkit.errors import UserError
@@ -39,6 +40,8 @@ def verify(folder: Path, sums: Mapping[str, str], *, again: bool) -> None:
     marker = _state_folder() / hashlib.sha256(state.encode()).hexdigest()[:32]
     if marker.is_file() and not again:
         return
+    with suppress(OSError):  # damage that is found now must not pass at the next start
+        marker.unlink()
     for name, wanted in sums.items():
         if (found := checksum(folder / name)) != wanted:
             raise UserError(

@@ -34,6 +34,7 @@ from distilkit.errors import UserError
 log = logging.getLogger(__name__)
 
 _SPLITS = ("train", "val")
+_MOST = 100_000
 _LARGE = 1.25  # of a shard's share: a larger piece is divided, although each process then reads it
 
 
@@ -42,6 +43,8 @@ def check_shard(shard: int | None, num_shards: int | None) -> None:
     for name, value, least in (("num_shards", num_shards, 1), ("shard", shard, 0)):
         if value is not None and (type(value) is not int or value < least):
             raise UserError(f"data.{name}={value}, but it must be a whole number of at least {least}")
+    if num_shards is not None and num_shards > _MOST:
+        raise UserError(f"data.num_shards={num_shards}, but it must be at most {_MOST:,}: each shard is a folder")
     if shard is not None and (num_shards is None or shard >= num_shards):
         cure = f"it takes 0 to {num_shards - 1}" if num_shards else "also set data.num_shards, as 4"
         raise UserError(
@@ -58,7 +61,7 @@ def prepare_shard(
     shard: int | None,
     num_shards: int,
     batch_documents: int = 4096,
-    batch_characters: int = 2_000_000,
+    batch_bytes: int = 2_000_000,
 ) -> list[Path]:
     """Tokenize a shard of a corpus into the folder ``key-shard-of-num_shards``, unless it or the cache is there.
 
@@ -80,7 +83,7 @@ def prepare_shard(
 
         if (cache_dir / key).is_dir():  # made while this process waited for another one at the same shard
             return
-        limits = {"max_documents": batch_documents, "max_characters": batch_characters}
+        limits = {"max_documents": batch_documents, "max_bytes": batch_bytes}
         *_, sums = write_tokens(folder, chunks(), tokenizer)
         (folder / "index.json").write_text(json.dumps({"crc32": sums, "chunks": index}), "utf-8")
 

@@ -83,9 +83,12 @@ def train_tokenizer(
     """
     if model not in ("wordpiece", "bpe"):
         raise UserError(f"tokenizer.model is {model!r}, but it must be wordpiece or bpe")
-    for name, value in (("vocab_size", vocab_size), ("max_documents", max_documents)):
-        if value < 1:
-            raise UserError(f"tokenizer.{name}={value}, but it must be at least 1")
+    smallest = (
+        len(_BERT) + 1 if model == "wordpiece" else len(_ROBERTA) + 256
+    )  # special tokens, and a word or all bytes
+    for name, value, least in (("vocab_size", vocab_size, smallest), ("max_documents", max_documents, 1)):
+        if value < least:
+            raise UserError(f"tokenizer.{name}={value}, but with tokenizer.model={model} it must be at least {least}")
     settings = [corpus.fingerprint(), model, vocab_size, lowercase, max_documents]
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -96,10 +99,10 @@ def train_tokenizer(
 
     folder = make_once(Path(cache_dir).expanduser(), f"tokenizers/{model}-{vocab_size}-{key}", write)
     tokenizer = load_tokenizer(name=str(folder))
-    if len(tokenizer) > vocab_size:
-        kept = "each character of the corpus is one" if model == "wordpiece" else "each of 256 bytes is one"
-        found = f"the tokenizer has {len(tokenizer):,} words, more than tokenizer.vocab_size={vocab_size}"
-        log.warning("%s: %s, and so are the special tokens", found, kept)
+    if (size := len(tokenizer)) > vocab_size:
+        found = f"the tokenizer has {size:,} words, more than tokenizer.vocab_size={vocab_size}"
+        kept = "each character of the corpus is one, and so are the special tokens"
+        log.warning("%s: %s; set at least %d, or tokenizer=bpe", found, kept, size)
     return tokenizer
 
 

@@ -124,16 +124,15 @@ def find_checkpoint(
         path = Path(str(given)).expanduser()
         if not path.exists():
             raise UserError(f"ckpt_path={given} is no file; give a .ckpt or the folder of a run, or auto, or last")
-        files = (
-            [path] if path.is_file() and path.name != LAST else checkpoints_of(path if path.is_dir() else path.parent)
-        )
+        one = path.is_file() and path.name != LAST
+        files = [path] if one else checkpoints_of(path if path.is_dir() else path.parent)
         if not files:
             raise UserError(f"ckpt_path={given} has no checkpoint; give the folder of a run, as outputs/distil/RUN")
         found = _newest_sound(files)
     file, step = found
     if step:
         log.info("ckpt_path=%s goes on from step %d of %s", given, step, file)
-        return file.resolve()
+        return file.absolute()  # a link stays one: the run's records are beside it
     log.info("%s has no steps to resume, so that the run starts from the beginning", file)  # trainer.max_steps=0
     return None
 
@@ -178,7 +177,8 @@ def _last(folder: Path, *, config: Mapping[str, Any], differs: Callable[[Mapping
 
 def _runs(folder: Path) -> list[Path]:
     """Return the runs in a folder that have checkpoints, the newest first."""
-    ages = {run: [file.stat().st_mtime for file in checkpoints_of(run)] for run in folder.glob("*") if run.is_dir()}
+    found = {run: filter(Path.is_file, checkpoints_of(run)) for run in folder.glob("*") if run.is_dir()}
+    ages = {run: [file.stat().st_mtime for file in files] for run, files in found.items()}
     return sorted((run for run in ages if ages[run]), key=lambda run: max(ages[run]), reverse=True)
 
 
@@ -202,7 +202,10 @@ def _newest_sound(files: list[Path]) -> tuple[Path, int]:
     damages: list[str] = []
     for file in files:
         try:
-            step = int(read_checkpoint(file)["global_step"])
+            checkpoint = read_checkpoint(file)
+            if "optimizer_states" not in checkpoint:  # callbacks.checkpoint.save_weights_only
+                raise UserError(f"{file} holds weights alone, from which no run can go on")
+            step = int(checkpoint["global_step"])
         except UserError as error:
             damages.append(str(error).partition(";")[0])
             continue

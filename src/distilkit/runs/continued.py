@@ -45,20 +45,29 @@ def continue_records(loggers: Iterable[Logger], *, checkpoint: Path, step: int, 
             if there.is_dir() and there.resolve() != here.resolve():
                 shutil.copytree(there, here, dirs_exist_ok=True)
         elif isinstance(logger, CSVLogger):
-            rows = _rows(before / "metrics.csv", step=step)
+            here = Path(logger.log_dir)
+            folder = before if (before / "metrics.csv").is_file() else here  # the checkpoints may be on another disk
+            file, kept = folder / "metrics.csv", folder / ".metrics.csv"
+            rows = _rows(kept if kept.is_file() else file, step=step)
+            if file.is_file() and not kept.is_file() and folder.resolve() == here.resolve():
+                file.replace(kept)  # Lightning would delete it before the new one is on the disk
             if not rows:
                 log.warning("%s has no metrics.csv, so that this run's begins after step %d", before, step)
             if row and not any(int(each["step"]) == step - 1 and each.get("train/loss") for each in rows):
                 rows.append({"step": step - 1, **row})
-            for each in rows:  # the first one replaces a file of the same folder
+            for each in rows:
                 logger.experiment.log_metrics({name: each[name] for name in each if name != "step"}, int(each["step"]))
             logger.save()
+            (here / kept.name).unlink(missing_ok=True)
 
 
 def _rows(file: Path, *, step: int) -> list[dict[str, Any]]:
-    """Read the rows of the first ``step`` steps, without empty cells; the score before them has no epoch."""
+    """Read the rows of the first ``step`` steps, without empty cells; the score before them has no epoch.
+
+    A row that a full disk or a power cut has torn is left out.
+    """
     if not file.is_file():
         return []
     with file.open(newline="", encoding="utf-8") as stream:
         rows = [{name: value for name, value in row.items() if value} for row in csv.DictReader(stream)]
-    return [row for row in rows if int(row["step"]) + ("epoch" in row) <= step]
+    return [row for row in rows if row.get("step", "").isdecimal() and int(row["step"]) + ("epoch" in row) <= step]

@@ -11,11 +11,13 @@ from omegaconf import DictConfig, OmegaConf
 from distilkit.errors import UserError, ends_command
 
 _TOKENS = "auth|hf|hub|huggingface|access|api|bearer|wandb|refresh|session|security|github"
-_SECRET = rf"(?:\w*(?:api|access|private|secret|account)_?key|\w*secret|\w*password|\w*passwd|(?:\w*_)?(?:{_TOKENS})_token|token)"
+_WORDS = r"\w*(?:(?:api|access|private|secret|account)[_-]?key|secret|password|passwd|passphrase)"
+_SECRET = rf"(?:{_WORDS}|(?:\w*_)?(?:{_TOKENS})[_-]?token|token)"
 _NAME = re.compile(_SECRET, re.IGNORECASE)
 _NAMED = re.compile(rf"(?<!\w){_SECRET}['\"]?\s*[:=]\s*['\"]?(?!null|true|false|\$\{{)[^\s'\",\]}}]", re.IGNORECASE)
-_VALUE = re.compile(  # of Hugging Face, W&B, GitHub, AWS and others, and the password of a URL
-    r"(?<!\w)(?:hf_[A-Za-z0-9]{30,}|wandb_v\d_\w{20,}|gh[pousr]_\w{30,}|AKIA[0-9A-Z]{16}|sk-[\w-]{20,})|://[^/\s:@]+:[^/\s@]+@"
+_VALUE = re.compile(  # of Hugging Face, W&B, GitHub, GitLab, AWS and others, and the password of a URL
+    r"(?<!\w)(?:hf_[A-Za-z0-9]{30,}|wandb_v\d_\w{20,}|gh[pousr]_\w{30,}|github_pat_\w{30,}|glpat-[\w-]{20,}|A[KS]IA[0-9A-Z]{16}"
+    r"|sk-(?:[\w-]*-)?(?=\w*\d)(?=\w*[A-Z])\w{20,})|://[^/\s:@]+:[^/\s@]+@"
 )
 _OF_ENVIRONMENT = re.compile(r"\$\{oc\.env:\s*(\w+)[^}]*\}")
 

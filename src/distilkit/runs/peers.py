@@ -32,7 +32,10 @@ def _end_with(parent: int) -> None:
 
 def _place(num_nodes: int) -> tuple[int, int, str, int] | None:
     """Return the number of this process, how many are started apart from each other, and where the first one is."""
-    found: list[Any] = [kind() for kind in (TorchElasticEnvironment, SLURMEnvironment) if kind.detect()]
+    try:
+        found: list[Any] = [kind() for kind in (TorchElasticEnvironment, SLURMEnvironment) if kind.detect()]
+    except (RuntimeError, ValueError) as error:  # --ntasks without --ntasks-per-node, or variables of another kind
+        raise UserError(f"Lightning cannot read the variables of this SLURM job: {error}") from error
     if found and found[0].world_size() > 1:  # the first, as Lightning chooses
         return found[0].global_rank(), found[0].world_size(), found[0].main_address, found[0].main_port
     at = os.environ
@@ -77,20 +80,18 @@ def watching(*, num_nodes: int, seconds: float | None) -> Iterator[None]:
 
 def _meet(rank: int, world_size: int, address: str, port: int, *, seconds: float) -> PrefixStore:
     """Wait until all processes have come to the store of the first one, or of torchrun."""
-    limit, keys = timedelta(seconds=seconds), [str(each) for each in range(world_size)]
+    limit = timedelta(seconds=seconds)
     first = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     missing = "0"
     try:
         server = TCPStore(address, port, None, first, limit, wait_for_workers=False, multi_tenant=True)
         store = PrefixStore(f"distilkit/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_jobs)}", server)
         store.add(str(rank), 1)
-        for key in keys:
-            missing = key
-            store.wait([key], limit)
+        for missing in map(str, range(world_size)):
+            store.wait([missing], limit)
     except RuntimeError as error:
-        found = f"process {missing} of {world_size} did not come to {address}:{port}"
-        cure = "see what it prints, or set a larger rank_timeout"
-        raise UserError(f"{found} within rank_timeout={seconds} seconds; {cure}") from error
+        found = f"process {missing} of {world_size} did not come to {address}:{port} within rank_timeout={seconds}"
+        raise UserError(f"{found} seconds; see what it prints, or set a larger rank_timeout") from error
     return store
 
 
@@ -111,6 +112,6 @@ def _watch(rank: int, silent: dict[int, float], seconds: float, left: threading.
         silent.update({peer: ticks + 1 for peer, ticks in silent.items()})
         if gone := [str(peer) for peer, ticks in silent.items() if ticks > seconds]:
             found = f"nothing was heard of process {', '.join(gone)} for rank_timeout={seconds} seconds"
-            print(f"error: {found}, so that process {rank} ends; resume from the last checkpoint", file=sys.stderr)
-            sys.stderr.flush()
+            again = "resume from the last checkpoint"
+            print(f"error: {found}, so that process {rank} ends; {again}", file=sys.stderr, flush=True)
             os._exit(1)

@@ -105,9 +105,8 @@ def _os_error(error: BaseException | None) -> OSError | None:
 
 def _not_written(file: Path, cause: OSError, checkpoint: Mapping[str, Any]) -> UserError:
     size = sum(leaf.nbytes for leaf in tree_leaves(checkpoint) if isinstance(leaf, Tensor)) / 1e6
-    free = (
-        f"{shutil.disk_usage(file.parent).free / 1e6:,.0f} MB are free there" if file.parent.is_dir() else "no folder"
-    )
+    there = file.parent.is_dir()
+    free = f"{shutil.disk_usage(file.parent).free / 1e6:,.0f} MB are free there" if there else "no folder"
     return UserError(
         f"{file} cannot be written: {cause.strerror}. It takes {size:,.0f} MB, {free}; the checkpoints before it are "
         "whole. Free space, or your quota, or set hydra.run.dir to another disk; then ckpt_path=auto goes on"
@@ -173,7 +172,7 @@ class Checkpoints(ModelCheckpoint):
             return
         module: Any = pl_module
         module.stop_clock()
-        trainer.save_checkpoint(Path(str(self.dirpath)) / LAST, weights_only=self.save_weights_only)
+        trainer.save_checkpoint(Path(str(self.dirpath)) / LAST, weights_only=False)  # best.ckpt may be weights alone
         self._restart(trainer)
 
     def _restart(self, trainer: Trainer) -> None:

@@ -36,7 +36,7 @@ _NO_KEY = object()
 def _open(journal: str, **options: Any) -> optuna.Study:
     """Open the study in a file, to which processes of several machines may append."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = JournalStorage(JournalFileBackend(journal))
+    storage = JournalStorage(JournalFileBackend(str(Path(journal).resolve())))  # its lock expires where it leads there
     return optuna.create_study(storage=storage, study_name="distilkit", load_if_exists=True, **options)
 
 
@@ -145,6 +145,10 @@ class Study(HydraCallback):
                 raise UserError(f"{found}; start one process, which starts its ranks itself")
         journal = _journal(config)
         journal.parent.mkdir(parents=True, exist_ok=True)
+        content = (journal.read_bytes() if journal.is_file() else b"") or b"\n"
+        if not content.endswith(b"\n"):  # what is appended would spoil it
+            log.warning("the last line of %s was cut short, and is dropped", journal)
+            os.truncate(journal, content.rfind(b"\n") + 1)
         _open(str(journal))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:

@@ -1,5 +1,6 @@
 """Signals that end a command: at once, or, while a training holds them, where it can be resumed."""
 
+import contextlib
 import logging
 import os
 import re
@@ -9,13 +10,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 log = logging.getLogger(__name__)
 
 ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+_UNHANDLED = signal.SIG_DFL, signal.default_int_handler
 
 _SAME = 1.0  # seconds within which two signals are one: a scheduler signals both a process and its launcher
 _WORKER_SECONDS = 60.0  # for which a worker of a data loader outlives SIGTERM
@@ -63,7 +64,23 @@ def _serves_data() -> bool:
     return data is not None and data.get_worker_info() is not None
 
 
-@contextmanager
+def _end(number: int, frame: Any) -> None:
+    """Handle a signal before and after ``listening``: leave without the traceback of what an import does just then."""
+    if first_rank():
+        os.write(2, f"{signal.Signals(number).name} ended the command\n".encode())
+    with contextlib.suppress(Exception):  # of a print that it has interrupted
+        sys.stdout.flush()
+    os._exit(128 + number)
+
+
+def end_at_once() -> None:
+    """Let signals end this process in one line, unless they are ignored."""
+    for number in ENDING:
+        if signal.getsignal(number) in _UNHANDLED:
+            signal.signal(number, _end)
+
+
+@contextlib.contextmanager
 def listening(*numbers: int) -> Iterator[None]:
     """Give the signals ``numbers`` to the inbox, unless they are ignored, as by nohup, or handled by the caller."""
     if threading.current_thread() is not threading.main_thread():  # Python has handlers there only
@@ -72,8 +89,7 @@ def listening(*numbers: int) -> Iterator[None]:
     outermost = inbox.owner != os.getpid()
     if outermost:
         vars(inbox).update(vars(Inbox(owner=os.getpid())))
-    unhandled = signal.SIG_DFL, signal.default_int_handler
-    before = {number: found for number in numbers if (found := signal.getsignal(number)) in unhandled}
+    before = {number: found for number in numbers if (found := signal.getsignal(number)) in (*_UNHANDLED, _end)}
     for number in before:
         signal.signal(number, inbox.note)
     try:
@@ -96,7 +112,8 @@ def release() -> None:
 
 def first_rank() -> bool:
     """Return whether this is the first of the processes that a launcher or another process of the run has started."""
-    return not any(int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+    names = "RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"  # others may use these for texts
+    return not any(os.environ.get(name, "").strip("0").isdecimal() for name in names)
 
 
 def command_again(changes: Mapping[str, str]) -> str:

@@ -13,7 +13,8 @@ from socket import gethostname
 from distilkit.errors import UserError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-_CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR}
+_CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
+_CLOSED |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP}
 
 
 def storage_fault(error: Exception, folder: Path | None, *, cure: str) -> UserError | None:
@@ -28,6 +29,8 @@ def storage_fault(error: Exception, folder: Path | None, *, cure: str) -> UserEr
         return UserError(f"no space left on {disk} (or in your quota); free some, or {cure}")
     if number in _CLOSED and place and (folder or number == errno.EROFS):  # else a file may not be readable
         return UserError(f"{place} cannot be written ({os.strerror(number)}); {cure}")
+    if number == errno.ENOENT and folder and not folder.exists():  # renamed or deleted while it is written
+        return UserError(f"{folder} is not there any more, or cannot be made; {cure}")
     return None
 
 

@@ -11,6 +11,7 @@ import shutil
 import traceback
 import uuid
 from collections.abc import Iterable
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import OverrideParseException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from distilkit import cli
@@ -29,11 +31,9 @@ log = logging.getLogger(__name__)
 
 PRUNED = "pruned.json"  # in the folder of a job that a search has ended early
 _RECORD = "job.json"  # in the folder of each job: its overrides
-_NOT_SETTINGS = ("ckpt_path=", "may_change=")  # they belong to a resume
-_NUMBER = re.compile(
-    r"(?<![\w./-])-?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?(?![\w./-])"
-)  # as 1e-3, which Hydra writes as 0.001
-_OWN = ("last", "auto")  # for a sweep: each job's own checkpoint
+_NOT_SETTINGS = ("ckpt_path=", "may_change=", "optuna.trials=")  # they belong to a resume
+# As 1e-3, which Hydra writes as 0.001.
+_NUMBER = re.compile(r"(?<![\w./-])-?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?(?![\w./-])")
 
 
 def _plain(override: str) -> str:
@@ -53,8 +53,13 @@ def _keys(settings: Iterable[str]) -> set[str]:
 
 def _recorded(sweep: Path) -> dict[str, frozenset[str]]:
     """Read the settings of each job of a sweep by the name of its folder."""
-    files = sorted(sweep.glob(f"*/{_RECORD}"))
-    return {file.parent.name: _settings(json.loads(file.read_text("utf-8"))) for file in files}
+    found = {}
+    for file in sorted(sweep.glob(f"*/{_RECORD}")):
+        try:
+            found[file.parent.name] = _settings(json.loads(file.read_text("utf-8")))
+        except ValueError as error:  # as after a power cut
+            raise UserError(f"{file} is damaged; delete {file.parent}, whose job is then trained again") from error
+    return found
 
 
 def job_folder() -> str:
@@ -123,6 +128,8 @@ class SweepFailures(Callback):
             shutil.rmtree(left, ignore_errors=True)
         self.notes = folder / f".failures-{uuid.uuid4().hex[:8]}"
         cli.forget_failures(self.notes)
+        if config.hydra.launcher._target_.endswith("JoblibLauncher"):
+            _outlive(get_class(config.hydra.launcher._target_), folder)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Log the error of a job, and give Hydra's own sweeper NaN instead; others have rules for failed jobs."""
@@ -153,10 +160,27 @@ class SweepFailures(Callback):
             raise SystemExit(1)
 
 
+def _outlive(launcher: Any, folder: Path) -> None:
+    """Let a launcher that breaks off, since a process was killed, end its jobs and not the sweep."""
+    plain = launcher.launch
+
+    def launch(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return plain(*args, **kwargs)
+        except BrokenExecutor:
+            ended = {file.parent.name for name in (PRUNED, "summary.json") for file in folder.glob(f"*/{name}")}
+            left = ", ".join(name for name in _recorded(folder) if name not in ended) or "no job"
+            cure = f"the same command with hydra.sweep.dir={folder} goes on; hydra.launcher.n_jobs=1 takes less memory"
+            cli.note_failure("the launcher", UserError(f"a process was killed; begun, not finished: {left}; {cure}"))
+            return []
+
+    launcher.launch = launch
+
+
 def _find_sweep(config: DictConfig, given: list[str]) -> None:
     """With ``ckpt_path=last`` or ``auto``, set the sweep's folder to that of the newest sweep of the same overrides."""
     folder = Path(config.hydra.sweep.dir).expanduser()
-    if config.get("ckpt_path") not in _OWN or (folder / "multirun.yaml").is_file():
+    if config.get("ckpt_path") not in ("last", "auto") or (folder / "multirun.yaml").is_file():
         return
     same = []
     for file in sorted(folder.parent.glob("*/multirun.yaml"), key=lambda file: file.stat().st_mtime):
