@@ -67,9 +67,9 @@ def _lines(found: Mapping[str, Any]) -> dict[str, list[str]]:
         "a step": [
             found["machine"],
             f"{step['step_seconds']:.3g} s for {step['micro_batches']} micro-batches of {micro['timed']} blocks, "
-            f"by {step['steps']} steps{part}",
+            f"median of {step['steps']} steps{part}",
             f"{step['tokens_per_second']:,.0f} tokens/s, MFU {step['mfu']:.1%}, {megabytes(found['memory_mb'])} of memory",
-            f"micro-batches tried: {tried}; largest in {megabytes(micro['limit'] / 2**20)}: {micro['largest']}{whence}",
+            f"micro-batches tried: {tried}; {micro['largest']} fits {megabytes(micro['limit'] / 2**20)}{whence}",
         ],
         "the run": [
             f"until {run['end']}: {run['steps']:,.0f} steps, {run['tokens']:,.0f} tokens",
@@ -92,12 +92,12 @@ def _devices(found: Mapping[str, Any]) -> Table:
 
 
 def _alternatives(found: Mapping[str, Any]) -> Table:
-    columns = (Column(name, justify="right") for name in ("tokens/s", "times", "time", "memory"))
+    columns = (Column(name, justify="right") for name in ("tokens/s", "speed", "time", "memory"))
     table = Table("instead", *columns, title="what else was measured", title_justify="left")
     for each in found["alternatives"]:
         if "reason" in each:
             table.add_row(f"{each['override']}: {each['reason']}", *"----")
             continue
-        numbers = f"{each['tokens_per_second']:,.0f}", f"{each['ratio']:.2f}", duration(each["hours"])
+        numbers = f"{each['tokens_per_second']:,.0f}", f"{each['ratio']:.2f}x", duration(each["hours"])
         table.add_row(each["override"], *numbers, megabytes(each["memory_mb"]))
     return table
