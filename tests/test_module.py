@@ -947,7 +947,7 @@ def test_all_ranks_stop_where_the_rank_that_holds_the_weights_finds_one_not_fini
     trainer = SimpleNamespace(strategy=strategy, global_step=7, world_size=2)
     monkeypatch.setattr(DistillationModule, "trainer", trainer)
     of_all_ranks = iter([0.0, 1.0])  # all losses were finite, but rank 0 has found a weight
-    monkeypatch.setattr(DistillationModule, "_sum_over_ranks", lambda *_: torch.tensor(next(of_all_ranks)))
+    monkeypatch.setattr(DistillationModule, "sum_over_ranks", lambda *_: torch.tensor(next(of_all_ranks)))
     with pytest.raises(UserError, match="a weight is not finite at step 7; no checkpoint was written"):
         module.on_save_checkpoint({"state_dict": {}})
 

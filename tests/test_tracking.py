@@ -39,7 +39,7 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def test_a_host_that_cannot_be_reached_is_named(settings: SimpleNamespace) -> None:
-    reason = tracking._offline_reason()
+    reason = tracking.offline_reason()
     assert reason is not None
     assert reason.startswith("http://wandb.invalid cannot be reached (")
 
@@ -48,9 +48,9 @@ def test_a_host_behind_a_proxy_of_the_environment_is_reached(
     settings: SimpleNamespace, proxy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("http_proxy", proxy)
-    assert tracking._offline_reason() is None
+    assert tracking.offline_reason() is None
 
 
 def test_a_host_behind_a_proxy_of_wandbs_settings_is_reached(settings: SimpleNamespace, proxy: str) -> None:
     settings.http_proxy = proxy
-    assert tracking._offline_reason() is None
+    assert tracking.offline_reason() is None

@@ -196,6 +196,10 @@ class DistillationModule(LightningModule):
         if batch["is_first"]:  # Lightning's count, under which metrics are logged, may be too high after a resume
             self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
         self.after = {}
+        self.seed_dropout(batch_idx)
+
+    def seed_dropout(self, batch_idx: int) -> None:
+        """Seed torch's generators for a micro-batch of this epoch and rank."""
         torch.manual_seed(hash((self.seed, self.current_epoch, batch_idx, self.global_rank)) % 2**63)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -203,7 +207,7 @@ class DistillationModule(LightningModule):
         # 1. The denominators cover the whole optimizer step, so its first micro-batch sums the counts over ranks.
         if batch["is_first"]:
             counts = torch.stack([batch["num_tokens"], batch["num_labels"]]).to(self.device)  # (2,)
-            counts = self._sum_over_ranks(counts)
+            counts = self.sum_over_ranks(counts)
             self.step_tokens = counts[0]
             self.denominators = self.objective.denominators(num_tokens=counts[0], num_labels=counts[1], lm=self.lm)
             steps = self.trainer.global_step, 0  # this one, and one at its progress that reads the teacher
@@ -222,15 +226,15 @@ class DistillationModule(LightningModule):
             self.step_terms[name] = self.step_terms.get(name, 0.0) + term
         if batch["is_last"]:
             self.tokens = self.tokens.to(loss.device) + self.step_tokens
-            self.step_loss = self._sum_over_ranks(self.step_terms[""])
+            self.step_loss = self.sum_over_ranks(self.step_terms[""])
             self._note(self.step_loss.isfinite())
-            if self._logs(self.trainer.global_step + 1):
+            if self.logs(self.trainer.global_step + 1):
                 self._check_finite()
                 self._log_step()
         # 3. Lightning divides by the accumulation and DDP by the ranks, but the denominators contain both.
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
-    def _logs(self, step: int) -> bool:
+    def logs(self, step: int) -> bool:
         """Return whether the ``step``-th optimizer step, counted from 1, is logged."""
         log_every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by one of its connectors
         return bool(log_every) and step > 0 and step % log_every == 0
@@ -274,18 +278,26 @@ class DistillationModule(LightningModule):
         self.clock.stop()
 
     def _log_step(self) -> None:
-        sums = {name: float(self._sum_over_ranks(term)) for name, term in self.step_terms.items() if name}
+        sums = {name: float(self.sum_over_ranks(term)) for name, term in self.step_terms.items() if name}
         sums[""] = float(self.step_loss)
         sums[""] += sum(alpha * sums.get(name, 0.0) for name, alpha in self.skipped.items())
         kept: Any = self.trainer._results  # Lightning would log what an earlier step found
         for name in self.objective.weights.keys() - sums.keys():
-            kept.pop(f"training_step.train/loss_{name}", None)
+            for key in (f"loss_{name}", f"weighted_{name}"):
+                kept.pop(f"training_step.train/{key}", None)
         losses_by_name = {f"train/loss_{name}" if name else "train/loss": value for name, value in sums.items()}
         self.shown |= losses_by_name
-        self.log_dict(losses_by_name)
+        alphas: Any = {**self.step_objective.weights, **self.skipped}
+        weighted = {f"train/weighted_{name}": alpha * sums.get(name, 0.0) for name, alpha in alphas.items()}
+        self.log_dict(losses_by_name | weighted)
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
 
-    def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
+    def axes(self) -> dict[str, float]:
+        """Return what curves are drawn over: the tokens of all finished steps, and the hours of training."""
+        return {"progress/tokens": float(self.tokens_seen), "progress/hours": self.clock.seconds / 3600}
+
+    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        """Return the sum of a tensor over all ranks, which all must call."""
         if self.trainer.world_size == 1:
             return tensor
         total = tensor.clone()
@@ -296,7 +308,7 @@ class DistillationModule(LightningModule):
         """Stop all ranks if any loss was not finite; called only where the host waits for the device anyway."""
         # After a run the module is on the CPU, but the process group may need the root device.
         broken = (~self.all_finite).float().to(self.trainer.strategy.root_device)
-        if float(self._sum_over_ranks(broken)):
+        if float(self.sum_over_ranks(broken)):
             raise UserError(self._not_finite(int(self.first_bad)))
 
     def _not_finite(self, step: int) -> str:
@@ -337,7 +349,7 @@ class DistillationModule(LightningModule):
                 optimizer.zero_grad()
         for name, value in (("loss", self.step_loss), ("gradient_norm", norm)):
             self.spikes[name].add(value)
-        if self._logs(self.trainer.global_step + 1):
+        if self.logs(self.trainer.global_step + 1):
             counts = {f"train/spikes_{name}": spikes.count.float() for name, spikes in self.spikes.items()}
             counts |= {"train/skipped_steps": torch.tensor(float(self.num_skipped))} if self.max_skipped else {}
             self.log_dict({"train/gradient_norm": norm, **counts})
@@ -433,10 +445,10 @@ class DistillationModule(LightningModule):
         if self.trainer.sanity_checking:  # before the first step, where ``self.log`` has no effect
             self.before, self.before_blocks = scores, blocks
             for logger in self.trainer.loggers:
-                logger.log_metrics(scores, step=0)
+                logger.log_metrics({**scores, **self.axes()}, step=0)
             return
         self.after, self.after_blocks = scores, blocks
-        self.log_dict(scores)
+        self.log_dict({**scores, **self.axes()})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remove the teacher, and add the data that export and resume need; the clock stands until the next batch."""
@@ -446,7 +458,7 @@ class DistillationModule(LightningModule):
         broken = next((name for name, tensor in state.items() if not tensor.isfinite().all()), None)
         # With trainer=fsdp, rank 0 alone has the weights, and the other ranks would wait for it.
         any_rank = torch.tensor(float(broken is not None), device=self.trainer.strategy.root_device)
-        if float(self._sum_over_ranks(any_rank)):
+        if float(self.sum_over_ranks(any_rank)):
             found = f"{broken or 'a weight'} is not finite at step {self.trainer.global_step}"
             cure = "Lower optimizer.lr, or set trainer.precision=32-true"
             raise UserError(f"{found}; no checkpoint was written. {cure}")
@@ -470,7 +482,7 @@ class DistillationModule(LightningModule):
     def _row(self) -> dict[str, float]:
         """Return what this step logs, which a checkpoint at its end may come before; nothing at a step without a log."""
         results = self.trainer.fit_loop.epoch_loop._results
-        found = results.metrics(on_step=True)["log"] if self._logs(self.trainer.global_step) else {}
+        found = results.metrics(on_step=True)["log"] if self.logs(self.trainer.global_step) else {}
         logged = {name: float(value) for name, value in found.items()}
         return {"epoch": self.current_epoch, **logged} if logged else {}
 

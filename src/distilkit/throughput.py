@@ -15,6 +15,7 @@ from distilkit.language_model import LM, Batch
 from distilkit.module import DistillationModule
 from distilkit.objective import Objective, labelled_rows
 from distilkit.projections import projections_of
+from distilkit.records import peak_memory_mb
 
 _SIDE, _REPEATS = {"cpu": 768, "cuda": 8192}, 3  # of the matrix products in ``peak_flops``
 
@@ -87,7 +88,10 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 class Throughput(Callback):
-    """Log tokens per second over all ranks and the MFU, a share of the devices' measured peak, without validation."""
+    """Log rates and memory: tokens/s over all ranks, the MFU, and this process's peak of memory in megabytes.
+
+    The MFU is a share of the devices' measured peak. Both rates leave out validation.
+    """
 
     def __init__(self) -> None:
         """Start from zero."""
@@ -128,5 +132,7 @@ class Throughput(Callback):
             rate = (tokens - self.window_start) / seconds
             pl_module.log("throughput/tokens_per_second", rate)
             pl_module.log("throughput/mfu", self.window_flops / seconds / self.peak)
+            peaks = peak_memory_mb(pl_module.device)
+            pl_module.log_dict({f"memory/{name}_peak_mb": peak for name, peak in peaks.items()} | pl_module.axes())
             pl_module.shown["tokens/s"] = rate
             self.window_start, self.window_flops, self.window_began = tokens, 0.0, now

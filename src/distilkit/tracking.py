@@ -2,6 +2,8 @@
 
 import logging
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from requests.utils import get_netrc_auth
 log = logging.getLogger(__name__)
 
 
-def _offline_reason() -> str | None:
+def offline_reason() -> str | None:
     """Return why W&B cannot be reached, or None if it can, or if the user has set a mode."""
     if os.environ.get("WANDB_MODE"):
         return None
@@ -33,16 +35,27 @@ def _offline_reason() -> str | None:
     return None
 
 
-def wandb_logger(*, save_dir: str, project: str, name: str, group: str | None, **settings: Any) -> WandbLogger:
+def wandb_logger(
+    *, save_dir: str, project: str, name: str, group: str | None, log_model: bool = False, **settings: Any
+) -> WandbLogger:
     """Build Lightning's W&B logger, offline if W&B cannot be reached; ``settings`` go to ``wandb.init``.
 
-    Runs of a sweep share a ``group``, by default the name of the sweep's folder.
+    Runs of a sweep share a ``group``, by default the name of the sweep's folder. ``log_model`` is read by the end of a
+    training, which uploads the student, whereas Lightning would upload each checkpoint.
     """
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
         group = group or Path(HydraConfig.get().sweep.dir).name
         wandb.finish()  # or Lightning would continue the run of the previous job
-    if reason := _offline_reason():
+    if reason := offline_reason():
         log.warning("W&B runs offline: %s; upload later with wandb sync %s/wandb/offline-run-*", reason, save_dir)
         settings["settings"] = wandb.Settings(silent=True)  # the warning above is enough
         settings["mode"] = "offline"  # Lightning's ``offline`` sets a variable that W&B has already read
     return WandbLogger(save_dir=save_dir, project=project, name=name, group=group, **settings)
+
+
+def log_student(logger: WandbLogger, folder: Path, *, metadata: Mapping[str, Any]) -> None:
+    """Upload a student's folder as an artifact of type model, named by the run; offline, ``wandb sync`` uploads it."""
+    name = re.sub(r"[^\w.-]+", "-", f"{logger.experiment.name or 'student'}-{logger.experiment.id}")
+    artifact = wandb.Artifact(name, type="model", metadata=dict(metadata))
+    artifact.add_dir(str(folder), policy="immutable")  # without a copy of the weights
+    logger.experiment.log_artifact(artifact)

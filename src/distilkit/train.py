@@ -63,6 +63,7 @@ from distilkit.runs.sweeps import take_up
 from distilkit.student import measure_layers
 from distilkit.summary import describe, finish, print_result
 from distilkit.teacher import Teacher
+from distilkit.tracking import log_student
 
 log = logging.getLogger(__name__)
 
@@ -188,6 +189,8 @@ def run(job: Job) -> float:
             logger.experiment.add_text("verdict", module.verdict.line)
         if module.verdict and isinstance(logger, WandbLogger):
             logger.experiment.summary["verdict"] = module.verdict.line
+            if any((node or {}).get("log_model") for node in (job.cfg.logger or {}).values()):
+                log_student(logger, job.out / "student", metadata={**asdict(module.verdict), **module.after})
         if isinstance(logger, WandbLogger):  # else its last records are written only at the end of this process
             logger.experiment.finish()
     return module.after.get("val/nll", math.nan)

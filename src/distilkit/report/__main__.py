@@ -15,7 +15,7 @@ from omegaconf import DictConfig, ListConfig
 from distilkit.cli import check_added, explain_keys, report_errors
 from distilkit.errors import UserError
 from distilkit.records import Result, distinct, find_runs, processor, read_results
-from distilkit.report import ablation, published, quality, retention, runs, speed
+from distilkit.report import ablation, published, quality, retention, runs, settings, speed
 from distilkit.report.ablation import Run
 from distilkit.report.frame import Scores, gather
 from distilkit.report.page import Block, Plot, Table, html_page, markdown_page, write_csv
@@ -23,7 +23,7 @@ from distilkit.report.page import Block, Plot, Table, html_page, markdown_page, 
 _NAMES = (  # of the tables and plots that a report may have written
     *("summary", "quality", "retention", "published", "each_metric", "speed", "speed_*", "published_speed", "ablation"),
     *("training", "cost", "fidelity", "finetuning"),
-    *("quality_parameters", "quality_latency", "held_out_loss"),
+    *("quality_parameters", "quality_latency", "held_out_loss", "settings_*"),
 )
 
 
@@ -70,6 +70,7 @@ def sections(scores: Scores, trained: Sequence[Run]) -> list[Block]:
         *(retention.fidelity_table(scores), *speed.speed_tables(scores), speed.latency_plot(scores)),
         *(published.published_table(scores), published.published_speed(scores)),
         *(ablation.ablation_table(scores, trained), runs.training_table(trained, scores), runs.loss_plot(trained)),
+        *settings.settings_plots(trained),
         *(quality.finetuning_table(scores), quality.metrics_table(scores), runs.cost_table(scores)),
     ]
     return [block for block in blocks if block is not None]

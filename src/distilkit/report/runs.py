@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +12,7 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, ScalarFormatter
 from omegaconf import DictConfig, OmegaConf
 
 from distilkit.cli import all_failures, quiet
@@ -51,7 +53,8 @@ def _layers(run: Run) -> str:
 
 
 def training_table(runs: Sequence[Run], scores: Scores) -> Table | None:
-    """Build the table of how each student was trained, at what cost, and what it reached on held-out text and tasks."""
+    """Build the table of how each student was trained, at what cost, and what it reached, the best one first."""
+    given, runs = runs, sorted(runs, key=lambda run: run["after"].get("val/nll", math.inf))
     columns = {"run": "{}", **dict.fromkeys(("before", "after"), "{:.3f}"), "teacher_cross_entropy": "teacher's {:.3f}"}
     columns |= {"accuracy": "{:.3f}", "agreement": "{:.3f}"}
     columns |= {"teacher": "{}", "layers": "{}", "tokens": "{:,}", "hours": "{:.2f}"}
@@ -72,10 +75,11 @@ def training_table(runs: Sequence[Run], scores: Scores) -> Table | None:
         more = {"parameters": run["student_parameters"], "peak_memory_mb": memory, "folder": run["folder"]}
         records.append(record | more | own)
     note = (
-        "Before, after and teacher's: cross-entropy in nats per labelled token on held-out documents. Agreement: share "
-        "of labelled tokens for which student and teacher predict the same. Hours are of training without validation."
+        "The best run stands first. Before, after and teacher's: cross-entropy in nats per labelled token on held-out "
+        "documents. Agreement: share of labelled tokens for which student and teacher predict the same. Hours are of "
+        "training without validation."
     )
-    sweeps = itertools.groupby(runs, key=lambda run: PurePath(run["folder"]).parent)
+    sweeps = itertools.groupby(given, key=lambda run: PurePath(run["folder"]).parent)
     said = {folder: lines for folder, sweep in sweeps if (lines := equal_rows([*sweep], scores))}
     of_each = [line for lines in said.values() for line in lines]
     if len(said) > 1:  # whose scores on tasks are whose is not known
@@ -111,35 +115,46 @@ def cost_table(scores: Scores) -> Table | None:
     return tabulate("cost", "Cost of fine-tuning and scoring", records, columns, *notes, cells=cells, folded=True)
 
 
-def _curves(run: Run) -> dict[str, list[tuple[float, float]]]:
-    """Read the held-out cross-entropy of a run and of its teacher over tokens."""
+def _curves(run: Run, axis: str) -> dict[str, list[tuple[float, float]]]:
+    """Read the held-out cross-entropy of a run and of its teacher over ``tokens`` or ``hours`` of training.
+
+    Where a run has not logged these, they grow evenly with its steps.
+    """
     file = Path(run["folder"]) / "metrics.csv"
     metrics = read_metrics(file) if file.is_file() else {}
-    per_step = run["tokens_seen"] / max(1, run.get("optimizer_steps") or 1)
+    end = run["tokens_seen"] if axis == "tokens" else (training_seconds(run) or 0.0) / 3600
+    per_step, known = end / max(1, run.get("optimizer_steps") or 1), dict(metrics.get(f"progress/{axis}", ()))
     names = [name for name in ("val/nll", "val/teacher_nll") if name in metrics]
-    return {name: [(step * per_step, value) for step, value in metrics[name]] for name in names}
+    return {name: [(known.get(step, step * per_step), value) for step, value in metrics[name]] for name in names}
 
 
 def loss_plot(runs: Sequence[Run]) -> Plot | None:
-    """Plot the held-out cross-entropy of all runs over tokens, and that of their teachers as dashed lines."""
-    read = zip(run_labels(runs), map(_curves, runs), strict=True)
-    curves = {label: found for label, found in read if "val/nll" in found}
-    if not curves:
+    """Plot the held-out cross-entropy of all runs over tokens and time, and that of their teachers as dashed lines."""
+    read = {x: zip(run_labels(runs), [_curves(run, x) for run in runs], strict=True) for x in ("tokens", "hours")}
+    curves = {x: {label: each for label, each in own if "val/nll" in each} for x, own in read.items()}
+    last = max((points[-1][0] for own in curves["hours"].values() for points in own.values()), default=0.0)
+    if not curves["tokens"]:
         return None
-    figure = Figure(figsize=(WIDTH, 4.2 + 0.11 * len(curves)), layout="constrained")
-    axis = figure.subplots()
-    for index, (label, found) in enumerate(curves.items()):
-        row, column = divmod(index, len(COLOURS))
-        style = ("-o", "--o", "-.o", ":o")[row % 4]
-        axis.plot(*zip(*found["val/nll"], strict=True), style, color=COLOURS[column], markersize=4, label=plain(label))
-    levels = {round(found["val/teacher_nll"][-1][1], 3) for found in curves.values() if "val/teacher_nll" in found}
-    for index, level in enumerate(sorted(levels)):
-        axis.axhline(level, color="gray", linestyle="--", linewidth=1, label=None if index else "a teacher")
-    axis.set(xlabel="tokens trained on", ylabel="held-out cross-entropy (nats per labelled token)")
-    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    finish(axis)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    caption = "Held-out cross-entropy of each training run over tokens."
+    panels = ["tokens", "hours"] if last else ["tokens"]
+    figure = Figure(figsize=(WIDTH, 3.4 * len(panels) + 0.8 + 0.15 * len(curves["tokens"])), layout="constrained")
+    for x, axis in zip(panels, figure.subplots(len(panels), squeeze=False)[:, 0], strict=True):
+        unit, size = ("minutes", 60.0) if x == "hours" and last < 2 else (x, 1.0)
+        for index, (label, found) in enumerate(curves[x].items()):
+            row, column = divmod(index, len(COLOURS))
+            places, values = zip(*found["val/nll"], strict=True)
+            short = plain(re.sub(r"(?:\w+\.)+(?=\w+=)", "", label), width=60)  # keys without their groups
+            look: Any = {"color": COLOURS[column], "markersize": 4, "label": short}
+            axis.plot([size * place for place in places], values, ("-o", "--o", "-.o", ":o")[row % 4], **look)
+        levels = {round(each["val/teacher_nll"][-1][1], 3) for each in curves[x].values() if "val/teacher_nll" in each}
+        for index, level in enumerate(sorted(levels)):
+            axis.axhline(level, color="gray", linestyle="--", linewidth=1, label=None if index else "a teacher")
+        axis.set(xlabel=f"{unit} of training", ylabel="held-out cross-entropy (nats)")
+        axis.xaxis.set_major_formatter(EngFormatter(sep="") if x == "tokens" else ScalarFormatter())
+        finish(axis)
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    columns = 1 if max(map(len, names)) > 26 else 2
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
+    caption = "Held-out cross-entropy of each training run over tokens, and over time without validation."
     return Plot(name="held_out_loss", caption=caption, png=png(figure))
 
 
@@ -205,10 +220,11 @@ def plot_runs(runs: Sequence[Run], out: Path) -> None:
     figure.savefig(out, dpi=120)
 
 
-def compare(sweep: Path, *, latency: bool, failed: Sequence[str] = ()) -> None:
+def compare(sweep: Path, *, latency: bool, failed: Sequence[str] = (), wandb: Mapping[str, Any] | None = None) -> None:
     """Print the table of a sweep, and write comparison.json, .md and .png into its folder; ``failed`` are its notes.
 
-    Scores of the sweep's students on tasks, which lie in its folder ``scores``, join the table.
+    Scores of the sweep's students on tasks, which lie in its folder ``scores``, join the table. Table and plot also go to
+    a run of Weights & Biases in the sweep's group, of which ``wandb`` has the settings.
     """
     notes = "".join(f"\n{markdown(failure)}\n" for failure in failed)
     runs = read_runs(sweep)
@@ -236,6 +252,16 @@ def compare(sweep: Path, *, latency: bool, failed: Sequence[str] = ()) -> None:
     plot_runs(with_teacher(runs), sweep / "comparison.png")
     folders = [f"{run['label']}: {run['folder']}/student" for run in runs]
     print(f"table and plot: {sweep / 'comparison'}.md, .json, .png", *folders, sep="\n")
+    if wandb:
+        from distilkit.tracking import wandb_logger  # imports wandb and Lightning
+
+        own = {key: wandb[key] for key in wandb if key not in ("_target_", "save_dir", "name", "id", "log_model")}
+        group, name = own.pop("group", None) or sweep.name, f"comparison {sweep.name}"
+        logger = wandb_logger(save_dir=str(sweep), name=name, group=group, job_type="comparison", **own)
+        logger.log_table("comparison", columns=header, data=rows)
+        if (sweep / "comparison.png").is_file():
+            logger.log_image("comparison_plot", [str(sweep / "comparison.png")])
+        logger.experiment.finish()
 
 
 @dataclass(kw_only=True)
@@ -246,4 +272,6 @@ class SweepReport(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Print and write the comparison."""
-        compare(Path(config.hydra.sweep.dir), latency=self.measure_latency, failed=all_failures())
+        logger = OmegaConf.select(config, "logger.wandb")
+        folder, failed = Path(config.hydra.sweep.dir), all_failures()
+        compare(folder, latency=self.measure_latency, failed=failed, wandb=logger)

@@ -1,0 +1,154 @@
+"""What a run writes for those who watch it: read back from the offline file of W&B and from TensorBoard."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb.proto import wandb_internal_pb2
+from wandb.sdk.internal.datastore import DataStore
+
+import distilkit.train
+from distilkit.records import read_metrics
+from jobs import SMALL, call, only
+
+KEYS = {
+    *("train/loss", "train/loss_ce", "train/loss_mlm", "train/loss_cos"),
+    *("train/weighted_ce", "train/weighted_mlm", "train/weighted_cos"),
+    *("train/gradient_norm", "train/gradient_norm_ce", "train/gradient_norm_mlm", "train/gradient_norm_cos"),
+    *("train/lr", "throughput/tokens_per_second", "throughput/mfu", "memory/host_peak_mb"),
+    *("val/nll", "val/agreement", "progress/tokens", "progress/hours"),
+}
+BOARD = (
+    "{_target_: pytorch_lightning.loggers.TensorBoardLogger, save_dir: '${output_dir}', name: '', version: tensorboard}"
+)
+
+
+def records(folder: Path) -> list[Any]:
+    """Read all records of a run's offline file."""
+    store, found = DataStore(), []
+    store.open_for_scan(str(only(folder, "wandb/offline-run-*/run-*.wandb")))
+    while (data := store.scan_data()) is not None:
+        found.append(wandb_internal_pb2.Record())
+        found[-1].ParseFromString(data)
+    return found
+
+
+def history(folder: Path) -> list[dict[str, Any]]:
+    """Return what was logged, a dictionary for each call."""
+    rows = [record.history.item for record in records(folder) if record.WhichOneof("record_type") == "history"]
+    return [{item.key or item.nested_key[0]: json.loads(item.value_json) for item in row} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def run(
+    tmp_path_factory: pytest.TempPathFactory, save_teacher: Callable[..., Path], text_file: Path, cache: Path
+) -> Path:
+    """Train for four steps with W&B and TensorBoard."""
+    cwd = tmp_path_factory.mktemp("watching")
+    done = call(
+        distilkit.train.main,
+        "teacher=hf",
+        f"teacher.name={save_teacher('bert')}",
+        *SMALL,
+        f"data.corpus.paths={text_file}",
+        f"cache_dir={cache}",
+        "trainer.max_steps=4",
+        "callbacks.validation.optimizer_steps=2",
+        "callbacks.gradient_norms.by_term=true",
+        "logger=wandb",
+        "logger.wandb.log_model=true",
+        f"+logger.tensorboard={BOARD}",
+        "hydra.run.dir=run",
+        cwd=cwd,
+    )
+    assert done.code == 0, done.err
+    return cwd / "run"
+
+
+def test_all_loggers_have_the_same_numbers(run: Path) -> None:
+    logged: dict[str, list[Any]] = {}
+    for row in history(run):
+        for name, value in row.items():
+            logged.setdefault(name, []).append(value)
+    assert logged.keys() >= KEYS
+    curves = read_metrics(run / "metrics.csv")
+    assert curves.keys() >= KEYS
+    board = EventAccumulator(str(run / "tensorboard")).Reload()
+    assert set(board.Tags()["scalars"]) >= KEYS
+    for name in KEYS - {"progress/tokens", "progress/hours"}:  # those stand beside both kinds of rows
+        values = [value for _, value in curves[name]]
+        assert logged[name] == pytest.approx(values, rel=1e-5), name
+        assert [event.value for event in board.Scalars(name)] == pytest.approx(values, rel=1e-5), name
+
+
+def test_weighted_terms_add_up_and_the_axes_are_tokens_and_hours(run: Path) -> None:
+    curves = {name: dict(points) for name, points in read_metrics(run / "metrics.csv").items()}
+    for step, loss in curves["train/loss"].items():
+        terms = {name: curves[f"train/weighted_{name}"][step] for name in ("ce", "mlm", "cos")}
+        assert sum(terms.values()) == pytest.approx(loss, rel=1e-5)
+        assert terms["ce"] == pytest.approx(5.0 * curves["train/loss_ce"][step], rel=1e-5)
+    assert curves["progress/tokens"][0] == curves["progress/hours"][0] == 0
+    assert curves["progress/tokens"][4] == json.loads((run / "summary.json").read_text("utf-8"))["tokens_seen"]
+    hours = [curves["progress/hours"][step] for step in range(5)]
+    assert hours == sorted(hours)
+    assert hours[-1] * 3600 == pytest.approx(
+        json.loads((run / "summary.json").read_text("utf-8"))["training_seconds"], rel=0.5
+    )
+    scored = [row for row in history(run) if "val/nll" in row]  # W&B draws what stands in one row
+    assert [row["progress/tokens"] for row in scored] == [curves["progress/tokens"][step] for step in (0, 2, 4)]
+
+
+def test_the_table_of_predictions_grows_with_each_validation(run: Path) -> None:
+    tables = [row["predictions"] for row in history(run) if "predictions" in row]
+    assert [(table["_type"], table["nrows"]) for table in tables] == [
+        ("table-file", 4),
+        ("table-file", 8),
+        ("table-file", 12),
+    ]
+    file = only(run, "wandb/offline-run-*/files") / tables[-1]["path"]
+    table = json.loads(file.read_text("utf-8"))
+    assert table["columns"] == ["step", "sentence", "word", "teacher", "student"]
+    assert [row[0] for row in table["data"]] == [0] * 4 + [2] * 4 + [4] * 4
+    by_word = {(row[1], row[2]) for row in table["data"]}
+    assert len(by_word) == 4
+    assert len({(row[1], row[2], row[3]) for row in table["data"]}) == 4  # a teacher does not change
+    assert all(len(row[column].split(" %, ")) == 5 for row in table["data"] for column in (3, 4))
+    text = (run / "predictions.md").read_text("utf-8")
+    assert text.count("| teacher |") == 4
+    assert text.count("| student |") == 12
+    board = EventAccumulator(str(run / "tensorboard")).Reload()
+    shown = board.Tensors("predictions/text_summary")
+    assert shown[-1].tensor_proto.string_val[0].decode() == text
+
+
+def test_the_config_and_the_student_are_there(run: Path) -> None:
+    found = records(run)
+    config = {
+        item.key or item.nested_key[0]: json.loads(item.value_json)
+        for record in found
+        for update in (record.config.update, record.run.config.update)
+        for item in update
+    }
+    assert config["objective"]["temperature"] == 2.0
+    assert config["trainer"]["max_steps"] == 4
+    assert config["data"]["corpus"]["paths"].endswith("corpus.txt")  # resolved
+    (artifact,) = [
+        each
+        for record in found
+        for each in (record.artifact, record.request.log_artifact.artifact)
+        if each.type == "model"
+    ]
+    files = {entry.path for entry in artifact.manifest.contents}
+    assert files == {file.name for file in (run / "student").iterdir()}
+    verdict = json.loads((run / "summary.json").read_text("utf-8"))["verdict"]
+    assert json.loads(artifact.metadata)["line"] == verdict["line"]
+
+
+def test_a_resumed_run_keeps_the_table(run: Path, tmp_path: Path) -> None:
+    import torch
+
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]["Predictions"]["rows"]
+    assert [row["step"] for row in saved if row["model"] == "student"] == [0] * 4 + [2] * 4 + [4] * 4
