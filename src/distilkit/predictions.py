@@ -111,10 +111,12 @@ class Predictions(Callback):
         assert blocks is not None
         count = min(self.num_sentences, len(blocks))
         batch = blocks[(VALIDATION_EPOCH, (np.arange(count) * len(blocks)) // count)]
-        length, places = batch["labels"].shape[1], []
+        length, places, words = batch["labels"].shape[1], [], data.tokenizer
+        shown = words.mask_token_id, words.unk_token_id
+        hidden = torch.tensor([each for each in words.all_special_ids if each not in shown], dtype=torch.long)
         for number, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
             labelled = labels != IGNORE_INDEX
-            masked = labelled & (ids == data.tokenizer.mask_token_id) if lm == "mlm" else labelled
+            masked = labelled & (ids == words.mask_token_id) if lm == "mlm" else labelled
             found = (masked if masked.any() else labelled).nonzero().flatten()
             if not len(found):
                 continue
@@ -122,7 +124,8 @@ class Predictions(Callback):
             documents = batch["document_ids"][number] if "document_ids" in batch else torch.zeros_like(ids)
             near = (documents == documents[at]) & ((torch.arange(length) - at).abs() <= _AROUND)
             near &= batch["attention_mask"][number].bool() if "attention_mask" in batch else True
-            self.texts.append((_sentence(ids, at, near, data.tokenizer, lm), _word(labels[at], data.tokenizer)))
+            near &= ~torch.isin(ids, hidden)
+            self.texts.append((_sentence(ids, at, near, words, lm), _word(labels[at], words)))
             places.append(number * length + at)
         self.asked = batch, torch.tensor(places, dtype=torch.long)
 

@@ -353,11 +353,14 @@ def test_two_ranks_leave_out_a_step_that_is_not_finite_on_one_of_them(
 # ------------------------------------------------------------------------- records over a resume
 
 
+BY_CLOCK = "throughput/", "memory/", "progress/hours"
+
+
 def rows_of(folder: Path) -> list[dict[str, str]]:
     """Return the rows of metrics.csv, without what was measured by the clock."""
     with (folder / "metrics.csv").open(newline="", encoding="utf-8") as stream:
         rows = [{name: value for name, value in row.items() if value} for row in csv.DictReader(stream)]
-    return [{name: value for name, value in row.items() if not name.startswith("throughput/")} for row in rows]
+    return [{name: value for name, value in row.items() if not name.startswith(BY_CLOCK)} for row in rows]
 
 
 @pytest.mark.parametrize("folder", ["on", "broken"], ids=["in a new folder", "in its own"])

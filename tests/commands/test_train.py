@@ -38,6 +38,7 @@ import distilkit.train
 from distilkit.module import DistillationModule
 from distilkit.records import read_metrics, read_rows
 from jobs import QUIET, SMALL, Outcome, call, only, spawn
+from watched import history, records
 
 CHECKOUT = Path(__file__).parents[2]
 Train = Callable[..., Path]
@@ -659,12 +660,24 @@ def test_a_multirun_compares_its_runs(sweep: Run) -> None:
 
 def test_wandb_runs_offline_without_a_key_and_says_so_in_one_line_a_run(sweep: Run) -> None:
     said = [line for line in sweep.outcome.out.splitlines() if "W&B runs offline" in line]
-    assert len(said) == 2
-    for job, line in zip(("0", "1"), said, strict=True):
+    assert len(said) == 3
+    assert f"{sweep.folder}/wandb/offline-run-*" in said[2]  # of the comparison
+    for job, line in zip(("0", "1"), said[:2], strict=True):
         assert "no API key is set (wandb login)" in line
         assert f"{job}/wandb/offline-run-*" in line
         assert len(list((sweep.folder / job / "wandb").glob("offline-run-*/run-*.wandb"))) == 1
     assert "Traceback" not in sweep.outcome.err
+
+
+def test_the_comparison_of_a_sweep_is_a_run_of_wandb_in_its_group(sweep: Run) -> None:
+    found = records(sweep.folder)
+    (about,) = [record.run for record in found if record.WhichOneof("record_type") == "run"]
+    assert (about.run_group, about.job_type, about.project) == (sweep.folder.name, "comparison", "distilkit")
+    logged = {name: value for row in history(sweep.folder) for name, value in row.items()}
+    assert (logged["comparison"]["nrows"], logged["comparison_plot"]["count"]) == (3, 1)
+    file = only(sweep.folder, "wandb/offline-run-*/files") / logged["comparison"]["path"]
+    rows = json.loads(file.read_text("utf-8"))["data"]
+    assert [row[0] for row in rows] == ["teacher", "objective.temperature=1", "objective.temperature=2"]
 
 
 def test_wandb_groups_the_runs_of_a_sweep_and_keeps_them_apart(sweep: Run) -> None:
@@ -755,6 +768,7 @@ def summary_of(folder: Path) -> dict[str, Any]:
 @pytest.mark.slow
 def test_two_ranks_reach_the_loss_of_one_process(deterministic: tuple[str, ...], tmp_path: Path) -> None:
     deterministic = *deterministic, "data.masking.mlm_probability=[[0,0.4],[1,0.15]]"
+    deterministic = *deterministic, "callbacks.predictions.enabled=true"
     one = call(distilkit.train.main, *deterministic, "hydra.run.dir=one", cwd=tmp_path)
     assert one.code == 0, one.err
     two = spawn("-m", "distilkit.train", *deterministic, *TWO_RANKS, "hydra.run.dir=two", cwd=tmp_path)
@@ -766,6 +780,8 @@ def test_two_ranks_reach_the_loss_of_one_process(deterministic: tuple[str, ...],
     )  # rel: perplexities are in the hundreds
     assert abs(alone["after"]["val/loss"] - alone["before"]["val/loss"]) > 1e-2  # it did learn
     assert shared["verdict"]["better_than_cut"] == pytest.approx(alone["verdict"]["better_than_cut"], abs=1e-4)
+    pages = [(tmp_path / run / "predictions.md").read_text("utf-8") for run in ("one", "two")]
+    assert [page.count("| student |") for page in pages] == [8, 8]  # of the first rank alone
     one_rows, two_rows = (read_rows(tmp_path / run, "val") for run in ("one", "two"))
     assert one_rows is not None and two_rows is not None
     assert one_rows.ids.tolist() == two_rows.ids.tolist()

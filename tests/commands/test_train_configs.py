@@ -287,8 +287,8 @@ BUILDERS: dict[str, Callable[[DictConfig, Given], Any]] = {
 }
 BUILT: dict[str, Any] = {
     "callbacks/default": [
-        *("Checkpoints", "Throughput", "StopOnSignal", "ValidateEvery"),
-        *("CompareForms", "ProgressBar"),
+        *("Checkpoints", "Throughput", "GradientNorms", "StopOnSignal", "ValidateEvery"),
+        *("CompareForms", "Predictions", "ProgressBar"),
     ],
     "data/base": "TextFiles",
     "data/docstrings": "Docstrings",

@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from wandb.proto import wandb_internal_pb2
-from wandb.sdk.internal.datastore import DataStore
 
 import distilkit.train
 from distilkit.records import read_metrics
 from jobs import SMALL, call, only
+from watched import history, records
 
 KEYS = {
     *("train/loss", "train/loss_ce", "train/loss_mlm", "train/loss_cos"),
@@ -24,22 +23,6 @@ KEYS = {
 BOARD = (
     "{_target_: pytorch_lightning.loggers.TensorBoardLogger, save_dir: '${output_dir}', name: '', version: tensorboard}"
 )
-
-
-def records(folder: Path) -> list[Any]:
-    """Read all records of a run's offline file."""
-    store, found = DataStore(), []
-    store.open_for_scan(str(only(folder, "wandb/offline-run-*/run-*.wandb")))
-    while (data := store.scan_data()) is not None:
-        found.append(wandb_internal_pb2.Record())
-        found[-1].ParseFromString(data)
-    return found
-
-
-def history(folder: Path) -> list[dict[str, Any]]:
-    """Return what was logged, a dictionary for each call."""
-    rows = [record.history.item for record in records(folder) if record.WhichOneof("record_type") == "history"]
-    return [{item.key or item.nested_key[0]: json.loads(item.value_json) for item in row} for row in rows]
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Training runs: tables, loss curves, and the comparison of a sweep."""
 
+import io
 import json
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from omegaconf import OmegaConf
 
 from distilkit.records import find_runs, read_runs
 from distilkit.report import runs
-from scores import AFTER, COST, by_row, gathered, result, run, write_run
+from scores import AFTER, COST, by_row, gathered, result, run, write_run, write_training
 from tiny import build_model
 
 
@@ -81,9 +82,33 @@ def test_the_cost_of_scoring_is_summed_over_seeds_and_settings() -> None:
 
 def test_curves_are_drawn_over_tokens(outputs: Path) -> None:
     (one,) = find_runs([outputs / "ablation" / "now" / "full"])
-    curves = runs._curves(one)
+    curves = runs._curves(one, "tokens")
     assert curves["val/nll"] == [(0.0, 9.0), (45_000.0, 6.0), (90_000.0, 4.0)]
     assert runs.loss_plot([run("full", 4.0)]) is None
+
+
+def test_curves_are_drawn_over_hours_as_logged_and_else_evenly(tmp_path: Path) -> None:
+    folder = write_training(tmp_path, "full", [9.0, 6.0, 4.0], training_seconds=7200)
+    (one,) = find_runs([folder])
+    assert runs._curves(one, "hours")["val/nll"] == [(0.0, 9.0), (1.0, 6.0), (2.0, 4.0)]
+    evenly = runs.loss_plot([one])
+    rows = ["epoch,step,val/nll,progress/tokens,progress/hours", ",0,9,0,0", "0,44,6,500,1.75", "0,89,4,1000,2"]
+    (folder / "metrics.csv").write_text("\n".join(rows), "utf-8")
+    assert runs._curves(one, "hours")["val/nll"] == [(0.0, 9.0), (1.75, 6.0), (2.0, 4.0)]
+    assert runs._curves(one, "tokens")["val/nll"] == [(0.0, 9.0), (500.0, 6.0), (1000.0, 4.0)]
+    logged, untimed = runs.loss_plot([one]), runs.loss_plot([{**one, "training_seconds": None}])
+    assert evenly is not None and logged is not None and untimed is not None
+    heights = [matplotlib.image.imread(io.BytesIO(plot.png)).shape[0] for plot in (evenly, logged, untimed)]
+    assert heights[0] == heights[1] == heights[2]  # the second was logged
+    (folder / "metrics.csv").write_text("\n".join(row.rpartition(",")[0] for row in rows), "utf-8")
+    alone = runs.loss_plot([{**one, "training_seconds": None}])
+    assert alone is not None
+    assert matplotlib.image.imread(io.BytesIO(alone.png)).shape[0] < 0.7 * heights[0]  # tokens alone
+
+
+def test_the_best_run_stands_first() -> None:
+    table = runs.training_table([run("b", 4.5), run("unscored", 0.0, after={}), run("a", 4.25)], gathered([]))
+    assert list(by_row(table)) == ["a", "b", "unscored"]
 
 
 def test_the_table_has_the_numbers_of_each_run(tmp_path: Path) -> None:
