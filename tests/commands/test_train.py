@@ -674,8 +674,8 @@ def test_the_comparison_of_a_sweep_is_a_run_of_wandb_in_its_group(sweep: Run) ->
     (about,) = [record.run for record in found if record.WhichOneof("record_type") == "run"]
     assert (about.run_group, about.job_type, about.project) == (sweep.folder.name, "comparison", "distilkit")
     logged = {name: value for row in history(sweep.folder) for name, value in row.items()}
-    assert (logged["comparison"]["nrows"], logged["comparison_plot"]["count"]) == (3, 1)
-    file = only(sweep.folder, "wandb/offline-run-*/files") / logged["comparison"]["path"]
+    assert (logged["comparison/nrows"], logged["comparison_plot/count"]) == (3, 1)
+    file = only(sweep.folder, "wandb/offline-run-*/files") / logged["comparison/path"]
     rows = json.loads(file.read_text("utf-8"))["data"]
     assert [row[0] for row in rows] == ["teacher", "objective.temperature=1", "objective.temperature=2"]
 
