@@ -99,7 +99,7 @@ class Predictions(Callback):
             for (sentence, word), top in zip(self.texts, found, strict=True):
                 self.rows.append(Row(step=step, sentence=sentence, word=word, model=name, top=top))
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.file.write_text(markdown(self.rows), "utf-8")
+        self.file.write_text(f"# Held-out words and what both models say\n\n{markdown(self.rows)}", "utf-8")
         last = sorted({row.step for row in self.rows})[-_VALIDATIONS:]
         some = [row for row in self.rows if row.step in last or row.step == self.rows[0].step]
         for logger in trainer.loggers:

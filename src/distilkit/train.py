@@ -186,7 +186,7 @@ def run(job: Job) -> float:
         release()
     for logger in trainer.loggers:
         if module.verdict and isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_text("verdict", module.verdict.line)
+            logger.experiment.add_text("verdict", module.verdict.line, trainer.global_step)
         if module.verdict and isinstance(logger, WandbLogger):
             logger.experiment.summary["verdict"] = module.verdict.line
             if any((node or {}).get("log_model") for node in (job.cfg.logger or {}).values()):

@@ -75,11 +75,8 @@ def test_weighted_terms_add_up_and_the_axes_are_tokens_and_hours(run: Path) -> N
         assert terms["ce"] == pytest.approx(5.0 * curves["train/loss_ce"][step], rel=1e-5)
     assert curves["progress/tokens"][0] == curves["progress/hours"][0] == 0
     assert curves["progress/tokens"][4] == json.loads((run / "summary.json").read_text("utf-8"))["tokens_seen"]
-    hours = [curves["progress/hours"][step] for step in range(5)]
-    assert hours == sorted(hours)
-    assert hours[-1] * 3600 == pytest.approx(
-        json.loads((run / "summary.json").read_text("utf-8"))["training_seconds"], rel=0.5
-    )
+    seconds = json.loads((run / "summary.json").read_text("utf-8"))["training_seconds"]
+    assert 3600 * curves["progress/hours"][4] == pytest.approx(seconds, abs=1e-3)  # the clock stands after a step
     scored = [row for row in history(run) if "val/nll" in row]  # W&B draws what stands in one row
     assert [row["progress/tokens"] for row in scored] == [curves["progress/tokens"][step] for step in (0, 2, 4)]
 
@@ -104,7 +101,7 @@ def test_the_table_of_predictions_grows_with_each_validation(run: Path) -> None:
     assert text.count("| student |") == 12
     board = EventAccumulator(str(run / "tensorboard")).Reload()
     shown = board.Tensors("predictions/text_summary")
-    assert shown[-1].tensor_proto.string_val[0].decode() == text
+    assert text.endswith(shown[-1].tensor_proto.string_val[0].decode())
 
 
 def test_the_config_and_the_student_are_there(run: Path) -> None:
