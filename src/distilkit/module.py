@@ -448,7 +448,7 @@ class DistillationModule(LightningModule):
                 logger.log_metrics({**scores, **self.axes()}, step=0)
             return
         self.after, self.after_blocks = scores, blocks
-        self.log_dict({**scores, **self.axes()})
+        self.log_dict(scores)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remove the teacher, and add the data that export and resume need; the clock stands until the next batch."""

@@ -136,3 +136,9 @@ class Throughput(Callback):
             pl_module.log_dict({f"memory/{name}_peak_mb": peak for name, peak in peaks.items()} | pl_module.axes())
             pl_module.shown["tokens/s"] = rate
             self.window_start, self.window_flops, self.window_began = tokens, 0.0, now
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log tokens and hours beside the held-out scores; the module does so before the first step."""
+        assert isinstance(pl_module, DistillationModule)
+        if not trainer.sanity_checking:
+            pl_module.log_dict(pl_module.axes())
