@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from distilkit.data.batches import DistillationDataModule
 from distilkit.errors import UserError
-from distilkit.predictions import Predictions, Row, markdown, top_words
+from distilkit.predictions import Predictions, Row, _sentence, markdown, top_words
 from tiny import Texts, build_model
 from training import MASKING
 
@@ -85,6 +85,12 @@ def test_the_sentences_are_the_same_each_time_and_spread_over_the_text(
     assert one == two
     assert len({sentence for sentence, _ in one}) == 3
     assert all("[SEP]" not in sentence and "[CLS]" not in sentence for sentence, _ in one)  # of one document each
+
+
+def test_only_the_word_that_is_asked_for_is_a_blank(tokenizer: PreTrainedTokenizerBase) -> None:
+    ids = tokenizer("[MASK] ba [MASK] be [MASK] bi", add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+    near = torch.ones(len(ids), dtype=torch.bool)
+    assert _sentence(ids, 2, near, tokenizer, "mlm") == "[MASK] ba ____ be [MASK] bi"
 
 
 def test_the_page_has_a_table_for_each_sentence_with_the_teacher_first_and_right_words_in_bold() -> None:

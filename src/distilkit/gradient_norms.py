@@ -44,12 +44,11 @@ class GradientNorms(Callback):
         self.sums = {} if batch["is_first"] else self.sums
         weights: Any = module.step_objective.weights
         parameters = [each for each in module.student.parameters() if each.requires_grad]
-        devices = [module.device] if module.device.type == "cuda" else []
         for name in weights:
             others = {f"alpha_{other}": 0.0 for other in weights if other != name}
             alone = replace(module.step_objective, **others)
-            with torch.random.fork_rng(devices), trainer.precision_plugin.forward_context():
-                module.seed_dropout(batch_idx)
+            with trainer.precision_plugin.forward_context():
+                module.seed_dropout(batch_idx)  # as the next micro-batch does, so that nothing else changes
                 loss, _ = alone.loss(
                     module.student, module.teacher, batch, lm=module.lm, denominators=module.denominators
                 )
