@@ -117,7 +117,8 @@ def test_the_config_and_the_student_are_there(run: Path) -> None:
     assert config["data"]["corpus"]["paths"].endswith("corpus.txt")  # resolved
     (artifact,) = [record.artifact for record in found if record.artifact.type == "model"]
     files = {entry.path for entry in artifact.manifest.contents}
-    assert files == {file.name for file in (run / "student").iterdir()}
+    student = run / "student"
+    assert files == {file.relative_to(student).as_posix() for file in student.rglob("*") if file.is_file()}
     verdict = json.loads((run / "summary.json").read_text("utf-8"))["verdict"]
     assert json.loads(artifact.metadata)["line"] == verdict["line"]
 
