@@ -257,7 +257,7 @@ def compare(sweep: Path, *, latency: bool, failed: Sequence[str] = (), wandb: Ma
 
         own = {key: wandb[key] for key in wandb if key not in ("_target_", "save_dir", "name", "id", "log_model")}
         group, name = own.pop("group", None) or sweep.name, f"comparison {sweep.name}"
-        logger = wandb_logger(save_dir=str(sweep), name=name, group=group, job_type="comparison", **own)
+        logger = wandb_logger(save_dir=str(sweep.resolve()), name=name, group=group, job_type="comparison", **own)
         logger.log_table("comparison", columns=header, data=rows)
         if (sweep / "comparison.png").is_file():
             logger.log_image("comparison_plot", [str(sweep / "comparison.png")])
