@@ -1,5 +1,6 @@
 """Which keys a command takes, and which ones it names where one is misspelt."""
 
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,8 @@ def test_each_argument_of_lightnings_trainer_is_a_key_without_a_plus(room: str) 
         (distilkit.evaluate.__main__, "finetune.epoch=2", "did you mean finetune.epochs?"),
         (distilkit.export.__main__, "chkpt=2", "did you mean ckpt?"),
         (distilkit.report.__main__, "run=2", "did you mean runs?"),
+        (import_module("distilkit.plan.__main__"), "objective.temprature=2", "did you mean objective.temperature?"),
+        (import_module("distilkit.dashboard"), "projct=2", "did you mean project?"),
         (
             distilkit.train,
             "nonsense=2",

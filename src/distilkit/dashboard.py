@@ -8,7 +8,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from distilkit.cli import check_added, check_type, report_errors
+from distilkit.cli import check_added, check_type, explain_keys, report_errors
 from distilkit.errors import UserError
 
 _TERMS = ("ce", "mlm", "clm", "cos", "mse", "rel")
@@ -91,6 +91,7 @@ def _check_access() -> None:
         raise UserError(f"the dashboard lies on a server of W&B, but {reason}; dry_run=true prints it instead")
 
 
+@explain_keys
 @hydra.main(version_base="1.3", config_path="pkg://distilkit.conf.train", config_name="dashboard")
 @report_errors
 def main(cfg: DictConfig) -> None:

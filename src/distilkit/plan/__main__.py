@@ -5,12 +5,13 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from distilkit.cli import keep_large_buffers, quiet, report_errors
+from distilkit.cli import explain_keys, keep_large_buffers, quiet, report_errors
 from distilkit.plan.measure import measure
 from distilkit.plan.page import show
 from distilkit.records import write_json
 
 
+@explain_keys
 @hydra.main(version_base="1.3", config_path="pkg://distilkit.conf.train", config_name="plan")
 @report_errors
 def main(cfg: DictConfig) -> None:
