@@ -45,7 +45,7 @@ class GradientNorms(Callback):
         weights: Any = module.step_objective.weights
         parameters = [each for each in module.student.parameters() if each.requires_grad]
         for name in weights:
-            others = {f"alpha_{other}": 0.0 for other in weights if other != name}
+            others: Any = {f"alpha_{other}": 0.0 for other in weights if other != name}
             alone = replace(module.step_objective, **others)
             with trainer.precision_plugin.forward_context():
                 module.seed_dropout(batch_idx)  # as the next micro-batch does, so that nothing else changes

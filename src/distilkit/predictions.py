@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from distilkit.data.batches import VALIDATION_EPOCH, DistillationDataModule
+from distilkit.data.batches import DistillationDataModule
+from distilkit.data.masking import VALIDATION_EPOCH
 from distilkit.errors import UserError
 from distilkit.language_model import LM, Batch, lm_head, token_states
 from distilkit.losses import IGNORE_INDEX

@@ -58,7 +58,7 @@ def settings_plots(runs: Sequence[Run]) -> list[Plot]:
     for run in runs:
         if run["after"].get("val/nll") is not None:
             sweeps.setdefault(PurePath(run["folder"]).parent, []).append(run)
-    plots = []
+    plots: list[Plot] = []
     for folder, own in sweeps.items():
         columns = dict(list(varied(own).items())[:_MOST]) if len(own) >= _FEWEST else {}
         if not columns:
@@ -78,7 +78,7 @@ def settings_plots(runs: Sequence[Run]) -> list[Plot]:
             axis.axvline(place, color="black", linewidth=0.8)
             box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
             for height, text in written.items():
-                look = {"textcoords": "offset points", "va": "center", "fontsize": 9, "bbox": box}
+                look: Any = {"textcoords": "offset points", "va": "center", "fontsize": 9, "bbox": box}
                 axis.annotate(text, (place, height), (6, 0), **look)
         axis.set_xticks(range(len(columns)), [plain(key.replace(".", "\n", 1)) for key in columns])
         axis.set(yticks=[], ylim=(-0.05, 1.05), xlim=(-0.1, len(columns) - 0.6))
