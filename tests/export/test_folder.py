@@ -477,4 +477,7 @@ def test_sentence_transformers_takes_the_mean_of_the_last_states(
 
 def test_a_number_is_no_file(tmp_path: Path) -> None:
     refused = call(distilkit.export.__main__.main, "ckpt=5", "out=exported", cwd=tmp_path)
-    assert (refused.code, refused.err) == (1, "error: ckpt=5, but it takes str | None; put a name of digits in quotes\n")
+    assert (refused.code, refused.err) == (
+        1,
+        "error: ckpt=5, but it takes str | None; put a name of digits in quotes\n",
+    )
