@@ -1,6 +1,7 @@
 """Hold the layout: rules of import between rooms, no cycle between files, and the rooms' budgets of lines."""
 
 import ast
+import functools
 import graphlib
 import subprocess
 import sys
@@ -12,16 +13,18 @@ import distilkit
 
 SOURCE = Path(distilkit.__file__).parent
 ROOMS = ("data", "runs", "export", "plan", "evaluate", "report")
-BUDGETS = {"core": 6700, "data": 2850, "runs": 1700, "export": 900, "plan": 700, "evaluate": 3750, "report": 2200}
+BUDGETS = {"core": 7100, "data": 2850, "runs": 1700, "export": 900, "plan": 700, "evaluate": 3750, "report": 2200}
 REPORT_TAKES = {"records", "metrics", "cli", "errors", "tracking", "timing", "language_model.lm_of"}
 RUNS_TAKE = {"budget", "cli", "errors", "module", "records"}
 PURE = {  # files that know neither Hydra nor Lightning
     *("attention", "errors", "fused", "language_model", "losses", "metrics", "objective", "probe", "student"),
     *("layers", "projections", "relations", "schedule", "teacher", "verdict"),
-    *("data.blocks", "data.masking"),
+    *("data.blocks", "data.masking", "memory", "precision", "screen", "plan.micro_batch"),
+    *("export.card", "export.folder", "export.hub", "export.onnx"),
 }
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     """Return each module of the package by its dotted name below distilkit; the package itself is ``""``."""
     found = {}
@@ -49,6 +52,7 @@ def imports(file: Path) -> set[str]:
     return found
 
 
+@functools.cache
 def own_imports(module: str) -> set[str]:
     """List what a module imports of the package: as ``module.name``, or ``module`` for a whole one."""
     dotted = {name for name in imports(modules()[module]) if name.split(".")[0] == "distilkit"}
@@ -80,6 +84,11 @@ def test_what_surrounds_a_run_imports_neither_models_nor_losses_nor_data(module:
 @pytest.mark.parametrize("module", [module for module in sorted(modules()) if room(module) == "data"])
 def test_the_data_know_of_runs_only_how_files_are_stored(module: str) -> None:
     assert {name for name in own_imports(module) if room(module_of(name)) == "runs"} <= {"runs.storage.whole_folder"}
+
+
+def test_nothing_imports_the_plan() -> None:
+    found = {module for module in modules() for name in own_imports(module) if room(module_of(name)) == "plan"}
+    assert {module for module in found if room(module) != "plan"} <= {""}  # the public names
 
 
 def test_imports_have_no_cycles() -> None:
