@@ -94,7 +94,8 @@ def test_one_call_gives_the_run_that_the_command_gives(
     config.output_dir = config.callbacks.checkpoint.dirpath = None
     their_config.output_dir = their_config.callbacks.checkpoint.dirpath = None
     config.trainer.default_root_dir = their_config.trainer.default_root_dir = None
-    config.callbacks.signals.file = their_config.callbacks.signals.file = None
+    for name in ("signals", "predictions"):
+        config.callbacks[name].file = their_config.callbacks[name].file = None
     assert config == their_config
 
 

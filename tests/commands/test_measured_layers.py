@@ -84,7 +84,8 @@ def test_a_run_without_a_measurement_has_no_choice(given: tuple[str, ...], tmp_p
     assert not (tmp_path / "run" / "layer_choice.json").exists()
     summary = read(tmp_path / "run" / "summary.json")
     assert (summary["layers"], summary["layer_choice"]) == ([3, 4, 5], None)
-    assert "chosen by" not in (tmp_path / "run" / "student" / "README.md").read_text("utf-8")
+    card = (tmp_path / "run" / "student" / "README.md").read_text("utf-8")
+    assert "| chosen by | `student.layers=last`: by their place |" in card
 
 
 def test_influence_chooses_in_one_pass_for_a_causal_teacher(

@@ -130,7 +130,7 @@ def test_python_gives_the_same_plan(
         ("plan.memory_share=1e-9", "no micro-batch fits: one block needs"),
         ("budget=-3", "budget=-3, but it must be a time above 0"),
         ("budget=20s", "budget=20 seconds is shorter than 10 optimizer steps of 2.5 seconds; set budget=25s or more"),
-        ("plan.nothing=1", "Key 'nothing' is not in struct"),
+        ("plan.nothing=1", "plan.nothing is not in the config"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(

@@ -347,7 +347,8 @@ def test_every_option_builds(option: str, given: Given) -> None:
 
 def help_of(command: str, tmp_path: Path) -> str:
     """Return what ``python -m distilkit.<command> --help`` prints."""
-    done = call(importlib.import_module(f"distilkit.{command}").main, "--help", cwd=tmp_path)
+    module = "distilkit.export.__main__" if command == "export" else f"distilkit.{command}"
+    done = call(importlib.import_module(module).main, "--help", cwd=tmp_path)
     assert done.code == 0, done.err
     return done.out
 
@@ -384,7 +385,11 @@ def test_the_help_of_prepare_lists_what_decides_a_token_cache(tmp_path: Path) ->
 def test_the_help_of_export_lists_its_keys(tmp_path: Path) -> None:
     text = help_of("export", tmp_path)
     assert groups_of(text) == {}
-    assert re.findall(r"^(\w+)  +", text, re.MULTILINE) == ["ckpt", "out", "trust_remote_code"]
+    with initialize_config_module(config_module="distilkit.conf.train", version_base="1.3"):
+        keys = set(map(str, compose("export")))
+    assert (
+        set(re.findall(r"^(\w+) +\S", text.partition("== Keys")[2].partition("== Examples")[0], re.MULTILINE)) == keys
+    )
 
 
 @pytest.mark.parametrize("command", ["train", "prepare", "export", "dashboard"])
@@ -401,7 +406,7 @@ def test_the_help_ends_with_five_examples_that_compose(command: str, tmp_path: P
                 assert [OmegaConf.select(compose(command, [f"{key}={value}"]), key) for value in values.split(",")]
             else:
                 cfg = compose(command, overrides)
-                assert "teacher" in cfg or "dry_run" in cfg or {"ckpt", "out", "trust_remote_code"} == set(cfg)
+                assert "teacher" in cfg or "dry_run" in cfg or {"ckpt", "out", "formats"} < set(cfg)
 
 
 # ------------------------------------------------------------------ prepare, export, folders
@@ -411,7 +416,15 @@ def test_prepare_and_export_compose_and_prepare_shares_the_settings_of_train() -
     train, prepare = composed(), composed(config_name="prepare")
     assert changed(prepare, train) == {"name": "prepare", "verify": False}
     with initialize_config_module(config_module="distilkit.conf.train", version_base="1.3"):
-        assert compose("export") == {"ckpt": None, "out": None, "trust_remote_code": False}
+        export = compose("export")
+    assert (export.formats, export.dtype, export.private, export.trust_remote_code) == (["hf"], "float32", True, False)
+    assert {name for name, value in export.items() if value is None} == {
+        "ckpt",
+        "out",
+        "texts",
+        "license",
+        "push_to_hub",
+    }
 
 
 def test_a_fresh_run_has_a_folder_of_its_own_within_one_second() -> None:
