@@ -12,7 +12,7 @@ from rich.console import Console
 import distilkit.progress
 import distilkit.screen
 from distilkit.errors import UserError
-from distilkit.progress import ProgressBar, duration
+from distilkit.progress import ProgressBar, clock_time
 
 TERMS = {"train/loss_ce": 2.1, "train/loss_mlm": 3.9, "train/loss_cos": 0.12, "train/loss": 8.21}
 HELD_OUT = {"val/loss": 7.0, "val/nll": 3.4561, "val/accuracy": 0.4123}
@@ -243,7 +243,7 @@ def test_a_notebook_changes_what_it_displays(run: Run, monkeypatch: pytest.Monke
     ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3600, "1:00:00"), (400_000, "111:06:40")]
 )
 def test_times_are_minutes_or_hours(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
+    assert clock_time(seconds) == text
 
 
 def test_an_interval_of_no_length_is_refused() -> None:

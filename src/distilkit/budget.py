@@ -45,13 +45,6 @@ def check_budget(budget: float | None, *, step_seconds: float) -> None:
         )
 
 
-def duration(hours: float) -> str:
-    """Write a time as 40 s, 12 min, 2.1 h or 3.4 days."""
-    units = ((48, 24.0, "days"), (1, 1.0, "h"), (1 / 60, 1 / 60, "min"))
-    unit, name = next(((unit, name) for least, unit, name in units if hours >= least), (1 / 3600, "s"))
-    return f"{hours / unit:,.{0 if name == 's' else 1}f} {name}"
-
-
 class Clock:
     """Count the seconds of optimizer steps, without validation, the saving of checkpoints, and compilation.
 

@@ -32,15 +32,16 @@ class GradientNorms(Callback):
             raise UserError(f"{found}; set it to false, or trainer=ddp")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Keep the micro-batch."""
-        self.batch = batch, batch_idx
+        """Keep the micro-batch, if norms are asked for."""
+        self.batch = (batch, batch_idx) if self.by_term else None
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the gradients of this micro-batch's terms; after the last one, log their norms."""
-        module, (batch, batch_idx) = pl_module, self.batch
+        module = pl_module
         assert isinstance(module, DistillationModule)
         if not self.by_term or not module.logs(trainer.global_step + 1):
             return
+        batch, batch_idx = self.batch
         self.sums = {} if batch["is_first"] else self.sums
         weights: Any = module.step_objective.weights
         parameters = [each for each in module.student.parameters() if each.requires_grad]

@@ -28,6 +28,7 @@ from distilkit.language_model import LM, Batch, cast_parameters, lm_head
 from distilkit.numbers import Spikes
 from distilkit.objective import Objective, labelled_rows, real_rows
 from distilkit.runs.continued import wandb_id
+from distilkit.runs.same_run import on_purpose
 from distilkit.schedule import build_schedule, piecewise
 from distilkit.sharding import FullyShardedStrategy
 from distilkit.teacher import Teacher
@@ -495,8 +496,7 @@ class DistillationModule(LightningModule):
         may_change = (self.record.get("config") or {}).get("may_change") or ()
         for name, value in vars(self.objective).items():
             was = saved["objective"].get(name, getattr(Objective, name, None))
-            allowed = any(f"objective.{name}.".startswith(f"{each}.") for each in may_change)
-            if name != "implementation" and was != value and not allowed:
+            if name != "implementation" and was != value and not on_purpose(f"objective.{name}", may_change):
                 raise UserError(f"the checkpoint was trained with objective.{name}={was}, this run has {value}; {cure}")
         if saved["teacher"]["sha256"] != self.teacher_sha256:
             found = f"the checkpoint was distilled from teacher {saved['teacher']['name']!r}"

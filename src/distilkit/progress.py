@@ -15,7 +15,7 @@ from distilkit.screen import Screen
 log = logging.getLogger(__name__)
 
 
-def duration(seconds: float) -> str:
+def clock_time(seconds: float) -> str:
     """Return a time as 0:05 or 12:34 (minutes), or 1:02:03 (hours)."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -130,7 +130,7 @@ class ProgressBar(LightningBar):
         within = f" and {begun} of {every} micro-batches" if begun and self.last[1] == self.told_step else ""
         self.told_step, left = self.last[1], self._left()
         parts = [_loss(self._numbers(pl_module)), f"{self.rate:,.0f} tokens/s" if self.rate else ""]
-        parts.append("" if left is None else f"{duration(left)} left")
+        parts.append("" if left is None else f"{clock_time(left)} left")
         line = f"{self._steps()}{within}: {', '.join(filter(None, parts))}"
         self._log(line.removesuffix(": "))
 
@@ -208,7 +208,7 @@ class ProgressBar(LightningBar):
             shown: dict[str, float] = getattr(pl_module, "shown", {})
             left, rate = self._left(), shown.get("tokens/s", self.rate)
             share = float(self.clock.progress) if self.over_time else self.last[1] / self.total
-            right = [f"{share:.0%}", "" if left is None else f"{duration(left)} left"]
+            right = [f"{share:.0%}", "" if left is None else f"{clock_time(left)} left"]
             right.append(f"{rate:,.0f} tokens/s" if rate else "")
             below = "  ".join(filter(None, (_held_out(shown, short=True), _loss(shown))))
             self.screen.show(label=self._steps(), share=share, right="  ".join(filter(None, right)), below=below)
@@ -230,7 +230,7 @@ class ProgressBar(LightningBar):
         self._measure(pl_module)
         parts = [_loss(shown), f"{self.rate:,.0f} tokens/s" if self.rate else "", _held_out(shown)]
         before = f", up to step {trainer.global_step:,}" if self.begin[1] else ""
-        line = f"trained {steps:,} step{'s' * (steps != 1)} in {duration(perf_counter() - self.begin[0])}{before}"
+        line = f"trained {steps:,} step{'s' * (steps != 1)} in {clock_time(perf_counter() - self.begin[0])}{before}"
         line = ": ".join(filter(None, (line, ", ".join(filter(None, parts)))))
         in_notebook = self.screen.end(line)
         self.screen.close()

@@ -295,3 +295,10 @@ def find_runs(folders: Iterable[Path]) -> list[dict[str, Any]]:
                 "give other folders in runs, or delete it"
             )
     return runs
+
+
+def duration(hours: float) -> str:
+    """Write a time to three digits, as 40 s, 12.5 min, 2.14 h or 3.4 days."""
+    units = ((48, 24.0, "days"), (1, 1.0, "h"), (1 / 60, 1 / 60, "min"))
+    unit, name = next(((unit, name) for least, unit, name in units if hours >= least), (1 / 3600, "s"))
+    return f"{hours / unit:,.{'0f' if hours / unit >= 100 else '3g'}} {name}"

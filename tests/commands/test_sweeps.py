@@ -202,7 +202,8 @@ def test_a_launcher_that_breaks_off_leaves_the_table_and_names_the_jobs_that_had
     for number in (0, 1, 2):
         record(tmp_path / f"{number}", "b=0", f"a={number}")
     (tmp_path / "0" / "summary.json").touch()
-    callback.on_multirun_start(config_of(tmp_path, "b=0", "a=0,1,2,3", launcher="x.JoblibLauncher"))
+    for sweep in (tmp_path / "earlier", tmp_path):  # in one process, the second of which is told of
+        callback.on_multirun_start(config_of(sweep, "b=0", "a=0,1,2,3", launcher="x.JoblibLauncher"))
     assert Launcher().launch([]) == []
     again = f"the same command with hydra.sweep.dir={tmp_path} goes on; hydra.launcher.n_jobs=1 takes less memory"
     assert cli.all_failures() == [f"the launcher failed: a process was killed; begun, not finished: 1, 2; {again}"]

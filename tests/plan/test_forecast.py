@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
-from distilkit.budget import check_budget, duration
+from distilkit.budget import check_budget
 from distilkit.errors import UserError
 from distilkit.memory import megabytes
 from distilkit.plan.forecast import Cost, cost, steps_of
+from distilkit.records import duration
 
 MEASURED: dict[str, Any] = {
     "scaling": 0.9,
@@ -75,7 +76,7 @@ def test_a_budget_shorter_than_ten_steps_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("hours", "text"), [(40 / 3600, "40 s"), (0.2, "12.0 min"), (2.14, "2.1 h"), (47, "47.0 h"), (96, "4.0 days")]
+    ("hours", "text"), [(40 / 3600, "40 s"), (0.2, "12 min"), (2.14, "2.14 h"), (47, "47 h"), (96, "4 days")]
 )
 def test_times_are_written_as_a_person_would(hours: float, text: str) -> None:
     assert duration(hours) == text

@@ -36,7 +36,7 @@ def scored(folder: Path, shares: dict[str, float], *, seeds: int = 3) -> list[An
 
 def test_the_better_row_is_named_at_equal_time_and_at_equal_tokens_and_the_tasks_are_asked_for() -> None:
     assert versus.equal_rows(rows(), gathered([])) == [
-        "At equal time (30.0 min), distilled is better than baseline_time by 0.125 nats of held-out cross-entropy.",
+        "At equal time (30 min), distilled is better than baseline_time by 0.125 nats of held-out cross-entropy.",
         "At equal tokens, distilled is better than baseline by 0.250 nats of held-out cross-entropy; "
         "distilled took 1.5 times as long.",
         "Held-out scores of the LM loss alone do not decide, tasks do: none is scored; set versus.tasks=[rte].",
@@ -47,7 +47,7 @@ def test_a_baseline_that_wins_is_named_first() -> None:
     some = rows()
     some[3]["after"]["val/nll"] = 4.4
     assert versus.equal_rows(some, gathered([]))[0] == (
-        "At equal time (30.0 min), baseline_time is better than distilled by 0.100 nats of held-out cross-entropy."
+        "At equal time (30 min), baseline_time is better than distilled by 0.100 nats of held-out cross-entropy."
     )
 
 
@@ -76,7 +76,7 @@ def test_a_difference_has_an_interval_over_the_held_out_blocks_of_both_rows(tmp_
 
 def test_times_that_differ_give_no_verdict_at_equal_time() -> None:
     first, *_ = versus.equal_rows(rows(baseline_time=7300.0), gathered([]))
-    assert first == ("There is no verdict at equal time: distilled trained for 30.0 min, baseline_time for 2.03 h.")
+    assert first == ("There is no verdict at equal time: distilled trained for 30 min, baseline_time for 2.03 h.")
 
 
 def test_tokens_that_differ_give_no_verdict_at_equal_tokens() -> None:
@@ -193,9 +193,9 @@ def test_the_comparison_of_equal_rows_is_printed_and_written(
     assert np.all(picture == [127, 127, 127], axis=-1).sum() > 1000  # the teacher's bars
     written = (tmp_path / "comparison.md").read_text("utf-8")
     assert "| baseline_time | 1,234,567 |" in written
-    assert written.index("At equal time (30.0 min), distilled is better") < written.index("job 2 failed: x")
+    assert written.index("At equal time (30 min), distilled is better") < written.index("job 2 failed: x")
     verdict = json.loads((tmp_path / "comparison.json").read_text("utf-8"))["verdict"]
-    assert [line.partition(",")[0] for line in verdict[:2]] == ["At equal time (30.0 min)", "At equal tokens"]
+    assert [line.partition(",")[0] for line in verdict[:2]] == ["At equal time (30 min)", "At equal tokens"]
     section = runs.training_table(read_runs(tmp_path), gathered([]))
     assert section is not None and section.notes[1:3] == verdict[:2]
     assert by_row(section)["distilled"]["hours"] == "0.50"
@@ -220,6 +220,6 @@ def test_what_several_sweeps_show_is_told_apart_without_tasks_whose_rows_are_not
     assert section is not None
     starts = [line.partition(",")[0] for line in section.notes[1:5]]
     assert starts == [
-        f"{name}: {said}" for name in ("one", "two") for said in ("At equal time (30.0 min)", "At equal tokens")
+        f"{name}: {said}" for name in ("one", "two") for said in ("At equal time (30 min)", "At equal tokens")
     ]
     assert not any("tasks do" in line for line in section.notes)

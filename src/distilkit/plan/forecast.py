@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from distilkit.budget import duration
 from distilkit.errors import UserError
 from distilkit.memory import megabytes
+from distilkit.records import duration
 
 _FASTER = 1.05  # times the tokens per second that are worth a word
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from distilkit.metrics import nats_below
-from distilkit.records import read_rows
+from distilkit.records import duration, read_rows
 from distilkit.report.ablation import Run
 from distilkit.report.frame import Scores, task_label
 from distilkit.report.retention import verdicts
@@ -19,13 +19,6 @@ def training_seconds(run: Run) -> float | None:
     """Return how long a run trained, without validation and compilation; older runs tell the former alone."""
     seconds: float | None = run.get("training_seconds", run.get("wall_seconds"))
     return seconds
-
-
-def duration(seconds: float) -> str:
-    """Write seconds as a person would: 45 s, 12.3 min or 3.10 h."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.2f} h"
 
 
 def task_columns(scores: Scores, runs: Sequence[Run]) -> tuple[dict[str, str], list[dict[str, float]]]:
@@ -93,5 +86,6 @@ def _compare(rows: Mapping[str, Any], other: str) -> str:
             return f"There is no verdict at equal tokens: one row was trained on {min(seen):,}, the other on {max(seen):,}."
         return f"At equal tokens, {by}; distilled took {ours / max(theirs, 1e-9):.1f} times as long."
     if abs(ours - theirs) > _UNLIKE * ours:
-        return f"There is no verdict at equal time: distilled trained for {duration(ours)}, {other} for {duration(theirs)}."
-    return f"At equal time ({duration(ours)}), {by}."
+        mine, its = duration(ours / 3600), duration(theirs / 3600)
+        return f"There is no verdict at equal time: distilled trained for {mine}, {other} for {its}."
+    return f"At equal time ({duration(ours / 3600)}), {by}."

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path, PurePath
@@ -93,8 +93,7 @@ def _compare(record: Mapping[str, Any], cfg: DictConfig) -> tuple[list[str], lis
         if key.endswith("_target_"):  # its other keys are those of another class
             other.append(key.removesuffix("_target_"))
         line = f"{key}={_shown(before)}, this run has {_shown(after)}"
-        allowed = any(f"{key}.".startswith(f"{each}.") for each in cfg.may_change)
-        (applied if allowed or _may_change(key, before, after) else refused).append(line)
+        (applied if on_purpose(key, cfg.may_change) or _may_change(key, before, after) else refused).append(line)
     return applied, refused
 
 
@@ -115,6 +114,11 @@ def _same(before: Any, after: Any, *, key: str) -> bool:
             for value in (before, after)
         )
     return bool(before == after)
+
+
+def on_purpose(key: str, may_change: Iterable[str]) -> bool:
+    """Return whether ``may_change`` names a key, or a node that it is in."""
+    return any(f"{key}.".startswith(f"{each}.") for each in may_change)
 
 
 def _may_change(key: str, before: Any, after: Any) -> bool:

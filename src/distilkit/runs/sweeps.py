@@ -1,5 +1,6 @@
 """A sweep whose jobs may fail or be stopped: the others run, and the same command goes on where it ended."""
 
+import functools
 import gc
 import itertools
 import json
@@ -162,8 +163,9 @@ class SweepFailures(Callback):
 
 def _outlive(launcher: Any, folder: Path) -> None:
     """Let a launcher that breaks off, since a process was killed, end its jobs and not the sweep."""
-    plain = launcher.launch
+    plain = getattr(launcher.launch, "__wrapped__", launcher.launch)  # an earlier sweep of this process
 
+    @functools.wraps(plain)
     def launch(*args: Any, **kwargs: Any) -> Any:
         try:
             return plain(*args, **kwargs)
