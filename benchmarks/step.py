@@ -15,7 +15,7 @@ from benchmarks.models import SIZES, Family, build_batch, build_models, lm_of_fa
 from benchmarks.naive import naive_loss
 from distilkit.language_model import LM, Batch, cast_parameters
 from distilkit.objective import Objective
-from distilkit.throughput import forward_cost, step_flops
+from distilkit.watch.throughput import forward_cost, step_flops
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 from distilkit.evaluate.job import Job
 from distilkit.objective import Objective
+from operations import Watch
 from tiny import WORDS
-from watch import Watch
 
 SMALL = (  # steps of 16 blocks in two micro-batches, on one CPU
     "data=text",

@@ -19,7 +19,7 @@ from distilkit.callbacks import ValidateEvery
 from distilkit.errors import UserError
 from distilkit.module import DistillationModule
 from distilkit.schedule import build_schedule
-from distilkit.throughput import Throughput
+from distilkit.watch.throughput import Throughput
 from test_module import NO_DROPOUT, Steps, build_module, uneven_step
 from tiny import build_teacher
 

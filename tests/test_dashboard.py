@@ -65,7 +65,7 @@ def test_what_is_missing_is_said_in_one_line(arguments: list[str], said: str, tm
 
 def test_no_key_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_MODE")
-    monkeypatch.setattr("distilkit.tracking.offline_reason", lambda: "no API key is set (wandb login)")
+    monkeypatch.setattr("distilkit.watch.tracking.offline_reason", lambda: "no API key is set (wandb login)")
     done = call(distilkit.dashboard.main, "project=p", cwd=tmp_path)
     assert (done.code, len(done.err.splitlines())) == (1, 1)
     assert "but no API key is set (wandb login); dry_run=true prints it instead" in done.err

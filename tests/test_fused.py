@@ -14,8 +14,8 @@ import distilkit.objective
 from distilkit import fused
 from distilkit.fused import fused_losses
 from distilkit.losses import IGNORE_INDEX, Head, VocabularyLosses, reference_losses
+from operations import Watch
 from tiny import build_model, build_objective, full_batch
-from watch import Watch
 
 Weights = dict[str, Tensor]
 

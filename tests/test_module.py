@@ -27,10 +27,10 @@ from distilkit.objective import Objective
 from distilkit.sharding import FullyShardedStrategy
 from distilkit.student import cut_student
 from distilkit.teacher import Teacher
-from distilkit.throughput import Throughput
+from distilkit.watch.throughput import Throughput
 from jobs import NotFinite
+from operations import Watch
 from tiny import build_teacher, full_batch
-from watch import Watch
 
 DISTILBERT = {"alpha_ce": 5.0, "alpha_mlm": 2.0, "alpha_clm": 0.0, "alpha_cos": 1.0, "alpha_mse": 0.0}
 DISTILGPT2 = {**DISTILBERT, "alpha_mlm": 0.0, "alpha_clm": 2.0}

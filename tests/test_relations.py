@@ -15,9 +15,9 @@ from distilkit.language_model import Batch, checkpoint_activations, lm_of_model
 from distilkit.projections import QKV, projections_of
 from distilkit.relations import relation_loss
 from families import FAMILIES, build_family
+from operations import Watch
 from test_objective import objective, padded_batch, weighted_terms
 from tiny import build_model, full_batch
-from watch import Watch
 
 
 def plain_loop(

@@ -83,7 +83,7 @@ def sweep_view(*, project: str, entity: str, group: str | None, settings: Sequen
 
 def _check_access() -> None:
     """Refuse to write without a key or a network, before anything is sent."""
-    from distilkit.tracking import offline_reason  # imports wandb and Lightning
+    from distilkit.watch.tracking import offline_reason  # imports wandb and Lightning
 
     mode = os.environ.get("WANDB_MODE")
     reason = f"WANDB_MODE={mode} is set" if mode in ("offline", "disabled", "dryrun") else offline_reason()

@@ -63,7 +63,7 @@ from distilkit.runs.sweeps import take_up
 from distilkit.student import measure_layers
 from distilkit.summary import describe, finish, print_result
 from distilkit.teacher import Teacher
-from distilkit.tracking import log_student
+from distilkit.watch.tracking import log_student
 
 log = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ import pytest
 
 from distilkit.budget import check_budget
 from distilkit.errors import UserError
-from distilkit.memory import megabytes
 from distilkit.plan.forecast import Cost, cost, steps_of
 from distilkit.records import duration
+from distilkit.watch.memory import megabytes
 
 MEASURED: dict[str, Any] = {
     "scaling": 0.9,

@@ -14,13 +14,13 @@ import matplotlib.image
 import pytest
 from hydra import compose, initialize_config_module
 
-from distilkit import tracking
 from distilkit.errors import UserError
 from distilkit.records import Result, find_runs
 from distilkit.report import __main__ as report
 from distilkit.report import ablation, published, quality, retention, runs
 from distilkit.report.frame import gather
 from distilkit.report.speed import speed_tables
+from distilkit.watch import tracking
 from jobs import call
 from scores import every_kind, glue, result, run, speed, write_training
 

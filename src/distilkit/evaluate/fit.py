@@ -24,9 +24,9 @@ from distilkit.evaluate.leaderboard import write_submission
 from distilkit.evaluate.models import described, inputs_of, load_task_model, load_task_tokenizer
 from distilkit.language_model import check_positions
 from distilkit.metrics import measure
-from distilkit.progress import ProgressBar
 from distilkit.records import Result, cost, write_json, write_rows
 from distilkit.runs.storage import permit_reading
+from distilkit.watch.progress import ProgressBar
 
 log = logging.getLogger(__name__)
 

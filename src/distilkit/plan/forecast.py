@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from distilkit.errors import UserError
-from distilkit.memory import megabytes
 from distilkit.records import duration
+from distilkit.watch.memory import megabytes
 
 _FASTER = 1.05  # times the tokens per second that are worth a word
 

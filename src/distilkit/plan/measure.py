@@ -19,15 +19,15 @@ from distilkit.budget import check_budget
 from distilkit.cli import check_keys
 from distilkit.errors import UserError
 from distilkit.language_model import num_parameters, num_parameters_without_embeddings
-from distilkit.memory import free_bytes, used_bytes
 from distilkit.plan.forecast import Settings, cost, decide, steps_of
 from distilkit.plan.micro_batch import Fit, Point, grow
 from distilkit.plan.preview import Example, examples, text_figures
+from distilkit.plan.step_timer import Timing, how_many, sizes, time_steps
 from distilkit.precision import choose_precision
 from distilkit.records import processor
-from distilkit.step_timer import Timing, how_many, sizes, time_steps
-from distilkit.throughput import dtype_of, peak_flops
 from distilkit.train import Job, budget_of, build, build_trainer
+from distilkit.watch.memory import free_bytes, used_bytes
+from distilkit.watch.throughput import dtype_of, peak_flops
 
 log = logging.getLogger(__name__)
 

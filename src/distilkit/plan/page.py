@@ -8,9 +8,9 @@ from rich.padding import Padding
 from rich.table import Column, Table
 from rich.text import Text
 
-from distilkit.memory import megabytes
 from distilkit.plan.preview import Example
 from distilkit.records import duration
+from distilkit.watch.memory import megabytes
 
 
 def show(found: Mapping[str, Any], examples: list[Example]) -> None:

@@ -121,7 +121,7 @@ def write_report(
     (out / "report.html").write_text(html_page(title, about(), blocks), "utf-8")
     (out / "report.md").write_text(markdown_page(title, about(), blocks), "utf-8")
     if wandb is not None:
-        from distilkit import tracking  # imports wandb and Lightning
+        from distilkit.watch import tracking  # imports wandb and Lightning
 
         logger = tracking.wandb_logger(save_dir=str(out), project=wandb, name=title, group=None, job_type="report")
         for table in tables:

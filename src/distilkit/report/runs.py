@@ -253,7 +253,7 @@ def compare(sweep: Path, *, latency: bool, failed: Sequence[str] = (), wandb: Ma
     folders = [f"{run['label']}: {run['folder']}/student" for run in runs]
     print(f"table and plot: {sweep / 'comparison'}.md, .json, .png", *folders, sep="\n")
     if wandb:
-        from distilkit.tracking import wandb_logger  # imports wandb and Lightning
+        from distilkit.watch.tracking import wandb_logger  # imports wandb and Lightning
 
         own = {key: wandb[key] for key in wandb if key not in ("_target_", "save_dir", "name", "id", "log_model")}
         group, name = own.pop("group", None) or sweep.name, f"comparison {sweep.name}"

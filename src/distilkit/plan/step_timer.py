@@ -11,9 +11,9 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from distilkit.data import DistillationDataModule
-from distilkit.memory import peak_bytes, reset_peak
 from distilkit.module import DistillationModule
-from distilkit.throughput import Throughput, step_flops
+from distilkit.watch.memory import peak_bytes, reset_peak
+from distilkit.watch.throughput import Throughput, step_flops
 
 
 @dataclass(frozen=True, kw_only=True)

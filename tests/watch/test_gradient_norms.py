@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from distilkit.gradient_norms import GradientNorms
+from distilkit.watch.gradient_norms import GradientNorms
 from test_module import DISTILBERT, FROZEN, build_module, fit, uneven_step
 
 NONE: dict[str, Any] = dict.fromkeys(DISTILBERT, 0.0)

@@ -6,7 +6,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from distilkit.throughput import forward_cost, peak_flops, step_flops
+from distilkit.watch.throughput import forward_cost, peak_flops, step_flops
 from test_objective import objective
 from tiny import build_model, build_objective, full_batch
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-import distilkit.progress
-import distilkit.screen
+import distilkit.watch.progress
+import distilkit.watch.screen
 from distilkit.errors import UserError
-from distilkit.progress import ProgressBar, clock_time
+from distilkit.watch.progress import ProgressBar, clock_time
 
 TERMS = {"train/loss_ce": 2.1, "train/loss_mlm": 3.9, "train/loss_cos": 0.12, "train/loss": 8.21}
 HELD_OUT = {"val/loss": 7.0, "val/nll": 3.4561, "val/accuracy": 0.4123}
@@ -23,7 +23,7 @@ class Run:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        for module in (distilkit.progress, distilkit.screen):
+        for module in (distilkit.watch.progress, distilkit.watch.screen):
             monkeypatch.setattr(module, "perf_counter", lambda: self.now)
         clock = SimpleNamespace(budget=None, wall=0.0, left=0.0, progress=0.0)
         self.module: Any = SimpleNamespace(shown={}, tokens_seen=0, clock=clock, step_loss=9.5)
@@ -64,7 +64,7 @@ class Run:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Run:
-    caplog.set_level(logging.INFO, logger="distilkit.progress")
+    caplog.set_level(logging.INFO, logger="distilkit.watch.progress")
     return Run(monkeypatch)
 
 
@@ -156,7 +156,7 @@ def test_scoring_after_a_fine_tuning_is_logged_too(run: Run, caplog: pytest.LogC
 def test_a_script_without_logging_gets_the_lines_on_its_output(
     run: Run, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.WARNING, logger="distilkit.progress")
+    caplog.set_level(logging.WARNING, logger="distilkit.watch.progress")
     run.start()
     run.train(steps=1, seconds=10.0)
     run.end()
@@ -170,7 +170,7 @@ def terminal(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], io.St
     def make(width: int) -> io.StringIO:
         written = io.StringIO()
         console = Console(file=written, width=width, height=20, force_terminal=True, color_system=None)
-        monkeypatch.setattr(distilkit.screen, "Console", lambda: console)
+        monkeypatch.setattr(distilkit.watch.screen, "Console", lambda: console)
         return written
 
     return make
@@ -228,7 +228,7 @@ def test_what_is_logged_stands_above_the_two_lines_and_handlers_get_their_stream
 def test_a_notebook_changes_what_it_displays(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[dict[str, str]] = []
     handle = SimpleNamespace(update=lambda content, raw: shown.append(content))
-    monkeypatch.setattr(distilkit.screen, "Console", lambda: SimpleNamespace(is_jupyter=True))
+    monkeypatch.setattr(distilkit.watch.screen, "Console", lambda: SimpleNamespace(is_jupyter=True))
     monkeypatch.setattr("IPython.display.display", lambda *content, raw, display_id: handle)
     run.start()
     run.module.shown |= TERMS

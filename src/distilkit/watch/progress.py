@@ -10,7 +10,7 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import ProgressBar as LightningBar
 
 from distilkit.errors import UserError
-from distilkit.screen import Screen
+from distilkit.watch.screen import Screen
 
 log = logging.getLogger(__name__)
 

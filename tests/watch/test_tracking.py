@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from distilkit import tracking
+from distilkit.watch import tracking
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from distilkit.data.batches import DistillationDataModule
 from distilkit.errors import UserError
-from distilkit.predictions import Predictions, Row, _sentence, markdown, top_words
+from distilkit.watch.predictions import Predictions, Row, _sentence, markdown, top_words
 from tiny import Texts, build_model
 from training import MASKING
 
