@@ -42,7 +42,7 @@ def test_more_words_than_asked_for_are_a_warning_that_says_why(
             f"and so are the special tokens; set at least {words}, or tokenizer=bpe"
         ) in caplog.text
         caplog.clear()
-    assert texts.reads == 1
+    assert texts.reads == 2  # once for the characters, once for the words
     train_tokenizer(corpus=texts, model="wordpiece", **settings(tmp_path, vocab_size=2000))
     assert not caplog.text
 
@@ -53,13 +53,33 @@ def test_a_trained_tokenizer_is_read_from_a_cache_that_cannot_be_written(
 ) -> None:
     texts = Texts(make_documents(50))
     first = train_tokenizer(corpus=texts, model=model, **settings(tmp_path))
+    reads = texts.reads
 
     def refuse(*_: object, **__: object) -> None:
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     assert train_tokenizer(corpus=texts, model=model, **settings(tmp_path)).get_vocab() == first.get_vocab()
-    assert texts.reads == 1
+    assert texts.reads == reads
+
+
+@MODELS
+def test_the_same_text_gives_the_same_vocabulary_each_time(tmp_path: Path, model: str) -> None:
+    texts = make_documents(50)  # many pairs of characters are equally frequent
+    found = [
+        train_tokenizer(corpus=Texts(texts), model=model, **settings(tmp_path / str(turn))).get_vocab()
+        for turn in range(5)
+    ]
+    assert all(vocabulary == found[0] for vocabulary in found)
+
+
+def test_wordpiece_splits_words_as_bert_does(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(corpus=Texts(make_documents(50)), model="wordpiece", **settings(tmp_path))
+    assert tokenizer.convert_ids_to_tokens([0, 1, 2, 3, 4]) == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    assert added == {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"}  # and no single characters
+    tokens = tokenizer.tokenize("[MASK] Zqxe")
+    assert tokens[0] == "[MASK]" and not tokens[1].startswith("##")
 
 
 def test_a_training_that_fails_leaves_no_tokenizer(tmp_path: Path) -> None:

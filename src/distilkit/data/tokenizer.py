@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -93,8 +93,10 @@ def train_tokenizer(
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
     def write(folder: Path) -> None:
-        texts = itertools.islice(corpus.documents(), max_documents)
-        trained = _wordpiece(texts, vocab_size, lowercase) if model == "wordpiece" else _bpe(texts, vocab_size)
+        def texts() -> Iterator[str]:
+            return itertools.islice(corpus.documents(), max_documents)
+
+        trained = _wordpiece(texts, vocab_size, lowercase) if model == "wordpiece" else _bpe(texts(), vocab_size)
         trained.save_pretrained(folder)
 
     folder = make_once(Path(cache_dir).expanduser(), f"tokenizers/{model}-{vocab_size}-{key}", write)
@@ -106,14 +108,30 @@ def train_tokenizer(
     return tokenizer
 
 
-def _wordpiece(documents: Iterator[str], vocab_size: int, lowercase: bool) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
+def _wordpiece(documents: Callable[[], Iterator[str]], vocab_size: int, lowercase: bool) -> PreTrainedTokenizerFast:
+    def empty(vocab: dict[str, int] | None = None) -> Tokenizer:
+        tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = decoders.WordPiece()
+        return tokenizer
+
+    def vocabulary(size: int, first: list[str]) -> dict[str, int]:
+        tokenizer = empty()
+        _train(
+            tokenizer,
+            documents(),
+            trainers.WordPieceTrainer(vocab_size=size, special_tokens=first, show_progress=False),
+        )
+        return tokenizer.get_vocab()
+
     special = list(_BERT.values())
-    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
-    _train(tokenizer, documents, trainer)
+    # The trainer numbers single characters within words (##e) in an order that changes from run to run, and decides
+    # between equally frequent pairs by these numbers (huggingface/tokenizers issue 1794). So they are found first, by a
+    # training without merges, and given to it in their order.
+    within = sorted(word for word in vocabulary(len(special), special) if len(word) == 3 and word.startswith("##"))
+    tokenizer = empty(vocabulary(vocab_size, [*special, *within]))
+    tokenizer.add_special_tokens(special)
     sep, cls = ("[SEP]", special.index("[SEP]")), ("[CLS]", special.index("[CLS]"))
     tokenizer.post_processor = processors.BertProcessing(sep, cls)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **_BERT)
