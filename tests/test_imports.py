@@ -5,6 +5,7 @@ import functools
 import graphlib
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,13 @@ def test_what_must_start_fast_imports_no_torch(target: str) -> None:
     code = f"import sys, {target}; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_wheel_holds_every_room() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8"))
+    packages = project["tool"]["setuptools"]["packages"]
+    assert {f"distilkit.{name}" for name in ROOMS} <= set(packages)
+    assert {each.parent.name for each in SOURCE.glob("*/__init__.py")} - {"conf"} == set(ROOMS)
 
 
 @pytest.mark.parametrize("name", BUDGETS)
