@@ -2,6 +2,7 @@
 
 import math
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,23 @@ def test_a_processor_without_units_is_slow(units: dict[str, bool], slow: bool, m
 
 
 def test_this_machine_can_be_measured() -> None:
+    threads = torch.get_num_threads()
     assert 0 < measured_ratio() < math.inf
+    assert torch.get_num_threads() == threads
+
+
+def test_a_busy_machine_measures_the_same_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(torch.nn.Linear):
+        """Computes the same in both precisions, but waits in bfloat16, as if other processes had the core."""
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            if torch.is_autocast_enabled("cpu"):
+                time.sleep(0.3)
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(inputs)
+
+    monkeypatch.setattr(torch.nn, "Linear", Interrupted)
+    assert measured_ratio.__wrapped__() > 0.5
 
 
 def test_a_run_says_and_records_what_was_chosen_and_goes_on_with_it(

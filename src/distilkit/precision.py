@@ -2,13 +2,13 @@
 
 import functools
 import os
-from time import perf_counter
+from time import thread_time
 
 import torch
 from torch import nn
 
 _ROWS, _WIDTH, _REPEATS = 256, 768, 4  # of the layer that is timed on a CPU: about 0.1 seconds
-_FASTER = 1.3  # the least ratio that counts, so that a busy machine chooses the same again
+_FASTER = 1.3  # the least ratio that counts, so that a machine chooses the same again
 
 
 def choose_precision(*, accelerator: str, before: str | None = None, alone: bool = True) -> tuple[str, str]:
@@ -58,16 +58,22 @@ def _cpu_units() -> list[str]:
 
 @functools.cache  # jobs of a sweep in one process take the same
 def measured_ratio() -> float:
-    """Return how many times as fast a layer's forward and backward pass is in bfloat16, by the best of some passes."""
+    """Return how many times as fast a layer's forward and backward pass is in bfloat16, by the best of some passes.
+
+    One thread and its own clock are used: the wall clock of a busy machine would choose otherwise each time.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several would also count the time in which one waits for another
     layer, inputs = nn.Linear(_WIDTH, _WIDTH), torch.randn(_ROWS, _WIDTH, requires_grad=True)
     gradient = torch.randn(_ROWS, _WIDTH)
     seconds: dict[bool, list[float]] = {False: [], True: []}
     with torch.enable_grad():
-        for _ in range(1 + _REPEATS):  # in turn, because other processes come and go
+        for _ in range(1 + _REPEATS):
             for halves, times in seconds.items():
-                start = perf_counter()
+                start = thread_time()
                 with torch.autocast("cpu", dtype=torch.bfloat16, enabled=halves):
                     outputs = layer(inputs)
                 outputs.backward(gradient.to(outputs.dtype))
-                times.append(perf_counter() - start)
+                times.append(thread_time() - start)
+    torch.set_num_threads(threads)
     return min(seconds[False][1:]) / min(seconds[True][1:])  # the first ones set up
