@@ -3,6 +3,7 @@
 import http.server
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -54,3 +55,13 @@ def test_a_host_behind_a_proxy_of_the_environment_is_reached(
 def test_a_host_behind_a_proxy_of_wandbs_settings_is_reached(settings: SimpleNamespace, proxy: str) -> None:
     settings.http_proxy = proxy
     assert tracking.offline_reason() is None
+
+
+def test_a_run_warns_of_no_setting_that_its_user_did_not_give(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_SILENT", raising=False)
+    tracking.wandb_logger(save_dir=str(tmp_path), project="tests", name="run", group=None).experiment.finish()
+    said = capfd.readouterr().err
+    assert "offline" in said and "WARNING" not in said

@@ -50,7 +50,9 @@ def wandb_logger(
         log.warning("W&B runs offline: %s; upload later with wandb sync %s/wandb/offline-run-*", reason, save_dir)
         settings["settings"] = wandb.Settings(silent=True)  # the warning above is enough
         settings["mode"] = "offline"  # Lightning's ``offline`` sets a variable that W&B has already read
-    return WandbLogger(save_dir=save_dir, project=project, name=name, group=group, **settings)
+    logger = WandbLogger(save_dir=save_dir, project=project, name=name, group=group, **settings)
+    logger._wandb_init.pop("anonymous", None)  # Lightning always gives it, and W&B warns of it in each run
+    return logger
 
 
 def log_student(logger: WandbLogger, folder: Path, *, metadata: Mapping[str, Any]) -> None:
