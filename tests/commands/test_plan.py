@@ -44,7 +44,7 @@ def clock() -> Iterator[None]:
         return run
 
     with pytest.MonkeyPatch.context() as patched:
-        for module in ("step_timer", "plan.measure", "budget"):
+        for module in ("plan.step_timer", "plan.measure", "budget"):
             patched.setattr(f"distilkit.{module}.perf_counter", lambda: now[0])
         for name, seconds in (("training_step", MICRO), ("_clip", OPTIMIZER)):
             patched.setattr(DistillationModule, name, ticking(getattr(DistillationModule, name), seconds))
@@ -70,7 +70,14 @@ def test_it_prints_what_a_person_decides_by_and_writes_plan_json_alone(planned: 
     assert line.startswith("10 s on this machine, ") and "of memory" in line and "price 0.01" in line
     assert [file.name for file in folder.iterdir() if file.name != ".lock"] == ["plan.json"]
     assert max(len(each) for each in done.out.splitlines()[:-1] if not each.startswith("[20")) <= 80  # no log line
-    for part in ("what the teacher predicts", "tokens of a document", "MFU", "on more devices", "objective=minilm"):
+    for part in (
+        "what the teacher predicts",
+        "tokens of a document",
+        "MFU",
+        "on more devices",
+        "objective=minilm",
+        "full steps",
+    ):
         assert part in done.out
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from distilkit.budget import check_budget
 from distilkit.errors import UserError
-from distilkit.plan.forecast import Cost, cost, steps_of
+from distilkit.plan.forecast import Cost, cost, decide, steps_of
 from distilkit.records import duration
 from distilkit.watch.memory import megabytes
 
@@ -65,6 +65,16 @@ def test_the_last_step_of_an_epoch_counts_as_a_part(epochs: int | None, steps: i
     found, end = steps_of(10, batch_size=4, max_epochs=epochs, max_steps=steps)  # steps of 4, 4 and 2 blocks
     assert found == expected
     assert math.isfinite(found) and ("steps" in end) == (expected in (3.5, 2.0, 0.0))
+
+
+def test_the_line_to_decide_by_says_that_minilm_trains_no_head() -> None:
+    run: dict[str, Any] = {"devices": 1, "hours": 2.0, "price": None}
+    numbers: dict[str, Any] = {"run": run, "memory_mb": 512, "disk_mb": {"cache": 1, "student": 2}}
+    masked, minilm = ({"override": f"objective{each}", "ratio": 2.0, "hours": 1.0} for each in (".x=y", "=minilm"))
+    line = "2 h on this machine, 512 MB of memory, 3 MB of disk; "
+    gain = "would take 1 h (2.0 times the tokens/s)"
+    assert decide({**numbers, "alternatives": [masked]}) == f"{line}objective.x=y {gain}"
+    assert decide({**numbers, "alternatives": [minilm]}) == f"{line}objective=minilm, which trains no LM head, {gain}"
 
 
 def test_a_budget_shorter_than_ten_steps_is_refused() -> None:

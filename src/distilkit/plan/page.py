@@ -48,7 +48,8 @@ def _lines(found: Mapping[str, Any]) -> dict[str, list[str]]:
     """Write what is no table, by title."""
     step, micro, run, text = found["step"], found["micro_batch"], found["run"], found["text"]
     model = "{}: {parameters:,} parameters, {parameters_without_embeddings:,} without embeddings"
-    part = f" with {step['timed_micro_batches']}" if step["timed_micro_batches"] < step["micro_batches"] else ""
+    count = step["micro_batches"]
+    part = f" with {step['timed_micro_batches']}" if step["timed_micro_batches"] < count else ""
     whence = "" if micro["measured"] else " by their growth"
     tried = ", ".join(str(point["size"]) for point in micro["points"])
     energy = "energy unknown: this device reports no power" if run["kwh"] is None else f"{run['kwh']:,.3g} kWh"
@@ -57,7 +58,7 @@ def _lines(found: Mapping[str, Any]) -> dict[str, list[str]]:
     return {
         "text": [
             "{documents:,} documents, {tokens:,} tokens, {blocks:,} blocks to train on".format(**text),
-            "tokens of a document: median {document_tokens_median:g}, 95th percentile {document_tokens_p95:g}".format(
+            "tokens of a document: median {document_tokens_median:.0f}, 95th percentile {document_tokens_p95:.0f}".format(
                 **text
             ),
             "{duplicates:,} of {documents_read:,} documents are exact duplicates of others".format(**text),
@@ -66,13 +67,13 @@ def _lines(found: Mapping[str, Any]) -> dict[str, list[str]]:
         "models": [model.format(name, **found[name]) for name in ("teacher", "student") if found[name]],
         "a step": [
             found["machine"],
-            f"{step['step_seconds']:.3g} s for {step['micro_batches']} micro-batches of {micro['timed']} blocks, "
+            f"{step['step_seconds']:.3g} s for {count} micro-batch{'es' * (count != 1)} of {micro['timed']} blocks, "
             f"median of {step['steps']} steps{part}",
             f"{step['tokens_per_second']:,.0f} tokens/s, MFU {step['mfu']:.1%}, {megabytes(found['memory_mb'])} of memory",
-            f"micro-batches tried: {tried}; {micro['largest']} fits {megabytes(micro['limit'] / 2**20)}{whence}",
+            f"micro-batches tried: {tried}; {micro['largest']} blocks fit in {megabytes(micro['limit'] / 2**20)}{whence}",
         ],
         "the run": [
-            f"until {run['end']}: {run['steps']:,.0f} steps, {run['tokens']:,.0f} tokens",
+            f"until {run['end']}: {run['tokens']:,.0f} tokens, as of {run['steps']:,.1f} full steps",
             f"{duration(run['hours'])}, of which validation {duration(run['validation_hours'])}; saving is not counted",
             f"{run['device_hours']:,.3g} device-hours{price}; {energy}",
             f"disk: {disk}",

@@ -14,7 +14,7 @@ from distilkit.language_model import lm_head, token_states
 from distilkit.losses import IGNORE_INDEX
 
 _READ, _DRAWN = 2**24, 256  # tokens in which documents are measured, blocks in which padding is counted
-_TOKENS, _SHOWN, _TOP = 72, 6, 3  # of a block, targets in it, predictions for each
+_TOKENS, _SHOWN, _TOP = 48, 6, 3  # of a block, targets of a causal model in it, predictions for each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ def examples(data: DistillationDataModule, teacher: PreTrainedModel | None, *, c
             places = (labels[block, : len(row) - after] != IGNORE_INDEX).nonzero().flatten().tolist()
             places = places[:: max(1, len(places) // _SHOWN)] if after else places
             example, begin = Example(pieces=[], predictions=[]), 0
-            for place in places[:_SHOWN]:
+            for place in places[:_SHOWN] if after else places:
                 at = place + after  # of a causal model, position t predicts token t + 1
                 example.pieces.extend([str(tokenizer.decode(row[begin:at])), spell(int(labels[block, place]))])
                 begin, best = at + 1, list[tuple[str, float]]()
