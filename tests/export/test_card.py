@@ -235,6 +235,13 @@ def test_a_card_shows_the_names_of_files_and_not_the_folders_of_this_machine(dat
     assert index["results"][0]["dataset"]["name"] == f"held-out documents: {shown}"
 
 
+def test_the_files_of_a_corpus_are_a_list_of_names() -> None:
+    paths = ["/home/me/emma.txt.xz", "books/dracula's.txt"]
+    config = {"data": {"corpus": {"paths": paths}}, "trainer": {"precision": "32-true"}}
+    made = card({"data": f"text files {paths}", "config": config})
+    assert "| data | text files emma.txt.xz, dracula's.txt |" in made.text
+
+
 @pytest.mark.parametrize(
     "name, known, shown",
     [

@@ -79,7 +79,9 @@ def student_card(
     config: Mapping[str, Any] = record.get("config", {})
     corpus = config.get("data", {}).get("corpus", {}).get("paths") or ()
     data = " ".join(str(record["data"]).split())
-    for path in sorted([corpus] if isinstance(corpus, str) else map(str, corpus), key=len, reverse=True):
+    paths = [corpus] if isinstance(corpus, str) else [str(path) for path in corpus]
+    data = data.replace(str(paths), ", ".join(paths))
+    for path in sorted(paths, key=len, reverse=True):
         data = data.replace(path, _last(path))  # also with spaces
     name = " ".join(str(record["name"]).split())
     data, name = (_PATH.sub(lambda path: _last(path[0]), text) for text in (data, name))
@@ -118,14 +120,8 @@ def student_card(
         "where": repo or "path/to/this/folder",
         "blank": f" {mask_token}." if lm == "mlm" else "",
     }
-    facts |= {
-        "summary": summary,
-        "config": config,
-        "onnx": onnx,
-        "positions": positions,
-        "own_code": own_code,
-        "lm": lm,
-    }
+    facts |= {"summary": summary, "config": config, "onnx": onnx, "positions": positions}
+    facts |= {"own_code": own_code, "lm": lm}
     facts |= {"tokens_seen": tokens_seen, "num_params": num_params, "base_model": base_model, "pipeline": pipeline}
     card: ModelCard = ModelCard.from_template(metadata, template_path=str(_TEMPLATE), **facts)
     return card
