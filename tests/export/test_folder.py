@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoTokenizer,
+    BertTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     dynamic_module_utils,
@@ -222,6 +223,21 @@ def test_a_vocabulary_of_bytes_is_a_file_of_a_student(
     monkeypatch.setattr(tokenizer, "save_pretrained", save)
     files = student_files(build_model("distilbert", num_layers=1), tokenizer)
     assert (files["spiece.model"], files["deep/er/vocab.txt"]) == (b"\xff\x00", "ä\r\n")
+
+
+@pytest.mark.parametrize(("kind", "takes"), [("bert", True), ("distilbert", False)])
+def test_a_tokenizer_gives_what_its_student_takes(
+    kind: str, takes: bool, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    given = BertTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    assert "token_type_ids" in given("ba be")
+    files = student_files(build_model(kind, num_layers=1), given)
+    said = json.loads(files["tokenizer_config.json"])
+    assert not {"is_local", "local_files_only"} & said.keys()  # of the machine that wrote it
+    for name, content in files.items():
+        (tmp_path / name).write_text(str(content), "utf-8")
+    assert ("token_type_ids" in AutoTokenizer.from_pretrained(tmp_path)("ba be")) == takes
 
 
 @pytest.mark.parametrize(

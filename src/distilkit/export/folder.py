@@ -8,6 +8,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -38,6 +39,8 @@ def student_files(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     config.dtype = str(student.dtype).removeprefix("torch.")
     for each in (config, saved):
         each._auto_class = None  # type: ignore[misc]  # transformers would put code of any depth side by side
+    if names := [name for name in saved.model_input_names if name in signature(student.forward).parameters]:
+        saved.model_input_names = saved.init_kwargs["model_input_names"] = names  # DistilBERT takes no token types
     with temporary_folder() as folder:
         config.save_pretrained(folder)
         saved.save_pretrained(folder)
@@ -51,7 +54,7 @@ def student_files(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
                 if any(type(each).__module__.startswith("transformers_modules") for each in used):
                     commit = getattr(used[-1], "_commit_hash", None)
                     said["auto_map"] = _write_code(auto_map, folder, name=str(used[-1].name_or_path), revision=commit)
-                said = _without_folders(said)
+                said = _without_folders({key: said[key] for key in said.keys() - {"is_local", "local_files_only"}})
                 text = json.dumps(said, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
                 (folder / file).write_text(text, "utf-8")
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
