@@ -169,8 +169,8 @@ def terminal(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], io.St
 
     def make(width: int) -> io.StringIO:
         written = io.StringIO()
-        console = Console(file=written, width=width, height=20, force_terminal=True, color_system=None)
-        monkeypatch.setattr(distilkit.watch.screen, "Console", lambda: console)
+        look: Any = {"file": written, "width": width, "height": 20, "force_terminal": True, "color_system": None}
+        monkeypatch.setattr(distilkit.watch.screen, "Console", lambda **given: Console(**look, **given))
         return written
 
     return make
@@ -216,11 +216,11 @@ def test_what_is_logged_stands_above_the_two_lines_and_handlers_get_their_stream
     monkeypatch.setattr(logging.root, "handlers", [handler])
     run.start()
     run.train(steps=1, seconds=40.0)
-    logging.getLogger("other").warning("the disk is nearly full")
+    logging.getLogger("other").warning("go on with: %s", command := " ".join(["python -m distilkit.train"] * 9))
     run.validate(seconds=1.0)
     run.end()
     assert outside.getvalue().startswith("trained 1 step")  # after the two lines are gone
-    assert "the disk is nearly full" in written.getvalue()
+    assert f"go on with: {command}\n" in written.getvalue()  # the terminal wraps it, so that it can be copied
     assert "step 1 of 100: held-out cross-entropy 3.456 nats" in written.getvalue()
     assert handler.stream is outside
 
@@ -228,7 +228,7 @@ def test_what_is_logged_stands_above_the_two_lines_and_handlers_get_their_stream
 def test_a_notebook_changes_what_it_displays(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[dict[str, str]] = []
     handle = SimpleNamespace(update=lambda content, raw: shown.append(content))
-    monkeypatch.setattr(distilkit.watch.screen, "Console", lambda: SimpleNamespace(is_jupyter=True))
+    monkeypatch.setattr(distilkit.watch.screen, "Console", lambda **_: SimpleNamespace(is_jupyter=True))
     monkeypatch.setattr("IPython.display.display", lambda *content, raw, display_id: handle)
     run.start()
     run.module.shown |= TERMS

@@ -37,7 +37,7 @@ class Screen:
         """Begin the lines in a terminal or a notebook; what is logged then goes above them."""
         if self.is_open:
             return
-        self.console = console = Console()
+        self.console = console = Console(soft_wrap=True)  # else a command that is logged cannot be copied
         if console.is_jupyter:
             from IPython.display import display
 
