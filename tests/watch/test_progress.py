@@ -150,7 +150,31 @@ def test_scoring_after_a_fine_tuning_is_logged_too(run: Run, caplog: pytest.LogC
     for index in range(8):
         run.now += 10.0
         run.bar.on_predict_batch_end(run.trainer, run.module, None, None, index)
-    assert caplog.messages == ["scored 3 of 8 batches", "scored 6 of 8 batches"]
+    assert caplog.messages == ["scoring: 3 of 8 batches", "scoring: 6 of 8 batches"]
+
+
+def test_a_long_validation_tells_how_far_it_is_also_before_the_first_step(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    def batches(seconds: float) -> None:
+        for index in range(4):
+            run.now += seconds
+            run.bar.on_validation_batch_end(run.trainer, run.module, None, None, index)
+
+    run.now, run.trainer.sanity_checking, run.trainer.num_sanity_val_batches = 1000.0, True, [4]
+    run.bar.on_sanity_check_start(run.trainer, run.module)
+    batches(9.0)
+    run.validate(seconds=0.0)
+    run.trainer.sanity_checking = False
+    run.start()
+    run.train(steps=1, seconds=10.0)
+    batches(12.0)
+    run.validate(seconds=0.0)
+    assert caplog.messages == [
+        "held-out text: 4 of 4 batches",
+        "held-out text: 2 of 4 batches",
+        "step 1 of 100: held-out cross-entropy 3.456 nats, accuracy 41.2%",
+    ]
 
 
 def test_a_script_without_logging_gets_the_lines_on_its_output(
@@ -207,6 +231,32 @@ def test_a_terminal_has_two_lines(
     assert lines[1] == (below if len(below) <= width else below[: width - 1] + "…")
 
 
+def test_the_two_lines_say_at_once_what_is_done(run: Run, terminal: Callable[[int], io.StringIO]) -> None:
+    terminal(80)
+    frames = []
+    run.trainer.sanity_checking, run.trainer.num_sanity_val_batches = True, [4]
+    try:
+        run.bar.on_sanity_check_start(run.trainer, run.module)
+        frames.append(run.bar.screen.frame)
+        run.bar.on_validation_batch_end(run.trainer, run.module, None, None, 0)
+        frames.append(run.bar.screen.frame)
+        run.trainer.sanity_checking = False
+        run.start()
+        frames.append(run.bar.screen.frame)
+        run.train(steps=1, seconds=10.0)
+        run.bar.on_validation_batch_end(run.trainer, run.module, None, None, 3)
+        run.validate(seconds=1.0)
+        frames.append(run.bar.screen.frame)
+    finally:
+        run.bar.teardown(run.trainer, run.module, "fit")
+    assert frames == [
+        ("held-out text", 0.0, "", ""),
+        ("held-out text", 0.25, "1 of 4 batches", ""),
+        ("step 0 of 100", 0.0, "0%", ""),
+        ("step 1 of 100", 0.01, "1%  16:29 left", "held-out 3.456"),
+    ]
+
+
 def test_what_is_logged_stands_above_the_two_lines_and_handlers_get_their_streams_back(
     run: Run, terminal: Callable[[int], io.StringIO], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,7 +283,7 @@ def test_a_notebook_changes_what_it_displays(run: Run, monkeypatch: pytest.Monke
     run.start()
     run.module.shown |= TERMS
     run.train(steps=4, seconds=10.0)
-    assert len(shown) == 8
+    assert len(shown) == 9  # at the start, and once a second at most
     assert "step 4 of 100  4%  16:00 left  100 tokens/s<br>loss 8.210 (ce 2.100" in shown[-1]["text/html"]
     run.end()
     assert shown[-1]["text/plain"].startswith("trained 4 steps in 0:40: loss 8.210")

@@ -134,10 +134,33 @@ class ProgressBar(LightningBar):
         line = f"{self._steps()}{within}: {', '.join(filter(None, parts))}"
         self._log(line.removesuffix(": "))
 
-    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin the two lines."""
+    def _show(self, pl_module: LightningModule) -> None:
+        """Show where the training is."""
+        shown: dict[str, float] = getattr(pl_module, "shown", {})
+        left, rate = self._left(), shown.get("tokens/s", self.rate)
+        share = float(self.clock.progress) if self.over_time else self.last[1] / max(1.0, self.total)
+        right = [f"{share:.0%}", "" if left is None else f"{clock_time(left)} left"]
+        right.append(f"{rate:,.0f} tokens/s" if rate else "")
+        below = "  ".join(filter(None, (_held_out(shown, short=True), _loss(shown))))
+        self.screen.show(label=self._steps(), share=share, right="  ".join(filter(None, right)), below=below)
+
+    def _part(self, label: str, *, done: int, of: float, below: str = "") -> None:
+        """Show how much is scored, and log it if it is time."""
+        share, now = f"{done:,} of {of:,.0f} batches", perf_counter()
+        self.screen.show(label=label, share=done / max(1.0, of), right=share if done else "", below=below)
+        if self.enabled and not self.screen.is_open and now - self.told >= self.every:
+            self.told = now
+            self._log(f"{label}: {share}")
+
+    def _begin(self) -> None:
+        self.told = perf_counter()
         if self.enabled:
             self.screen.open()
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin the two lines."""
+        self._begin()
+        self._part("held-out text", done=0, of=0)
 
     def on_validation_batch_end(
         self,
@@ -150,14 +173,12 @@ class ProgressBar(LightningBar):
     ) -> None:
         """Show how much of the held-out text is scored."""
         sizes = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
-        share = (batch_idx + 1) / max(1.0, float(sizes[dataloader_idx]))
-        self.screen.show(label="held-out text", share=share, right=f"{share:.0%}", below=self.screen.frame[3])
+        below = self.screen.frame[3]
+        self._part("held-out text", done=batch_idx + 1, of=float(sizes[dataloader_idx]), below=below)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the two lines, for the rows that are scored after a training."""
-        self.told = perf_counter()
-        if self.enabled:
-            self.screen.open()
+        self._begin()
 
     def on_predict_batch_end(
         self,
@@ -168,12 +189,8 @@ class ProgressBar(LightningBar):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Show how much is scored, and log it if it is time."""
-        done, of, now = batch_idx + 1, int(trainer.num_predict_batches[dataloader_idx]), perf_counter()
-        self.screen.show(label="scoring", share=done / of, right=f"{done:,} of {of:,} batches", below="")
-        if self.enabled and not self.screen.is_open and now - self.told >= self.every:
-            self.told = now
-            self._log(f"scored {done:,} of {of:,} batches")
+        """Show how much is scored."""
+        self._part("scoring", done=batch_idx + 1, of=float(trainer.num_predict_batches[dataloader_idx]))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End the two lines."""
@@ -183,14 +200,14 @@ class ProgressBar(LightningBar):
         """Begin to count."""
         if not self.enabled:
             return
-        self.screen.open()
+        self._begin()
         self.total = trainer.estimated_stepping_batches
         self.clock = getattr(pl_module, "clock", None)
         self.over_time = self.clock is not None and self.clock.budget is not None
-        self.told = perf_counter()
         self.begin = self.first = self.last = (self.told, trainer.global_step)
         self.told_step, self.rate = trainer.global_step, None
         self.mark = self.start = self._counts(pl_module)
+        self._show(pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -204,20 +221,15 @@ class ProgressBar(LightningBar):
             self.first = self.last if self.first == self.begin else self.first
         if now - self.told >= self.every:
             self._tell(trainer, pl_module, batch_idx=batch_idx)
-        if self.screen.is_open:
-            shown: dict[str, float] = getattr(pl_module, "shown", {})
-            left, rate = self._left(), shown.get("tokens/s", self.rate)
-            share = float(self.clock.progress) if self.over_time else self.last[1] / self.total
-            right = [f"{share:.0%}", "" if left is None else f"{clock_time(left)} left"]
-            right.append(f"{rate:,.0f} tokens/s" if rate else "")
-            below = "  ".join(filter(None, (_held_out(shown, short=True), _loss(shown))))
-            self.screen.show(label=self._steps(), share=share, right="  ".join(filter(None, right)), below=below)
+        self._show(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the score of a validation in one line, except at the start of a training."""
         now, found = perf_counter(), _held_out(getattr(pl_module, "shown", {}))
-        training = self.enabled and not trainer.sanity_checking and trainer.state.fn == "fit"
-        if training and found and now - self.begin[0] >= self.every and self.screen.notebook is None:
+        if not self.enabled or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        self._show(pl_module)
+        if found and now - self.begin[0] >= self.every and self.screen.notebook is None:
             self.told = now
             self._log(f"{self._steps()}: {found}")
 
