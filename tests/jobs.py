@@ -41,7 +41,7 @@ SMALL = (  # steps of 16 blocks in two micro-batches, on one CPU
     "trainer.precision=32-true",
     "trainer.log_every_n_steps=1",
 )
-QUIET = ("logger=none", "callbacks.progress=null", "+trainer.enable_progress_bar=false")  # where nobody looks
+QUIET = ("logger=none", "callbacks.progress=null")  # where nobody looks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -77,7 +77,7 @@ def distill(
         )
         model = AutoModelForMaskedLM.from_pretrained(result.path)
     """
-    options = [] if progress else ["callbacks.progress=null", "+trainer.enable_progress_bar=false"]
+    options = [] if progress else ["callbacks.progress=null"]
     given: dict[str, Any] = {"text": text, "paths": paths, "max_steps": max_steps, "budget": budget}
     with isolated(), quiet():
         cfg = composed(teacher, out=out, student=student, **given, overrides=overrides, options=options)

@@ -15,6 +15,7 @@ from lightning_fabric.plugins import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, InterpolationResolutionError
 from pytorch_lightning import Callback, Trainer, seed_everything
+from pytorch_lightning.callbacks import ProgressBar
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
 from pytorch_lightning.strategies.launchers.multiprocessing import _MultiProcessingLauncher
@@ -340,10 +341,14 @@ def build_trainer(cfg: DictConfig) -> Trainer:
             if not isinstance(each, kind | None):
                 raise UserError(f"{group}.{name}={each} is no {kind.__name__} of Lightning; set {group}.{name}=null")
     callbacks = [callback for callback in found["callbacks"].values() if callback is not None]
+    bars = [callback for callback in callbacks if isinstance(callback, ProgressBar)]
+    with_bar = cfg.trainer.get("enable_progress_bar", bool(bars))  # without one, Lightning would take its own
+    callbacks = [callback for callback in callbacks if with_bar or callback not in bars]
     trainer: Trainer = instantiate(
         cfg.trainer,
         **plain,
         callbacks=callbacks,
+        enable_progress_bar=with_bar,
         logger=[logger for logger in found["logger"].values() if logger is not None],
         # Lightning skips it on a resume. Without training it is the only score.
         num_sanity_val_steps=-1 if cfg.validate_first or cfg.trainer.max_steps == 0 else 0,

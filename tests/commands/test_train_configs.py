@@ -20,6 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.callbacks import ProgressBar as LightningBar
 from pytorch_lightning.loggers import Logger
 from transformers import PreTrainedTokenizerBase
 
@@ -368,6 +369,21 @@ def groups_of(text: str) -> dict[str, set[str]]:
 
 def options_of(group: str) -> set[str]:
     return {file.stem for file in (CONF / group).glob("*.yaml")} - {"base"}  # data/base is completed by the others
+
+
+@pytest.mark.parametrize(
+    ("given", "bars"),
+    [
+        ((), ["ProgressBar"]),
+        (("callbacks.progress=null",), []),  # Lightning would take its own, which counts micro-batches as steps
+        (("trainer.enable_progress_bar=false",), []),
+        (("callbacks.progress=null", "trainer.enable_progress_bar=true"), ["RichProgressBar"]),
+    ],
+)
+def test_progress_is_shown_unless_either_key_turns_it_off(given: tuple[str, ...], bars: list[str]) -> None:
+    cfg = composed("trainer=cpu", "trainer.precision=32-true", "logger=none", *given)
+    trainer: Any = distilkit.train.build_trainer(cfg)
+    assert [type(each).__name__ for each in trainer.callbacks if isinstance(each, LightningBar)] == bars
 
 
 def test_the_help_of_train_lists_each_group_and_option(tmp_path: Path) -> None:
