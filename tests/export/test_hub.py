@@ -159,5 +159,11 @@ def test_a_push_that_the_hub_refuses_leaves_the_folder_and_says_how_to_go_on(hub
     done = push(folder)
     assert done.code == 1
     assert f"{folder / 'made'} is written, but the hub {hub.url} says: 403 Forbidden" in done.err
-    assert f"then: hf upload me/student {folder / 'made'}" in done.err
+    assert f"then: hf upload me/student {folder / 'made'} --private\n" in done.err  # else it would be public
     assert (folder / "made" / "model.safetensors").is_file()
+
+
+def test_what_goes_on_with_a_push_has_its_branch_and_its_visibility(hub: Hub, folder: Path) -> None:
+    hub.refuses = {"/commit/": 500}
+    done = push(folder, "out='a b'", "revision=v1", "private=false")
+    assert f"then: hf upload me/student '{folder / 'a b'}' --revision v1\n" in done.err

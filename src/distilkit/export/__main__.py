@@ -49,8 +49,7 @@ def export(cfg: DictConfig) -> dict[str, Any]:
         repo=cfg.push_to_hub,
     )
     made: dict[str, Any] = {"out": str(Path(cfg.out).expanduser().resolve()), "parameters": num_parameters(model)}
-    if onnx:
-        made["onnx"] = onnx.measured
+    made |= {"onnx": onnx.measured} if onnx else {}
     if cfg.push_to_hub:
         how = {name: given[name] for name in ("private", "revision", "commit_message")}
         made["pushed"] = push(Path(made["out"]), repo=cfg.push_to_hub, **how)

@@ -1,5 +1,6 @@
 """Publish a student's folder on the Hugging Face hub; what would fail is refused before anything is written."""
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,14 +35,15 @@ def check_push(repo: str, *, license: str | None, metadata: Mapping[str, Any]) -
 
 def push(folder: Path, *, repo: str, private: bool, revision: str, commit_message: str) -> str:
     """Upload all files of a folder in one commit, and return its address; the repository is made if it is not there."""
-    api = HfApi()
+    api, again = HfApi(), f"hf upload {repo} {shlex.quote(str(folder))}"
+    again += " --private" * private + f" --revision {revision}" * (revision != constants.DEFAULT_REVISION)
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         if revision != constants.DEFAULT_REVISION:
             api.create_branch(repo, branch=revision, exist_ok=True)
         done = api.upload_folder(repo_id=repo, folder_path=folder, revision=revision, commit_message=commit_message)
     except Exception as error:
-        raise UserError(f"{folder} is written, but {_said(error)}; then: hf upload {repo} {folder}") from error
+        raise UserError(f"{folder} is written, but {_said(error)}; then: {again}") from error
     return str(done.commit_url)
 
 
