@@ -144,6 +144,27 @@ def test_the_licence_of_the_teacher_is_carried_over(
     assert made.data.license == (given or metadata.get("license"))
 
 
+@pytest.mark.parametrize(
+    ("files", "fields", "shown"),
+    [
+        (["model.onnx"], {}, ["InferenceSession(file)", '"path/to/this/folder/onnx/model.onnx"', "both with float32"]),
+        (["model.onnx"], {"repo": "me/a"}, ['huggingface_hub.hf_hub_download("me/a", "onnx/model.onnx")']),
+        (["model_quantized.onnx"], {}, ["onnx/model_quantized.onnx", "`model_quantized` is the", "both with int8"]),
+        (["model.onnx", "model_quantized.onnx"], {}, ["onnx/model.onnx", "head,\n`_quantized` has int8 weights."]),
+        (["model.onnx"], {"lm": "clm"}, ["place = -1", 'tokenizer("The capital of France is", ']),
+        (["encoder.onnx"], {"record": {"objective": {"alpha_rel": 1.0}}}, ["onnx/encoder.onnx", "outputs.shape"]),
+    ],
+)
+def test_a_folder_of_onnx_files_alone_is_not_said_to_load_in_transformers(
+    files: list[str], fields: dict[str, Any], shown: list[str]
+) -> None:
+    onnx = {"sentences": 12, "difference": 1e-6, "files": dict.fromkeys(files, 1)}
+    text = card(onnx={**onnx, "alone": True}, **fields).text
+    assert all(each in text for each in shown), text
+    assert "pipeline(" not in text and "AutoModel" not in text and "SentenceTransformer" not in text
+    assert "import onnxruntime" not in card(onnx={**onnx, "alone": False}, **fields).text
+
+
 def test_the_hub_reads_the_scores_back() -> None:
     (nll, perplexity, accuracy) = ModelCard(card().content).data.eval_results
     assert [each.metric_value for each in (nll, perplexity, accuracy)] == [4.5, 90.017, 0.25]

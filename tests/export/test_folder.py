@@ -272,6 +272,17 @@ def test_a_checkpoint_writes_nothing_outside_the_folder_and_nothing_that_shadows
     assert not list(tmp_path.rglob("other.txt"))
 
 
+@pytest.mark.parametrize("out", ["run/checkpoints", "run", "run/checkpoints/a.ckpt"])
+def test_nobody_is_told_to_delete_the_checkpoint_that_is_exported(out: str, tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    file = save_checkpoint(tmp_path / "run" / "checkpoints" / "a.ckpt", {})
+    with pytest.raises(UserError, match=f"{out} exists; choose another folder$"):
+        export_checkpoint(file, tmp_path / out)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(UserError, match="other exists; choose another folder, or delete it$"):
+        export_checkpoint(file, tmp_path / "other")
+
+
 def test_a_link_at_the_place_of_the_exported_folder_is_not_followed(tmp_path: Path) -> None:
     config = build_model("gpt2", num_layers=2).config.to_json_string()
     file = save_checkpoint(tmp_path / "a.ckpt", {"config.json": config})

@@ -110,6 +110,7 @@ def student_card(
     )
     own = (config.get("card") or {}).get("license")
     facts: Any = {
+        "summary": summary,
         "record": {**record, "name": name, "data": data, "teacher": teacher},
         "scores": _score_table(summary, lm=lm),
         "verdict": verdict,
@@ -120,8 +121,7 @@ def student_card(
         "where": repo or "path/to/this/folder",
         "blank": f" {mask_token}." if lm == "mlm" else "",
     }
-    facts |= {"summary": summary, "config": config, "onnx": onnx, "positions": positions}
-    facts |= {"own_code": own_code, "lm": lm}
+    facts |= {"config": config, "onnx": onnx, "positions": positions, "own_code": own_code, "lm": lm}
     facts |= {"tokens_seen": tokens_seen, "num_params": num_params, "base_model": base_model, "pipeline": pipeline}
     card: ModelCard = ModelCard.from_template(metadata, template_path=str(_TEMPLATE), **facts)
     return card

@@ -169,7 +169,8 @@ def export_checkpoint(
     checkpoint = read_checkpoint(file)
     saved = checkpoint["distilkit"]
     if os.path.lexists(folder):  # a link that leads nowhere, too
-        raise UserError(f"{folder} exists; choose another folder, or delete it")
+        holds_it = folder.resolve() in (file.resolve(), *file.resolve().parents)  # which nobody should delete
+        raise UserError(f"{folder} exists; choose another folder{'' if holds_it else ', or delete it'}")
     if repo:
         check_push(repo, license=license, metadata=saved["record"].get("metadata", {}))
     with whole_folder(folder, cure="choose another folder") as temporary:
@@ -203,7 +204,7 @@ def export_checkpoint(
                 mask_token=mask_token["content"] if isinstance(mask_token, dict) else mask_token or "[MASK]",
                 own_code=own_code,
                 positions=_positions(model),
-                onnx=measured,
+                onnx=measured and measured | {"alone": not weights},
                 license=license,
                 repo=repo,
             )
