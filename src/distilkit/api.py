@@ -5,7 +5,7 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,24 +108,22 @@ def composed(
     options: Sequence[str] = (),
     config: str = "train",
     caller: str = "distill",
+    taken: Set[str] = frozenset(),
 ) -> DictConfig:
     """Compose the config of a command from the arguments of ``distill``, within ``isolated``.
 
-    ``options`` are overrides that the ``caller`` adds.
+    ``options`` are overrides that the ``caller`` adds, and ``taken`` the keys that it sets besides.
     """
     if text is not None and paths is not None:
         raise UserError("both text and paths are given; give one of them, or neither for the docstring corpus")
     for name, value in (("out", out), ("paths", paths)):
         if value in ("", Path()):
             raise UserError(f"{name}={str(value)!r} is the working folder; name a folder or file, or write it in full")
-    if isinstance(overrides, str):
-        raise UserError(f"overrides={overrides!r} is one string, but it takes a list; give [{overrides!r}]")
-    taken = {"teacher", "teacher.name", "student", "output_dir", "hydra.run.dir"}
+    taken = taken | {"teacher", "teacher.name", "student", "output_dir", "hydra.run.dir"}
     taken |= {"data", "data.corpus.paths"} if text is not None or paths is not None else set()
     taken |= set() if max_steps is None else {"trainer.max_steps"}
     taken |= set() if budget is None else {"budget"}
-    if wrong := taken & {str(override).lstrip("+~").partition("=")[0] for override in overrides}:
-        raise UserError(f"overrides set {wrong.pop()}, which an argument of {caller} sets too; drop one of the two")
+    _check_overrides(overrides, taken, caller=caller)
     groups = ["teacher=none" if teacher is None else "teacher=hf", f"student={student}"]
     groups += ["data=text"] if text is not None or paths is not None else []
     cfg = _compose([*groups, *options, *overrides], name=config)
@@ -146,6 +144,14 @@ def composed(
     return cfg
 
 
+def _check_overrides(overrides: Sequence[str], taken: Set[str], *, caller: str) -> None:
+    """Refuse overrides that are no list, and those of keys that arguments of the ``caller`` have ``taken``."""
+    if isinstance(overrides, str):
+        raise UserError(f"overrides={overrides!r} is one string, but it takes a list; give [{overrides!r}]")
+    if wrong := set(taken) & {str(override).lstrip("+~").partition("=")[0] for override in overrides}:
+        raise UserError(f"overrides set {wrong.pop()}, which an argument of {caller} sets too; drop one of the two")
+
+
 def export_student(
     ckpt: str | Path,
     out: str | Path,
@@ -164,6 +170,11 @@ def export_student(
         made = distilkit.export_student("runs/a/checkpoints/best.ckpt", "my-student", formats=["hf", "onnx"])
         made["onnx"]["difference"]
     """
+    given = {"formats": formats, "texts": texts, "push_to_hub": push_to_hub}
+    taken = {"ckpt", "out", *(name for name, value in given.items() if value is not None)}
+    _check_overrides(overrides, taken, caller="export_student")
+    if isinstance(formats, str):
+        raise UserError(f"formats={formats!r} is one string, but it takes a list; give [{formats!r}]")
     with isolated(), quiet():
         cfg = _compose(list(overrides), name="export")
         cfg.ckpt, cfg.out = _literal(ckpt), _literal(out)

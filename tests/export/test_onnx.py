@@ -230,6 +230,24 @@ def test_python_exports_what_the_command_exports(student: Path) -> None:
         distilkit.export_student(student / "last.ckpt", student / "other", overrides=["+format=onnx"])
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"overrides": "dtype=bfloat16"},
+            r"overrides='dtype=bfloat16' is one string, but it takes a list; give \['dtype",
+        ),
+        ({"overrides": ["out=other"]}, "overrides set out, which an argument of export_student sets too; drop one"),
+        ({"formats": ["hf"], "overrides": ["formats=[onnx]"]}, "overrides set formats, which an argument of export_st"),
+        ({"formats": "hf"}, r"formats='hf' is one string, but it takes a list; give \['hf'\]"),
+    ],
+)
+def test_arguments_that_python_takes_otherwise_are_refused(given: dict[str, Any], message: str, student: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        distilkit.export_student(student / "last.ckpt", student / "mine", **given)
+    assert not (student / "mine").exists()
+
+
 # ----------------------------------------------------------------------------------- sentences
 
 
