@@ -332,6 +332,17 @@ def _choose_precision(cfg: DictConfig, saved: Mapping[str, Any] | None) -> None:
         log.info("trainer.precision=auto takes %s: %s", cfg.trainer.precision, reason)
 
 
+def num_devices(cfg: DictConfig) -> int:
+    """Return how many devices a run would use; a batch that they cannot share is refused."""
+    given, batch_size = cfg.trainer.get("devices", 1), cfg.data.global_batch_size
+    number = len(given) if OmegaConf.is_list(given) else int(given) if str(given).isdigit() else None
+    count = (number or max(1, torch.cuda.device_count())) * int(cfg.trainer.get("num_nodes") or 1)
+    if batch_size % count:
+        found = f"data.global_batch_size={batch_size} is not divisible by the {count} devices"
+        raise UserError(f"{found}; set a multiple of {count}")
+    return count
+
+
 def build_trainer(cfg: DictConfig) -> Trainer:
     """Build the trainer with its callbacks and loggers."""
     plain: Any = {"_convert_": "all"}  # Lightning compares types: max_time may be a dict, but not a DictConfig

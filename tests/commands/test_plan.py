@@ -126,6 +126,59 @@ def test_python_gives_the_same_plan(
     assert found.examples and callable(distilkit.plan)
 
 
+@pytest.fixture(scope="module")
+def planning(command: tuple[str, ...], clock: None) -> Callable[..., dict[str, Any]]:
+    teacher = command[1].removeprefix("teacher.name=")
+    rest = [each for each in command[2:] if not each.startswith("data=")]
+    quick = ("data=text", "plan.steps=4", "plan.seconds=600", "plan.alternatives=[]", "plan.examples=0")
+
+    def numbers_of(*overrides: str, **given: Any) -> dict[str, Any]:
+        return distilkit.plan(teacher, overrides=[*rest, *quick, *overrides], **given).numbers
+
+    return numbers_of
+
+
+def test_steps_without_the_teacher_count_as_often_as_the_run_has_them(
+    planning: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, clock: None
+) -> None:
+    now, plain = [0.0], DistillationModule.training_step
+
+    def ticking(module: DistillationModule, *given: Any) -> Any:
+        loss = plain(module, *given)
+        now[0] += 9.0 if module.step_objective.reads_teacher else 1.0
+        return loss
+
+    monkeypatch.setattr("distilkit.plan.step_timer.perf_counter", lambda: now[0])
+    monkeypatch.setattr(DistillationModule, "training_step", ticking)
+    step = planning("objective.teacher_every=4", max_steps=4)["step"]
+    assert step["step_seconds"] == pytest.approx(2 * (9 + 3 * 1) / 4)
+
+
+def test_documents_of_different_lengths_take_their_mean_time(
+    planning: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, clock: None
+) -> None:
+    now, plain, seen = [0.0], DistillationModule.training_step, list[Any]()
+
+    def ticking(module: DistillationModule, batch: Any, batch_idx: int) -> Any:
+        now[0] += 0.01 * batch["labels"].numel()
+        seen.append((module.trainer.global_step, batch["labels"].numel()))
+        return plain(module, batch, batch_idx)
+
+    monkeypatch.setattr("distilkit.plan.step_timer.perf_counter", lambda: now[0])
+    monkeypatch.setattr(DistillationModule, "training_step", ticking)
+    sizes = ("data.packing=documents", "data.global_batch_size=4", "data.micro_batch_size=4", "plan.steps=6")
+    step = planning(*sizes, max_steps=4)["step"]
+    places = [places for _, places in seen[-7:]]  # those of the last timing
+    assert step["step_seconds"] == pytest.approx(0.01 * sum(places) / 7)
+    assert sorted(places)[3] != pytest.approx(sum(places) / 7, rel=0.05)  # so that a median would differ
+
+
+def test_limits_of_batches_count_on_each_device(planning: Callable[..., dict[str, Any]], clock: None) -> None:
+    assert planning("trainer.limit_train_batches=0")["run"]["steps"] == 0
+    limits = ("trainer.devices=2", "trainer.limit_train_batches=3", "trainer.max_epochs=2")
+    assert planning(*limits)["run"]["steps"] == 6  # of a micro-batch on each device
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -138,6 +191,9 @@ def test_python_gives_the_same_plan(
         ("budget=-3", "budget=-3, but it must be a time above 0"),
         ("budget=20s", "budget=20 seconds is shorter than 10 optimizer steps of 2.5 seconds; set budget=25s or more"),
         ("plan.nothing=1", "plan.nothing is not in the config"),
+        ("trainer.devices=3", "data.global_batch_size=16 is not divisible by the 3 devices; set a multiple of 3"),
+        ("trainer.max_epochs=-1", "trainer.max_epochs=-1 and trainer.max_steps=-1 set no end"),
+        ("plan.file=/proc/none/plan.json", "/proc/none is not there any more, or cannot be made; set plan.file to"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(
@@ -147,12 +203,6 @@ def test_bad_input_is_refused_before_anything_is_written(
     assert done.code != 0
     assert message in done.err
     assert not list(tmp_path.rglob("plan.json"))
-
-
-def test_a_price_needs_devices(command: tuple[str, ...], tmp_path: Path) -> None:
-    done = call(main, *command, "plan.price_per_hour=2", "plan.devices=[]", cwd=tmp_path)
-    assert done.code != 0
-    assert "plan.price_per_hour=2 is of one device, but plan.devices is empty" in done.err
 
 
 def test_alternatives_are_those_of_the_groups() -> None:

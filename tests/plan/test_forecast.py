@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from distilkit.budget import check_budget
+from distilkit.budget import check_budget, steps_of
 from distilkit.errors import UserError
-from distilkit.plan.forecast import Cost, cost, decide, steps_of
+from distilkit.plan.forecast import Cost, cost, decide
 from distilkit.records import duration
 from distilkit.watch.memory import megabytes
 
@@ -55,6 +55,17 @@ def test_validations_count_at_the_start_on_the_way_and_at_the_end() -> None:
 def test_what_is_unknown_stays_out() -> None:
     found = costs(price_per_hour=None, watts=None)
     assert found.price is found.kwh is None
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(-1, -1), (None, -1), (-1, -5), (-3, -1)])
+def test_a_training_without_an_end_is_refused(epochs: int | None, steps: int) -> None:
+    with pytest.raises(UserError, match=f"max_epochs={epochs} and trainer.max_steps={steps} set no end; set one of"):
+        steps_of(10, batch_size=4, max_epochs=epochs, max_steps=steps)
+
+
+def test_epochs_without_batches_take_no_step() -> None:
+    assert steps_of(0, batch_size=4, max_epochs=3, max_steps=7)[0] == 0
+    assert steps_of(0, batch_size=4, max_epochs=-1, max_steps=7)[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -38,11 +38,12 @@ def plan(
     with isolated(), quiet():
         nowhere = Path(tempfile.gettempdir(), "distilkit-plan")  # nothing is written there
         given |= {"out": out or nowhere, "student": student, "overrides": overrides}
-        cfg = composed(teacher, **given, config="plan", caller="plan")
+        taken = {"plan.price_per_hour"} if price_per_hour is not None else set[str]()
+        cfg = composed(teacher, **given, config="plan", caller="plan", taken=taken)
         cfg.plan.price_per_hour = cfg.plan.price_per_hour if price_per_hour is None else price_per_hour
+        cfg.plan.file = None if out is None else cfg.plan.file
         found = measure(cfg)
-        if out is not None and cfg.plan.file:
-            Path(out).expanduser().mkdir(parents=True, exist_ok=True)
+        if cfg.plan.file:
             write_json(Path(cfg.plan.file), found.numbers)
     return found
 

@@ -19,10 +19,10 @@ def main(cfg: DictConfig) -> None:
     keep_large_buffers()
     with quiet():
         found = measure(cfg)
+    show(found.numbers, found.examples)  # first: the disk may have become full
+    print(found.line)
     if cfg.plan.file:
         write_json(Path(cfg.plan.file), found.numbers)
-    show(found.numbers, found.examples)
-    print(found.line)
 
 
 if __name__ == "__main__":

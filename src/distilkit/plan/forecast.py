@@ -35,20 +35,8 @@ class Settings:
         for key in ("memory_share", "scaling"):
             if not 0 < (value := getattr(self, key)) <= 1:
                 raise UserError(f"plan.{key}={value}, but it must be above 0 and at most 1")
-        if self.price_per_hour is not None and not self.devices:
-            found = f"plan.price_per_hour={self.price_per_hour} is of one device, but plan.devices is empty"
-            raise UserError(f"{found}; give numbers of devices, as plan.devices=[1,8]")
         if wrong := set(self.alternatives) - {"masked", "minilm", "bf16", "shorter"}:
             raise UserError(f"plan.alternatives has {wrong.pop()}, but it takes masked, minilm, bf16, shorter")
-
-
-def steps_of(blocks: int, *, batch_size: int, max_epochs: int | None, max_steps: int) -> tuple[float, str]:
-    """Return the optimizer steps of a training, a smaller one of an epoch's end as a part, and what ends it."""
-    per_epoch = blocks / batch_size
-    by_epochs = math.inf if max_epochs in (None, -1) else (max_epochs or 0) * per_epoch
-    epochs, rest = divmod(max_steps, math.ceil(per_epoch))
-    by_steps = math.inf if max_steps < 0 else epochs * per_epoch + rest
-    return min((by_epochs, f"the end of the data, {max_epochs} epochs"), (by_steps, f"{max_steps:,} steps"))
 
 
 @dataclass(frozen=True, kw_only=True)

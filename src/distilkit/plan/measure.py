@@ -15,17 +15,18 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from pytorch_lightning import Trainer
 
-from distilkit.budget import check_budget
+from distilkit.budget import check_budget, steps_of
 from distilkit.cli import check_keys
 from distilkit.errors import UserError
 from distilkit.language_model import num_parameters, num_parameters_without_embeddings
-from distilkit.plan.forecast import Settings, cost, decide, steps_of
+from distilkit.plan.forecast import Settings, cost, decide
 from distilkit.plan.micro_batch import Fit, Point, grow
 from distilkit.plan.preview import Example, examples, text_figures
 from distilkit.plan.step_timer import Timing, how_many, sizes, time_steps
 from distilkit.precision import choose_precision
 from distilkit.records import processor
-from distilkit.train import Job, budget_of, build, build_trainer
+from distilkit.runs.storage import check_writable
+from distilkit.train import Job, budget_of, build, build_trainer, num_devices
 from distilkit.watch.memory import free_bytes, used_bytes
 from distilkit.watch.throughput import dtype_of, peak_flops
 
@@ -35,7 +36,7 @@ _MIB = 2**20
 _TIMING = {  # of the trainer that times steps: one device, nothing written, nothing scored between steps
     "max_steps": 1, "max_epochs": -1, "max_time": None, "devices": 1, "num_nodes": 1, "strategy": "auto",
     "limit_train_batches": 1.0, "limit_val_batches": 1.0, "check_val_every_n_epoch": None, "val_check_interval": 10**9,
-    "enable_checkpointing": False, "enable_progress_bar": False, "accumulate_grad_batches": 1,
+    "enable_checkpointing": False, "enable_progress_bar": False, "accumulate_grad_batches": 1, "fast_dev_run": False,
 }  # fmt: skip
 
 
@@ -52,12 +53,15 @@ def measure(cfg: DictConfig) -> Plan:
     """Measure on one device what the run of a config would take; nothing but the token cache is written."""
     check_keys(cfg.plan, path="plan")
     settings: Settings = instantiate(cfg.plan, _convert_="all")
+    if settings.file:
+        check_writable(settings.file, cure="set plan.file to another one, or null")
     budget, own = budget_of(cfg), cfg.copy()
     with open_dict(own):
         own.update({"callbacks": {}, "logger": {}, "budget": None, "ckpt_path": None, "baseline": None})
         own.validate_first = False
         own.trainer.update(_TIMING)
-    job, count, batch_size = _built(own), _num_devices(cfg), int(cfg.data.global_batch_size)
+    job, count, batch_size = _built(own), num_devices(cfg), int(cfg.data.global_batch_size)
+    steps, end = _steps(cfg, job, count=count) if budget is None else (None, f"a budget of {budget:,.0f} s")
     device, per_device = job.trainer.strategy.root_device, math.ceil(batch_size / count)
     fit = _search(job, settings, per_device=per_device)
     if not fit.largest:
@@ -71,7 +75,6 @@ def measure(cfg: DictConfig) -> Plan:
     per_step = math.ceil(batch_size / micro)
     seconds, step_tokens = timing.step_seconds(per_step), timing.tokens / micro * batch_size
     check_budget(budget, step_seconds=seconds / count)
-    steps, end = _steps(cfg, job) if budget is None else (None, f"a budget of {budget:,.0f} s")
     validation = (cfg.callbacks or {}).get("validation")
     forecast = functools.partial(
         cost,
@@ -80,9 +83,9 @@ def measure(cfg: DictConfig) -> Plan:
         scaling=settings.scaling,
         step_seconds=seconds,
         step_tokens=step_tokens,
-        val_seconds=_val_seconds(cfg, job, micro=micro),
-        val_every=validation.optimizer_steps if validation else None,
-        val_first=bool(cfg.validate_first),
+        val_seconds=_val_seconds(cfg, job, micro=micro, count=count),
+        val_every=validation.optimizer_steps if validation else 10**9,  # the student is scored in the end
+        val_first=bool(cfg.validate_first or cfg.trainer.max_steps == 0),
         price_per_hour=settings.price_per_hour,
         watts=timing.watts,
     )
@@ -132,13 +135,6 @@ def _trainer(job: Job, **options: Any) -> Trainer:
     return build_trainer(cfg)
 
 
-def _num_devices(cfg: DictConfig) -> int:
-    """Return how many devices the run of a config would use."""
-    given = cfg.trainer.get("devices", 1)
-    number = len(given) if OmegaConf.is_list(given) else int(given) if str(given).isdigit() else None
-    return (number or max(1, torch.cuda.device_count())) * int(cfg.trainer.get("num_nodes") or 1)
-
-
 def _bytes(model: torch.nn.Module | None) -> int:
     return 0 if model is None else sum(each.numel() * each.element_size() for each in model.parameters())
 
@@ -175,25 +171,31 @@ def _time(job: Job, seconds: float, steps: int, *, micro: int, rate: float) -> T
     return time_steps(trainer, job.module, job.data, micro_batch_size=micro, micro_batches=micro_batches)
 
 
-def _val_seconds(cfg: DictConfig, job: Job, *, micro: int) -> float:
-    """Score a held-out batch, after one to warm up, and return the seconds of a whole validation."""
-    if cfg.trainer.get("limit_val_batches") == 0:
+def _val_seconds(cfg: DictConfig, job: Job, *, micro: int, count: int) -> float:
+    """Score some held-out blocks, after once to warm up, and return the seconds of a whole validation."""
+    data, limit = job.data, cfg.trainer.get("limit_val_batches")
+    blocks = min(len(data.val_blocks or ()), data.max_val_blocks)
+    batches = math.ceil(blocks / count / cfg.data.micro_batch_size)  # of each device
+    share = 1.0 if limit is None else limit / batches if isinstance(limit, int) else limit
+    if not share:
         return 0.0
-    for _ in range(2):
-        with sizes(job.data, micro_batch_size=micro, micro_batches=1):
-            trainer, began = _trainer(job, limit_val_batches=1), perf_counter()
-            trainer.validate(job.module, datamodule=job.data, verbose=False)
+    with sizes(data, micro_batch_size=micro, micro_batches=1):
+        data.max_val_blocks = timed = min(blocks, 2 * micro)  # of all lengths; nothing else reads it
+        for _ in range(2):
+            trainer, began = _trainer(job), perf_counter()
+            trainer.validate(job.module, datamodule=data, verbose=False)
             seconds = perf_counter() - began
-    return seconds * math.ceil(min(len(job.data.val_blocks or ()), job.data.max_val_blocks) / micro)
+    return min(1.0, share) * seconds * blocks / timed
 
 
-def _steps(cfg: DictConfig, job: Job) -> tuple[float, str]:
+def _steps(cfg: DictConfig, job: Job, *, count: int) -> tuple[float, str]:
     """Return after how many full steps the run of a config ends, and what ends it."""
-    blocks, limit = len(job.data.train_blocks or ()), cfg.trainer.get("limit_train_batches")
-    if limit is not None:
-        blocks = min(blocks, int(limit * (cfg.data.micro_batch_size if isinstance(limit, int) else blocks)))
+    blocks, batch = len(job.data.train_blocks or ()), job.data.global_batch_size
+    per_step = math.ceil(batch / count / cfg.data.micro_batch_size)  # micro-batches on each device
+    if (limit := cfg.trainer.get("limit_train_batches")) is not None:
+        blocks = min(blocks, int(limit * batch / per_step if isinstance(limit, int) else limit * blocks))
     ends = cfg.trainer.max_epochs, cfg.trainer.max_steps
-    return steps_of(blocks, batch_size=cfg.data.global_batch_size, max_epochs=ends[0], max_steps=ends[1])
+    return steps_of(blocks, batch_size=batch, max_epochs=ends[0], max_steps=ends[1])
 
 
 def _disk(cfg: DictConfig, job: Job, *, state: int) -> dict[str, float]:

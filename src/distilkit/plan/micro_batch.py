@@ -48,7 +48,7 @@ def grow(measure: Callable[[int], Point], *, most: int, least: float, limit: flo
         seconds -= 4 * size * fit.points[-1].seconds_per_block if fit.points else 0.0  # two steps of two micro-batches
         if seconds < 0:
             largest = max(each for each in sizes if fit.predict(each) <= limit)
-            return Fit(points=fit.points, least=least, limit=limit, largest=largest, measured=largest < size)
+            return Fit(points=fit.points, least=least, limit=limit, largest=largest, measured=False)
         try:
             point = measure(size)
         except torch.OutOfMemoryError:

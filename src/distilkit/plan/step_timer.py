@@ -1,9 +1,10 @@
 """Time real optimizer steps through the trainer, the module and the data module."""
 
 import statistics
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -20,8 +21,8 @@ from distilkit.watch.throughput import Throughput, step_flops
 class Timing:
     """What optimizer steps took, after one to warm up.
 
-    ``seconds`` is of a micro-batch, with the wait for its data, forward and backward, ``optimizer_seconds`` what a step
-    adds. ``tokens``, without padding, and ``flops`` are of a micro-batch, ``peak`` and the optimizer's ``state`` in
+    ``seconds`` is of a full micro-batch, with the wait for its data, forward and backward, ``optimizer_seconds`` what a
+    step adds. ``tokens``, without padding, and ``flops`` are of a micro-batch, ``peak`` and the optimizer's ``state`` in
     bytes, ``watts`` of one device, or None where it does not report them.
     """
 
@@ -47,8 +48,8 @@ class StepTimer(Callback):
         """Start without a step."""
         self.micro: list[list[float]] = [[]]  # seconds of each micro-batch of each step
         self.optimizer: list[float] = []
-        self.tokens: list[int] = []
-        self.flops: list[float] = []
+        self.sums: list[Counter[str]] = [Counter()]  # blocks, places, tokens and FLOPs of each step
+        self.taught: list[bool] = []  # whether the step reads the teacher
         self.watts: list[float] = []
         self.mark, self.peak, self.state = 0.0, 0, 0
         self.throughput = Throughput()
@@ -77,13 +78,16 @@ class StepTimer(Callback):
         """End another micro-batch, or the step."""
         assert isinstance(pl_module, DistillationModule) and self.throughput.costs is not None
         lap = self._lap(pl_module)
-        self.flops.append(step_flops(pl_module.step_objective, *self.throughput.costs, batch, lm=pl_module.lm))
+        flops: Any = step_flops(pl_module.step_objective, *self.throughput.costs, batch, lm=pl_module.lm)
+        self.sums[-1].update(blocks=len(batch["labels"]), places=batch["labels"].numel(), flops=flops)
         if not batch["is_last"]:
             self.micro[-1].append(lap)
             return
         self.optimizer.append(lap)
-        self.tokens.append(int(pl_module.step_tokens))
+        self.sums[-1]["tokens"] = int(pl_module.step_tokens)
+        self.taught.append(pl_module.step_objective.reads_teacher)
         self.micro.append([])
+        self.sums.append(Counter())
         self.watts += _watts(pl_module.device)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -92,16 +96,22 @@ class StepTimer(Callback):
         tensors = [each for state in trainer.optimizers[0].state.values() for each in state.values()]
         self.state = sum(each.numel() * each.element_size() for each in tensors if isinstance(each, torch.Tensor))
 
-    def timing(self) -> Timing:
-        """Sum up all steps but the first."""
-        micro, count = self.micro[1:-1], len(self.flops) / len(self.tokens)
+    def timing(self, *, micro_batch_size: int, teacher_every: int) -> Timing:
+        """Sum up all steps but the first, as if each ``teacher_every``-th one read the teacher."""
+        micro, sums, total, seconds, flops = self.micro[1:-1], self.sums[1:-1], sum(self.sums, Counter()), 0.0, 0.0
+        for kind in (kinds := set(self.taught[1:])):
+            part = 1.0 if len(kinds) == 1 else 1 / teacher_every if kind else 1 - 1 / teacher_every
+            chosen = [index for index, each in enumerate(self.taught[1:]) if each == kind]
+            # By place, with padding: steps of documents differ in length, and an epoch ends in a smaller step.
+            seconds += part * statistics.median(sum(micro[index]) / sums[index]["places"] for index in chosen)
+            flops += part * statistics.mean(sums[index]["flops"] / sums[index]["blocks"] for index in chosen)
         return Timing(
             steps=len(micro),
             micro_batches=max(map(len, micro)),
-            seconds=statistics.median(map(statistics.mean, micro)),
+            seconds=seconds * total["places"] / total["blocks"] * micro_batch_size,
             optimizer_seconds=statistics.median(self.optimizer[1:]),
-            tokens=statistics.mean(self.tokens) / count,
-            flops=statistics.mean(self.flops),
+            tokens=total["tokens"] / total["blocks"] * micro_batch_size,
+            flops=flops * micro_batch_size,
             peak=self.peak,
             state=self.state,
             watts=statistics.mean(self.watts) if self.watts else None,
@@ -140,12 +150,15 @@ def time_steps(
     """Train for the steps of ``trainer``, and return what they took; the student's weights change."""
     trainer.callbacks.append(timer := StepTimer())  # type: ignore[attr-defined]  # set by one of its connectors
     reset_peak(trainer.strategy.root_device)
+    every = (objective := module.objective).teacher_every
+    module.objective = replace(objective, teacher_every=min(every, 2))  # steps with the teacher and without, in turn
     try:
         with sizes(data, micro_batch_size=micro_batch_size, micro_batches=micro_batches):
             trainer.fit(module, datamodule=data)
     finally:
         module.zero_grad(set_to_none=True)
-    return timer.timing()
+        module.objective = objective
+    return timer.timing(micro_batch_size=micro_batch_size, teacher_every=every)
 
 
 def _watts(device: torch.device) -> list[float]:

@@ -45,6 +45,13 @@ def writing(folder: str | Path, *, cure: str) -> Iterator[None]:
         raise fault from error
 
 
+def check_writable(file: str | Path, *, cure: str) -> None:
+    """Refuse a file that cannot be written, before the work whose result it will hold."""
+    with writing(folder := Path(file).parent, cure=cure):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
 @contextmanager
 def whole_folder(folder: Path, *, cure: str) -> Iterator[Path]:
     """Make a folder under a temporary name beside it, which holds host and process, and rename it in the end.
