@@ -92,10 +92,8 @@ class OnnxFiles:
     def _check_loss(self, loss: Loss) -> None:
         if (lost := loss.float32 - loss.int8) > self.max_loss:
             measured = f"{loss.float32:.4f} to {loss.int8:.4f} on {loss.tokens:,} tokens"
-            raise UserError(
-                f"int8 loses {lost:.4f} of the student's accuracy ({measured}), more than max_loss={self.max_loss}; "
-                "leave onnx_int8 out of formats, or set a larger max_loss"
-            )
+            found = f"int8 loses {lost:.4f} of the student's accuracy ({measured}), more than max_loss={self.max_loss}"
+            raise UserError(f"{found}; leave onnx_int8 out of formats, or set a larger max_loss")
 
 
 def _check_space(model: PreTrainedModel, folder: Path) -> None:

@@ -194,8 +194,7 @@ def _steps(cfg: DictConfig, job: Job, *, count: int) -> tuple[float, str]:
     per_step = math.ceil(batch / count / cfg.data.micro_batch_size)  # micro-batches on each device
     if (limit := cfg.trainer.get("limit_train_batches")) is not None:
         blocks = min(blocks, int(limit * batch / per_step if isinstance(limit, int) else limit * blocks))
-    ends = cfg.trainer.max_epochs, cfg.trainer.max_steps
-    return steps_of(blocks, batch_size=batch, max_epochs=ends[0], max_steps=ends[1])
+    return steps_of(blocks, batch_size=batch, max_epochs=cfg.trainer.max_epochs, max_steps=cfg.trainer.max_steps)
 
 
 def _disk(cfg: DictConfig, job: Job, *, state: int) -> dict[str, float]:

@@ -47,10 +47,9 @@ class StepTimer(Callback):
     def __init__(self) -> None:
         """Start without a step."""
         self.micro: list[list[float]] = [[]]  # seconds of each micro-batch of each step
-        self.optimizer: list[float] = []
         self.sums: list[Counter[str]] = [Counter()]  # blocks, places, tokens and FLOPs of each step
         self.taught: list[bool] = []  # whether the step reads the teacher
-        self.watts: list[float] = []
+        self.optimizer, self.watts = list[float](), list[float]()
         self.mark, self.peak, self.state = 0.0, 0, 0
         self.throughput = Throughput()
 
