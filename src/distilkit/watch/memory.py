@@ -52,7 +52,9 @@ def free_bytes(device: torch.device) -> int:
     free = _kilobytes("/proc/meminfo", "MemAvailable") or half
     for limit, used in ((Path("/sys/fs/cgroup", name) for name in names) for names in _GROUPS):
         if used.is_file() and limit.is_file() and (most := limit.read_text("utf-8").strip()).isdigit():
-            free = min(free, int(most) - int(used.read_text("utf-8")))
+            stat = used.with_name("memory.stat")  # what was read of files counts as used, but makes room
+            cached = re.findall(r"inactive_file (\d+)", stat.read_text("utf-8") if stat.is_file() else "")
+            free = min(free, int(most) - int(used.read_text("utf-8")) + max(map(int, cached), default=0))
     return free
 
 
