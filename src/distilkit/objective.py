@@ -19,7 +19,11 @@ from distilkit.schedule import Points, as_points, check_points, piecewise
 
 _SOFT = ("ce", "cos", "mse", "rel")  # the terms that read the teacher
 _NUMBERS = {"relation_heads": 1, "teacher_layer": 0, "student_layer": 0, "teacher_every": 1}  # whole, with their least
-_CHOICES = {"soft_targets": ("all", "masked"), "implementation": ("fused", "reference")}
+_CHOICES = {
+    "soft_targets": ("all", "masked"),
+    "cos_targets": ("all", "masked"),
+    "implementation": ("fused", "reference"),
+}
 
 
 # What the terms read of a model: last hidden states (batch * length, width), and one layer's projections.
@@ -37,8 +41,8 @@ class Objective:
     model always takes all. ``alpha_rel`` weights the KL between relations of tokens in the queries, keys and values of
     ``student_layer`` and ``teacher_layer``, which count from 0, split into ``relation_heads``; see ``relation_layers``
     and ``num_relation_heads`` for None. A term of weight zero is not computed. Only each ``teacher_every``-th optimizer
-    step reads the teacher. ``implementation`` is ``fused``, which never stores all logits, or ``reference``, the plain
-    formulas. A wrong value raises a ``UserError``.
+    step reads the teacher. The cosine takes ``cos_targets``: all real tokens, or the masked ones. ``implementation`` is
+    ``fused``, which never stores all logits, or ``reference``, the plain formulas. A wrong value raises a ``UserError``.
     """
 
     alpha_ce: Points
@@ -54,6 +58,7 @@ class Objective:
     teacher_layer: int | None = None
     student_layer: int | None = None
     teacher_every: int = 1
+    cos_targets: Literal["all", "masked"] = "all"
 
     def __post_init__(self) -> None:
         """Check each value, and that the values fit together."""
@@ -219,13 +224,17 @@ class Objective:
         soft = labels if self.soft_targets == "masked" and lm == "mlm" else tokens
         if not isinstance(self.soft_targets, str):
             soft = labels + self.soft_targets * (tokens - labels)
-        by_term = {"ce": soft, "mse": soft, "mlm": labels, "clm": labels, "cos": tokens, "rel": tokens}
+        states = labels if self.cos_targets == "masked" and lm == "mlm" else tokens
+        by_term = {"ce": soft, "mse": soft, "mlm": labels, "clm": labels, "cos": states, "rel": tokens}
         return {name: by_term[name] for name in self.weights}
 
     def read(
         self, student: PreTrainedModel, teacher: PreTrainedModel | None, batch: Batch, *, whole: bool = False
     ) -> tuple[Read, Read]:
         """Run each model once on a batch, only as far as a term reads it unless ``whole``."""
+        if (cached := batch.get("teacher_states")) is not None and teacher is not None:
+            alone = self.read(student, None, batch, whole=whole)[0]
+            return alone, (cached.to(teacher.dtype), None)
         layers = self.relation_layers(student, teacher) if "rel" in self.weights and teacher is not None else None
         found: list[Read] = []
         for model, reads_states in ((student, self.reads_student_states), (teacher, self.reads_teacher_states)):
@@ -254,7 +263,7 @@ class Objective:
         computed for labelled tokens only.
         """
         (ours, our_qkv), (theirs, their_qkv) = self.read(student, teacher, batch) if read is None else read
-        real = real_rows(batch)
+        real, theirs_are_labelled = real_rows(batch), "teacher_states" in batch
         rows = real if self.takes_all_rows(lm) else labelled_rows(batch)  # (rows,), or None: all tokens
         if drawn := self.num_drawn(batch):
             rows = torch.cat([labelled_rows(batch), _draw_others(batch, drawn)])
@@ -278,11 +287,13 @@ class Objective:
             head, targets = lm_head(student, _take(ours, rows)), None
             if teacher is not None and theirs is not None and self.reads_teacher_logits:
                 with torch.no_grad():
-                    targets = lm_head(teacher, _take(theirs, rows))
+                    targets = lm_head(teacher, theirs if theirs_are_labelled else _take(theirs, rows))
             total, soft, hard, mse = implementation(head, targets, labels, **by_row, temperature=self.temperature)
             weighted = {"ce": soft, lm: hard, "mse": mse}
-        if "cos" in weights and ours is not None and theirs is not None:  # over all real tokens
-            weighted["cos"] = losses.hidden_cosine(_take(ours, real), _take(theirs, real)).sum() * weights["cos"]
+        if "cos" in weights and ours is not None and theirs is not None:
+            compared = labelled_rows(batch) if self.cos_targets == "masked" and lm == "mlm" else real
+            states = theirs if theirs_are_labelled else _take(theirs, compared)
+            weighted["cos"] = losses.hidden_cosine(_take(ours, compared), states).sum() * weights["cos"]
             total = total + weighted["cos"]
         if "rel" in weights and teacher is not None and our_qkv is not None and their_qkv is not None:
             summed = relation_loss(

@@ -7,6 +7,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from distilkit.cli import check_added, check_keys, check_type, explain_keys, report_errors
+from distilkit.data import DistillationDataModule
+from distilkit.errors import UserError
 
 
 @explain_keys
@@ -23,9 +25,26 @@ def main(cfg: DictConfig) -> None:
         print(json.dumps({"shard": data.shard, "num_shards": data.num_shards, "missing": len(missing)}))
         return
     cache = data.open(verify=cfg.verify)
-    print(
-        json.dumps({"cache": str(cache.folder), "documents": cache.meta["documents"], "tokens": cache.meta["tokens"]})
-    )
+    found = {"cache": str(cache.folder), "documents": cache.meta["documents"], "tokens": cache.meta["tokens"]}
+    print(json.dumps(found | _teacher_states(cfg, data)))
+
+
+def _teacher_states(cfg: DictConfig, data: DistillationDataModule) -> dict[str, str]:
+    """Fill the cache of the teacher's states, if there is to be one; return where it is."""
+    if not cfg.teacher_cache.epochs:
+        return {}
+    from distilkit.teacher_cache import at_labelled_tokens, fill_states  # imports the models
+    from distilkit.train import build_trainer, choose_precision_of
+
+    choose_precision_of(cfg, None)
+    place = build_trainer(cfg)
+    teacher = instantiate(cfg.teacher, needs_head=False)
+    if teacher is None:
+        raise UserError("teacher_cache.epochs needs a teacher, but teacher=none; choose one, or set it to 0")
+    at_labelled_tokens(instantiate(cfg.objective), lm=teacher.lm)
+    bf16 = str(place.precision).startswith("bf16")
+    states = fill_states(data, teacher, device=place.strategy.root_device, bf16=bf16)
+    return {"teacher_states": str(states.folder)}
 
 
 if __name__ == "__main__":

@@ -123,6 +123,8 @@ def describe(
     terms: dict[str, Any] = {f"alpha_{name}": show_points(alpha) for name, alpha in objective.weights.items()}
     if objective.reads_teacher_logits:
         terms |= {"temperature": objective.temperature, "soft_targets": objective.soft_targets}
+    if "cos" in objective.weights and objective.cos_targets != "all":
+        terms["cos_targets"] = objective.cos_targets
     if objective.teacher_every > 1:
         terms["teacher_every"] = objective.teacher_every
     if teacher is not None and "rel" in objective.weights:

@@ -64,6 +64,7 @@ from distilkit.runs.sweeps import take_up
 from distilkit.student import measure_layers
 from distilkit.summary import describe, finish, print_result
 from distilkit.teacher import Teacher
+from distilkit.teacher_cache import at_labelled_tokens, find_states
 from distilkit.watch.tracking import log_student
 
 log = logging.getLogger(__name__)
@@ -117,7 +118,7 @@ def build(cfg: DictConfig) -> Job:
     )
     record = logged = None
     saved: Any = read_checkpoint(checkpoint) if checkpoint else None
-    _choose_precision(cfg, saved)
+    choose_precision_of(cfg, saved)
     if checkpoint:
         same_run.check(saved, cfg, file=checkpoint)
         continue_loggers(cfg.logger, saved)
@@ -138,6 +139,9 @@ def build(cfg: DictConfig) -> Job:
     _apply_options(cfg, teacher=teacher, student=student)
     lm = teacher.lm if teacher else lm_of_model(student)
     data = instantiate(cfg.data, tokenizer=tokenizer, lm=lm)
+    if cfg.teacher_cache.epochs:
+        objective = at_labelled_tokens(objective, lm=lm)
+        data.teacher_states = find_states(data, teacher)
     scheduler: Any = OmegaConf.to_container(cfg.scheduler, resolve=True)  # plain lists, for checkpoints
     module = DistillationModule(
         student=student,
@@ -319,7 +323,7 @@ def _apply_options(cfg: DictConfig, *, teacher: Teacher | None, student: PreTrai
         checkpoint_activations(student)
 
 
-def _choose_precision(cfg: DictConfig, saved: Mapping[str, Any] | None) -> None:
+def choose_precision_of(cfg: DictConfig, saved: Mapping[str, Any] | None) -> None:
     """Set ``trainer.precision=auto`` to what fits the device, and log why; ranks started from here read the choice."""
     if cfg.trainer.get("precision") != "auto":
         return

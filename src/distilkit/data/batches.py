@@ -15,10 +15,11 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from distilkit.data.blocks import Blocks, Draw, Packing, special_tokens_around
-from distilkit.data.cache import TokenCache, open_cache, prepare
+from distilkit.data.cache import TokenCache, cache_key, open_cache, prepare
 from distilkit.data.corpus import Corpus
 from distilkit.data.masking import VALIDATION_EPOCH, Ids, Masker, Masking, mix
 from distilkit.data.shards import check_shard, prepare_shard
+from distilkit.data.teacher_states import TeacherStates
 from distilkit.errors import UserError
 from distilkit.language_model import LM, Batch, real_mask
 from distilkit.losses import IGNORE_INDEX
@@ -271,7 +272,8 @@ def split_step(step: Batch, micro_batch_size: int, *, trim: bool = False) -> lis
        This happens on the host, so that a device need not report how many there are.
     3. Count both over the whole step: ``num_labels`` and ``num_tokens``.
     """
-    tensors = cast(dict[str, Tensor], step)
+    tensors = dict(cast(dict[str, Tensor], step))
+    states = tensors.pop("teacher_states", None)  # (rows of all blocks, width)
     micro_batches: list[dict[str, Any]] = []
     num_tokens = num_labels = 0
     for begin in range(0, len(step["input_ids"]), micro_batch_size):
@@ -285,6 +287,8 @@ def split_step(step: Batch, micro_batch_size: int, *, trim: bool = False) -> lis
         if (mask := real_mask(cast(Batch, part))) is not None:
             part["real"] = torch.from_numpy(np.flatnonzero(mask.numpy()))
         num_tokens += len(part["real"]) if "real" in part else part["input_ids"].numel()
+        if states is not None:
+            part["teacher_states"] = states[num_labels : num_labels + len(part["labelled"])]
         num_labels += len(part["labelled"])
         micro_batches.append(part)
     counts = {"num_tokens": torch.tensor(num_tokens), "num_labels": torch.tensor(num_labels)}
@@ -352,6 +356,7 @@ class DistillationDataModule(LightningDataModule):
         self.num_workers, self.seed, self.description = num_workers, seed, description
         check_shard(shard, num_shards)
         self.shard, self.num_shards = shard, num_shards
+        self.teacher_states: TeacherStates | None = None  # of the labelled tokens, to read in place of the teacher
         self.cache: TokenCache | None = None
         self.train_blocks: Blocks | None = None
         self.val_blocks: Blocks | None = None
@@ -369,6 +374,10 @@ class DistillationDataModule(LightningDataModule):
             cure = f"prepare data.shard={missing[0].name.split('-')[1]}, or leave out data.num_shards"
             raise UserError(f"{found}; {cure}")
         return prepare(self.corpus, self.tokenizer, cache_dir=self.cache_dir, val_share=self.val_share)
+
+    def key(self) -> str:
+        """Return the key of the token cache, which tells text, held-out share and tokenizer."""
+        return cache_key(self.corpus, self.tokenizer, val_share=self.val_share)
 
     def prepare_shard(self, shard: int | None) -> list[Path]:
         """Tokenize a shard of the corpus; return the folders of those that are missing until all can be joined."""
@@ -435,6 +444,7 @@ class DistillationDataModule(LightningDataModule):
             masker=masker,
             attend_across_documents=self.attend_across_documents,
             packing=self.packing,
+            teacher_states=self.teacher_states if split == "train" else None,
         )
 
     def _check_labels(self, blocks: Blocks, *, epoch: int, at_once: int) -> None:

@@ -11,7 +11,8 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from distilkit.data.cache import separator_id
-from distilkit.data.masking import Ids, Masker
+from distilkit.data.masking import VALIDATION_EPOCH, Ids, Masker
+from distilkit.data.teacher_states import TeacherStates
 from distilkit.errors import UserError
 from distilkit.language_model import Batch
 from distilkit.losses import IGNORE_INDEX
@@ -46,9 +47,10 @@ class Blocks(Dataset[Batch]):
         masker: Masker | None,
         attend_across_documents: bool,
         packing: Packing,
+        teacher_states: TeacherStates | None = None,
     ) -> None:
-        """Take a stream (tokens,), and a masker or None for causal models."""
-        self.masker = masker
+        """Take a stream (tokens,), a masker or None for causal models, and cached states of the labelled tokens."""
+        self.masker, self.teacher_states = masker, teacher_states
         self.block_size, self.packing = block_size, packing
         self.separator = separator_id(tokenizer)
         self.opening, self.closing = special_tokens_around(tokenizer)
@@ -108,6 +110,8 @@ class Blocks(Dataset[Batch]):
             batch["document_ids"] = torch.from_numpy(documents)
         if left_out.any():
             batch["left_out"] = torch.from_numpy(left_out)
+        if self.teacher_states is not None and epoch != VALIDATION_EPOCH:
+            batch["teacher_states"] = self.teacher_states.rows(epoch, blocks[~left_out])
         return batch
 
     def sequences(self, blocks: Ids) -> tuple[Ids, Ids, Ids | None]:

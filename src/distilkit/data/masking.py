@@ -72,7 +72,8 @@ class Masking:
     ``mlm_probability`` is the share of real tokens chosen as targets; their number is exact in each sample. It may be
     points over the training, as [[0, 0.3], [1, 0.15]] (``schedule.piecewise``). Of the targets, ``mask_share`` become
     the mask token, ``random_share`` a random word, and the rest stay unchanged. ``smoothing`` weights tokens by
-    count ** -smoothing (0: uniform; DistilBERT: 0.7). ``whole_word`` keeps words whole.
+    count ** -smoothing (0: uniform; DistilBERT: 0.7). ``whole_word`` keeps words whole. After so many ``epochs`` their
+    masks come again in turn; 0 makes new ones in each epoch.
     """
 
     mlm_probability: Points
@@ -80,6 +81,7 @@ class Masking:
     random_share: float
     smoothing: float
     whole_word: bool
+    epochs: int = 0
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -91,6 +93,9 @@ class Masking:
                 f"data.masking.mask_share={self.mask_share} and random_share={self.random_share}, but both must be at "
                 "least 0 and their sum at most 1"
             )
+        if type(self.epochs) is not int or self.epochs < 0:
+            found = f"data.masking.epochs (or teacher_cache.epochs)={self.epochs}"
+            raise UserError(f"{found}, but it must be a whole number of at least 0")
         if self.smoothing < 0:
             raise UserError(f"data.masking.smoothing={self.smoothing}, but it must be at least 0 (DistilBERT: 0.7)")
 
@@ -131,6 +136,8 @@ class Masker:
         """
         batch, length = input_ids.shape
         real = np.full(batch, length) if lengths is None else lengths
+        if self.masking.epochs and epoch != VALIDATION_EPOCH:
+            epoch %= self.masking.epochs
         bits = random_bits(self.seed, epoch, samples, length)
         rate = piecewise(self.masking.mlm_probability, progress)
         chosen = np.flatnonzero(self._choose(input_ids, bits, real, rate))  # (targets,), flat indices
