@@ -16,7 +16,7 @@ import distilkit.train
 from distilkit.data import DistillationDataModule
 from distilkit.data.masking import Masking
 from distilkit.errors import UserError
-from distilkit.language_model import Batch
+from distilkit.language_model import Batch, token_states
 from distilkit.objective import Objective
 from distilkit.student import cut_student
 from distilkit.teacher import Teacher
@@ -139,13 +139,12 @@ def test_prepare_fills_and_train_reads_it_without_running_the_teacher(
     assert Path(json.loads(done.out.splitlines()[-1])["teacher_states"]).is_dir()
 
     calls: list[bool] = []
-    token_states = distilkit.objective.token_states
 
     def counted(model: PreTrainedModel, batch: Batch) -> Tensor:
         calls.append(not model.training)
         return token_states(model, batch)
 
-    monkeypatch.setattr(distilkit.objective, "token_states", counted)
+    monkeypatch.setattr("distilkit.objective.token_states", counted)
     done = call(distilkit.train.main, *train, "validate_first=false", cwd=tmp_path)
     assert done.code == 0, done.err
     steps = json.loads(only(tmp_path, "outputs/distil/*/summary.json").read_text("utf-8"))["optimizer_steps"]

@@ -140,7 +140,8 @@ def find(wanted: Mapping[str, Any], *, cache_dir: Path) -> TeacherStates:
             [f"{key}={theirs.get(key)}, this run has {ours[key]}" for key in ours if theirs.get(key) != ours[key]]
         )
     if others:
-        found = f"{found}; the nearest were made with {'; '.join(min(others, key=len))}"
+        nearest = min(others, key=len)
+        found = f"{found}; the nearest were made with {'; '.join(nearest)}"
     raise UserError(f"{found}; {cure} first")
 
 
