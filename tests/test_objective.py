@@ -1,5 +1,4 @@
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,32 +177,9 @@ def test_logits_are_made_for_the_rows_that_count(soft_targets: str, rows: int) -
         ({"alpha_ce": 1.0, "temperature": -2.0}, r"objective.temperature=-2.0, but it must be"),
         ({}, r"all alphas of the objective are 0.*set at least one above 0"),
         ({"alpha_mlm": 1.0, "alpha_clm": 1.0}, r"both set.*set one of them to 0"),
-        (
-            {"alpha_ce": 1.0, "soft_targets": "some"},
-            r"objective.soft_targets is 'some'; it takes all or masked, or a share",
-        ),
-        (
-            {"alpha_ce": 1.0, "soft_targets": 1.0},
-            r"objective.soft_targets is 1.0; it takes all or masked, or a share b",
-        ),
-        ({"alpha_ce": 1.0, "soft_targets": 0}, r"objective.soft_targets is 0; it takes"),
-        ({"alpha_ce": 1.0, "soft_targets": True}, r"objective.soft_targets is True; it takes"),
-        ({"alpha_ce": 1.0, "soft_targets": float("nan")}, r"objective.soft_targets is nan; it takes"),
-        ({"alpha_ce": 1.0, "soft_targets": [0.1]}, r"objective.soft_targets is \[0.1\]; it takes"),
-        (
-            {"alpha_ce": 1.0, "teacher_every": 0},
-            r"objective.teacher_every=0, but it must be a whole number of at least 1",
-        ),
-        ({"alpha_ce": 1.0, "teacher_every": 1.5}, r"objective.teacher_every=1.5, but"),
-        ({"alpha_ce": 1.0, "teacher_every": None}, r"objective.teacher_every=None, but it must be a whole number"),
-        (
-            {"alpha_ce": 1.0, "teacher_every": 2},
-            r"teacher_every=2 leaves .* 0 at 0% of .*; set objective.alpha_mlm, or",
-        ),
-        (
-            {"alpha_ce": 1.0, "alpha_mlm": [[0, 1], [0.5, 0], [1, 1]], "teacher_every": 2},
-            r"objective.teacher_every=2 leaves steps where the LM loss alone counts, and it weighs 0 at 50% of the tr",
-        ),
+        ({"alpha_ce": 1.0, "soft_targets": "some"}, r"objective.soft_targets is 'some'; it takes all or masked"),
+        ({"alpha_ce": 1.0, "soft_targets": 0.3}, r"objective.soft_targets is 0.3; it takes"),
+        ({"alpha_cos": 1.0, "cos_targets": "labelled"}, r"objective.cos_targets is 'labelled'; it takes all or masked"),
         (
             {"alpha_ce": [[0, 1], [1, -1]]},
             r"objective.alpha_ce=\[\[0, 1\], \[1, -1\]\]: each value must be a finite number",
@@ -258,27 +234,25 @@ def test_models_that_do_not_fit_the_objective_are_an_error() -> None:
         objective(alpha_cos=1.0).check_models(student=narrow, teacher=bert, lm="mlm")
 
 
-# ------------------------------------------------------------------ weights that change, and steps without the teacher
+# ------------------------------------------------------------------ weights that change
 
 FALLS, JUMPS = [[0, 5], [0.5, 1], [1, 0]], [[0, 1], [0.25, 1], [0.25, 2], [1, 4]]
 
 
 @pytest.mark.parametrize("progress", [0.0, 0.1, 0.25, 0.6, 1.0])
 def test_the_objective_of_a_step_has_the_weights_of_its_progress(progress: float) -> None:
-    changing = objective(alpha_ce=FALLS, alpha_mlm=JUMPS, alpha_cos=1.0, teacher_every=3)
+    changing = objective(alpha_ce=FALLS, alpha_mlm=JUMPS, alpha_cos=1.0)
     ce = float(np.interp(progress, [0, 0.5, 1], [5, 1, 0]))
     mlm = 1.0 if progress < 0.25 else float(np.interp(progress, [0.25, 1], [2, 4]))
-    for step in range(7):
-        one, taught = changing.at(progress=progress, step=step), step % 3 == 0
-        assert (one.alpha_ce, one.alpha_mlm, one.alpha_cos) == pytest.approx((ce * taught, mlm, 1.0 * taught))
-        assert one.weights.keys() == {"mlm", *(["cos"] if taught else []), *(["ce"] if taught and ce else [])}
-        assert (one.reads_teacher, one.teacher_every) == (taught, 1)
-        assert one.at(progress=0.0, step=1) == one
+    one = changing.at(progress)
+    assert (one.alpha_ce, one.alpha_mlm, one.alpha_cos) == pytest.approx((ce, mlm, 1.0))
+    assert one.weights.keys() == {"mlm", "cos", *(["ce"] if ce else [])}
+    assert one.at(0.0) == one
 
 
 def test_a_plain_objective_is_that_of_each_of_its_steps_and_of_validation() -> None:
     plain = objective(alpha_ce=5.0, alpha_mlm=2.0)
-    assert plain.at(progress=0.3, step=7) == plain.of_validation() == plain
+    assert plain.at(0.3) == plain.of_validation() == plain
 
 
 def test_an_objective_reads_what_any_of_its_steps_reads() -> None:
@@ -295,83 +269,11 @@ def test_an_objective_reads_what_any_of_its_steps_reads() -> None:
         one.check_models(student=build_model("bert", num_layers=1, hidden_size=16), teacher=bert, lm="mlm")
 
 
-def test_held_out_text_has_each_term_on_all_rows() -> None:
-    found = objective(alpha_ce=FALLS, alpha_mlm=JUMPS, soft_targets=0.3, teacher_every=2).of_validation()
-    assert (found.alpha_ce, found.alpha_mlm, found.soft_targets, found.teacher_every) == (5, 4, "all", 1)
+def test_held_out_text_has_each_term() -> None:
+    found = objective(alpha_ce=FALLS, alpha_mlm=JUMPS).of_validation()
+    assert (found.alpha_ce, found.alpha_mlm) == (5, 4)
     masked = objective(alpha_ce=1.0, soft_targets="masked")
     assert masked.of_validation() == masked
-
-
-# ------------------------------------------------------------------ a share of the soft targets
-
-
-def real_others(batch: Batch) -> torch.Tensor:
-    """Mark the real tokens without a label, (batch * length,)."""
-    real = batch.get("attention_mask", torch.ones_like(batch["labels"]))
-    return ((batch["labels"] == IGNORE_INDEX) & (real == 1)).flatten()
-
-
-@pytest.mark.parametrize("padded", [True, False])
-@pytest.mark.parametrize(("share", "count"), [(0.3, 7), (0.01, 1), (0.99, 21)])
-def test_a_share_draws_as_many_other_tokens_in_each_batch(share: float, count: int, padded: bool) -> None:
-    batch = padded_batch()
-    if not padded:
-        del batch["attention_mask"]
-        count = math.ceil(share * 32)
-    student, teacher = build_model("bert", seed=1, num_layers=1), build_model("bert", num_layers=1)
-    seen: list[torch.Tensor] = []
-    transform = student.get_submodule("cls.predictions.transform")
-    transform.register_forward_hook(lambda module, args, output: seen.append(args[0].detach()))
-    every: list[torch.Tensor] = []
-    student.base_model.register_forward_hook(lambda m, a, output: every.append(output[0].detach().flatten(0, 1)))
-    chosen = objective(alpha_ce=1.0, alpha_mlm=1.0, soft_targets=share)
-    rows = []
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        weighted_terms(chosen, student, teacher, batch, "mlm")
-        equal = (seen[-1][:, None] == every[-1][None]).all(-1)  # (rows, tokens)
-        rows.append(equal.nonzero()[:, 1].tolist())
-    assert len(rows[0]) == len(set(rows[0])) == 4 + count == 4 + chosen.num_drawn(batch)
-    others = set(real_others(batch).nonzero().flatten().tolist())
-    labelled = set((batch["labels"].flatten() != IGNORE_INDEX).nonzero().flatten().tolist())
-    assert labelled < set(rows[0]) <= labelled | others
-    assert rows[0] == rows[1]
-    assert share == 0.99 or set(rows[2]) != set(rows[0])
-
-
-@pytest.mark.parametrize("implementation", ["fused", "reference"])
-def test_a_share_has_the_mean_over_masked_tokens_and_that_share_of_all_others(implementation: Any) -> None:
-    student, teacher = build_model("bert", seed=1, num_layers=1), build_model("bert", num_layers=1)
-    batch, share = padded_batch(), 0.15  # of 21 other tokens it draws 4, which stand for 3.15
-    with torch.no_grad():
-        ours, theirs = (
-            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.flatten(0, 1).double()
-            for model in (student, teacher)
-        )
-    q, p = (ours / 2).log_softmax(-1), (theirs / 2).log_softmax(-1)
-    by_token = {"ce": 4 * (p.exp() * (p - q)).sum(-1), "mse": ((ours - theirs) ** 2).sum(-1)}
-    labelled = batch["labels"].flatten() != IGNORE_INDEX
-    weight = labelled.double() + share * real_others(batch).double()  # (tokens,)
-    exact = {name: float((weight * value).sum() / weight.sum()) for name, value in by_token.items()}
-
-    chosen = objective(alpha_ce=1.0, alpha_mse=0.1, alpha_mlm=1.0, soft_targets=share, implementation=implementation)
-    torch.manual_seed(0)
-    draws = [weighted_terms(chosen, student, teacher, batch, "mlm")[1] for _ in range(400)]
-    for name, mean in exact.items():
-        found = torch.stack([terms[name].detach() for terms in draws]).double()
-        assert float(found.std()) > 0.01 * mean
-        assert abs(float(found.mean()) - mean) < 4 * float(found.std()) / 20
-    alone = weighted_terms(objective(alpha_mlm=1.0), student, None, batch, "mlm")[1]["mlm"]
-    assert [float(terms["mlm"]) for terms in draws] == pytest.approx([float(alone)] * 400, rel=1e-6)
-
-
-def test_a_share_of_a_causal_models_tokens_is_an_error() -> None:
-    gpt2 = build_model("gpt2", num_layers=1)
-    with pytest.raises(
-        UserError, match=r"objective.soft_targets=0.3 is a share of the tokens without a label.*; set it to all, and"
-    ):
-        objective(alpha_ce=1.0, soft_targets=0.3).check_models(student=gpt2, teacher=gpt2, lm="clm")
-    objective(alpha_clm=1.0, soft_targets=0.3).check_models(student=gpt2, teacher=None, lm="clm")
 
 
 @pytest.mark.parametrize(
@@ -421,7 +323,7 @@ LEFT_OUT = {"alpha_ce": 5.0, "alpha_cos": 1.0, "alpha_mse": 0.1, "alpha_rel": 1.
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("implementation", ["fused", "reference"])
-@pytest.mark.parametrize(("lm", "soft_targets"), [("mlm", "all"), ("mlm", "masked"), ("mlm", 0.5), ("clm", "all")])
+@pytest.mark.parametrize(("lm", "soft_targets"), [("mlm", "all"), ("mlm", "masked"), ("clm", "all")])
 def test_blocks_that_are_left_out_change_no_term_and_no_gradient(
     lm: LM, soft_targets: Any, implementation: str, padded: bool
 ) -> None:
@@ -449,6 +351,5 @@ def test_blocks_that_are_left_out_change_no_term_and_no_gradient(
         return [total.detach(), *terms.values(), *gradients]
 
     assert all(float(each.abs().max()) == 0 for each in results(slice(2, 3)))
-    if isinstance(soft_targets, str):  # else it draws other rows
-        for one, two in zip(results(slice(3)), results(slice(2), whole=False), strict=True):
-            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+    for one, two in zip(results(slice(3)), results(slice(2), whole=False), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)

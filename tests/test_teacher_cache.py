@@ -102,7 +102,6 @@ def test_masks_come_again_after_the_cached_epochs_and_held_out_text_keeps_its_ow
     [
         ({"alpha_rel": 1.0}, "the objective has alpha_rel, which reads inner layers; set it to 0"),
         ({"alpha_ce": 0.0, "alpha_cos": 0.0}, "the objective has no term of the teacher's states; set it to 0"),
-        ({"soft_targets": 0.3}, "objective.soft_targets=0.3 draws others; set objective.soft_targets=masked"),
     ],
 )
 def test_objectives_that_need_more_than_the_cache_has_are_refused(changes: dict[str, Any], said: str) -> None:

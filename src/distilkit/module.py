@@ -94,9 +94,8 @@ class DistillationModule(LightningModule):
         self.num_steps = 0  # of the whole training; 0 before it is known
         self.clock = Clock(budget=budget)
         self.configured: list[dict[str, Any]] = []  # of each parameter group of the optimizer
-        self.step_objective = objective.at(progress=0.0, step=0)  # of the optimizer step that runs
+        self.step_objective = objective.at(0.0)  # of the optimizer step that runs
         self.step_terms: dict[str, Tensor] = {}
-        self.skipped: dict[str, Any] = {}  # the weights of terms that this step leaves out, since it reads no teacher
         self.denominators: dict[str, Tensor] = {}
         self.all_finite = torch.tensor(True)
         self.first_bad = torch.tensor(-1)  # the first optimizer step whose loss or gradient was not finite
@@ -211,11 +210,7 @@ class DistillationModule(LightningModule):
             counts = self.sum_over_ranks(counts)
             self.step_tokens = counts[0]
             self.denominators = self.objective.denominators(num_tokens=counts[0], num_labels=counts[1], lm=self.lm)
-            steps = self.trainer.global_step, 0  # this one, and one at its progress that reads the teacher
-            self.step_objective, taught = (self.objective.at(progress=self.progress, step=step) for step in steps)
-            # What the last step with the teacher found stays, so that each log has all terms.
-            self.skipped = {k: alpha for k, alpha in taught.weights.items() if k not in self.step_objective.weights}
-            self.step_terms = {name: term for name, term in self.step_terms.items() if name in self.skipped}
+            self.step_objective, self.step_terms = self.objective.at(self.progress), {}
         models = self.student, self.teacher
         loss, terms = self.step_objective.loss(*models, batch, lm=self.lm, denominators=self.denominators)
         if self.step_objective.weights.keys() != self.objective.weights.keys() and not isinstance(self, FSDPModule):
@@ -281,14 +276,13 @@ class DistillationModule(LightningModule):
     def _log_step(self) -> None:
         sums = {name: float(self.sum_over_ranks(term)) for name, term in self.step_terms.items() if name}
         sums[""] = float(self.step_loss)
-        sums[""] += sum(alpha * sums.get(name, 0.0) for name, alpha in self.skipped.items())
         kept: Any = self.trainer._results  # Lightning would log what an earlier step found
         for name in self.objective.weights.keys() - sums.keys():
             for key in (f"loss_{name}", f"weighted_{name}"):
                 kept.pop(f"training_step.train/{key}", None)
         losses_by_name = {f"train/loss_{name}" if name else "train/loss": value for name, value in sums.items()}
         self.shown |= losses_by_name
-        alphas: Any = {**self.step_objective.weights, **self.skipped}
+        alphas: Any = self.step_objective.weights
         weighted = {f"train/weighted_{name}": alpha * sums.get(name, 0.0) for name, alpha in alphas.items()}
         self.log_dict(losses_by_name | weighted)
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])

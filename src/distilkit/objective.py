@@ -18,7 +18,7 @@ from distilkit.relations import relation_loss
 from distilkit.schedule import Points, as_points, check_points, piecewise
 
 _SOFT = ("ce", "cos", "mse", "rel")  # the terms that read the teacher
-_NUMBERS = {"relation_heads": 1, "teacher_layer": 0, "student_layer": 0, "teacher_every": 1}  # whole, with their least
+_NUMBERS = {"relation_heads": 1, "teacher_layer": 0, "student_layer": 0}  # whole, with their least
 _CHOICES = {
     "soft_targets": ("all", "masked"),
     "cos_targets": ("all", "masked"),
@@ -37,12 +37,12 @@ class Objective:
     ``alpha_ce`` weights the soft-target KL at ``temperature``, ``alpha_cos`` the cosine between last hidden states, and
     ``alpha_mse`` the squared difference of logits. ``alpha_mlm`` and ``alpha_clm`` weight the hard-target cross-entropy
     of a masked and a causal model. A weight is a number, or points over the training, of which ``at`` takes one step's.
-    KL and MSE take ``all`` real tokens, the ``masked`` ones only, or these and a drawn share of the others; a causal
-    model always takes all. ``alpha_rel`` weights the KL between relations of tokens in the queries, keys and values of
-    ``student_layer`` and ``teacher_layer``, which count from 0, split into ``relation_heads``; see ``relation_layers``
-    and ``num_relation_heads`` for None. A term of weight zero is not computed. Only each ``teacher_every``-th optimizer
-    step reads the teacher. The cosine takes ``cos_targets``: all real tokens, or the masked ones. ``implementation`` is
-    ``fused``, which never stores all logits, or ``reference``, the plain formulas. A wrong value raises a ``UserError``.
+    KL and MSE take ``all`` real tokens or the ``masked`` ones only, as ``soft_targets`` says, and the cosine those of
+    ``cos_targets``; a causal model always takes all. ``alpha_rel`` weights the KL between relations of tokens in the
+    queries, keys and values of ``student_layer`` and ``teacher_layer``, which count from 0, split into
+    ``relation_heads``; see ``relation_layers`` and ``num_relation_heads`` for None. A term of weight zero is not computed.
+    ``implementation`` is ``fused``, which never stores all logits, or ``reference``, the plain formulas. A wrong value
+    raises a ``UserError``.
     """
 
     alpha_ce: Points
@@ -51,13 +51,12 @@ class Objective:
     alpha_cos: Points
     alpha_mse: Points
     temperature: float
-    soft_targets: Literal["all", "masked"] | float
+    soft_targets: Literal["all", "masked"]
     implementation: Literal["fused", "reference"]
     alpha_rel: Points = 0.0
     relation_heads: int | None = None
     teacher_layer: int | None = None
     student_layer: int | None = None
-    teacher_every: int = 1
     cos_targets: Literal["all", "masked"] = "all"
 
     def __post_init__(self) -> None:
@@ -65,14 +64,11 @@ class Objective:
         for field in fields(self):
             name, value, choices = field.name, getattr(self, field.name), _CHOICES.get(field.name)
             if choices:
-                share = name == "soft_targets" and type(value) is float and 0 < value < 1
-                if value not in choices and not share:
-                    also = ", or a share between 0 and 1" * (name == "soft_targets")
-                    raise UserError(f"objective.{name} is {value!r}; it takes {' or '.join(choices)}{also}")
+                if value not in choices:
+                    raise UserError(f"objective.{name} is {value!r}; it takes {' or '.join(choices)}")
             elif name in _NUMBERS:
-                least, null = _NUMBERS[name], "null or " * (name != "teacher_every")
-                if (value is not None or not null) and (type(value) is not int or value < least):
-                    limit = f"{null}a whole number of at least {least}"
+                if value is not None and (type(value) is not int or value < _NUMBERS[name]):
+                    limit = f"null or a whole number of at least {_NUMBERS[name]}"
                     raise UserError(f"objective.{name}={value}, but it must be {limit}")
             else:
                 limit = "a finite number of at least 0"
@@ -88,13 +84,9 @@ class Objective:
     def _check_terms(self) -> None:
         """Check that each step has a term; the sum of linear weights is 0 at one of their points, if at all."""
         for share in sorted({0.0, *(at for points in self.weights.values() for at, _ in as_points(points))}):
-            zero = f"0 at {share:.0%} of the training, so the loss has no term"
-            if not any(self._alphas(progress=share, step=0).values()):
-                raise UserError(f"all alphas of the objective are {zero}; set at least one above 0")
-            if not any(self._alphas(progress=share, step=1).values()):
-                found = f"objective.teacher_every={self.teacher_every} leaves steps where the LM loss alone counts"
-                cure = "set objective.alpha_mlm, or alpha_clm of a causal model, above 0"
-                raise UserError(f"{found}, and it weighs {zero}; {cure}")
+            if not any(self._alphas(share).values()):
+                found = f"all alphas of the objective are 0 at {share:.0%} of the training, so the loss has no term"
+                raise UserError(f"{found}; set at least one above 0")
 
     @property
     def weights(self) -> dict[str, Points]:
@@ -102,20 +94,17 @@ class Objective:
         alphas = {name: getattr(self, f"alpha_{name}") for name in ("ce", "mlm", "clm", "cos", "mse", "rel")}
         return {name: alpha for name, alpha in alphas.items() if any(value > 0 for _, value in as_points(alpha))}
 
-    def _alphas(self, *, progress: float, step: int) -> dict[str, float]:
-        skipped = _SOFT if step % self.teacher_every else ()
-        now = {name: 0.0 if name in skipped else piecewise(alpha, progress) for name, alpha in self.weights.items()}
-        return {f"alpha_{name}": alpha for name, alpha in now.items()}
+    def _alphas(self, progress: float) -> dict[str, float]:
+        return {f"alpha_{name}": piecewise(alpha, progress) for name, alpha in self.weights.items()}
 
-    def at(self, *, progress: float, step: int) -> "Objective":
-        """Return the objective of one optimizer step: plain weights, 0 for the teacher's terms if it is not read."""
-        return replace(self, **cast(Any, self._alphas(progress=progress, step=step)), teacher_every=1)
+    def at(self, progress: float) -> "Objective":
+        """Return the objective of one optimizer step, with plain weights."""
+        return replace(self, **cast(Any, self._alphas(progress)))
 
     def of_validation(self) -> "Objective":
-        """Return the objective of held-out text: all terms, at their highest weight, and instead of drawn rows all."""
+        """Return the objective of held-out text: all terms, at their highest weight."""
         highest = {f"alpha_{name}": max(value for _, value in as_points(each)) for name, each in self.weights.items()}
-        rows: Any = self.soft_targets if isinstance(self.soft_targets, str) else "all"
-        return replace(self, **cast(Any, highest), soft_targets=rows, teacher_every=1)
+        return replace(self, **cast(Any, highest))
 
     @property
     def reads_teacher_logits(self) -> bool:
@@ -178,14 +167,8 @@ class Objective:
         return set() if self.reads_student_logits else set(student.parameters()) - set(student.base_model.parameters())
 
     def takes_all_rows(self, lm: LM) -> bool:
-        """Whether a term needs logits of all real tokens, and not only of labelled and drawn ones."""
+        """Whether a term needs logits of all real tokens, and not only of labelled ones."""
         return lm == "clm" or (self.reads_teacher_logits and self.soft_targets == "all")
-
-    def num_drawn(self, batch: Batch) -> int:
-        """Return how many real tokens without a label the soft targets draw: their share of them, rounded up."""
-        if isinstance(self.soft_targets, str) or not self.reads_teacher_logits:
-            return 0
-        return math.ceil(self.soft_targets * _num_others(batch))
 
     def check_models(self, *, student: PreTrainedModel, teacher: PreTrainedModel | None, lm: LM) -> None:
         """Check that the models have what the terms need."""
@@ -197,10 +180,6 @@ class Objective:
         if self.reads_teacher and teacher is None:
             needs = ", ".join(f"objective.alpha_{name}={self.weights[name]}" for name in _SOFT if name in self.weights)
             raise UserError(f"{needs} need a teacher, but teacher=none; set objective=mlm or objective=clm")
-        if lm == "clm" and self.reads_teacher_logits and not isinstance(self.soft_targets, str):
-            found = f"objective.soft_targets={self.soft_targets} is a share of the tokens without a label"
-            cure = "set it to all, and objective.teacher_every=2 to save time"
-            raise UserError(f"{found}, but a causal model has none; {cure}")
         ours, theirs = student.config.hidden_size, teacher.config.hidden_size if teacher is not None else None
         if "cos" in self.weights and ours != theirs:
             found = f"the student is {ours} wide and the teacher {theirs}"
@@ -222,8 +201,6 @@ class Objective:
         """Return the count that divides each term: real or labelled tokens of the optimizer step, over all ranks."""
         tokens, labels = num_tokens.clamp(min=1), num_labels.clamp(min=1)
         soft = labels if self.soft_targets == "masked" and lm == "mlm" else tokens
-        if not isinstance(self.soft_targets, str):
-            soft = labels + self.soft_targets * (tokens - labels)
         states = labels if self.cos_targets == "masked" and lm == "mlm" else tokens
         by_term = {"ce": soft, "mse": soft, "mlm": labels, "clm": labels, "cos": states, "rel": tokens}
         return {name: by_term[name] for name in self.weights}
@@ -258,15 +235,12 @@ class Objective:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted loss of a batch and each term's detached contribution to its mean (nats, squared logits).
 
-        The weights are plain numbers, as of ``at``. A share of soft targets is drawn by torch's generator.
-        Each model runs once on the batch, or not at all if what they ``read`` is given. If no term needs more, logits are
-        computed for labelled tokens only.
+        The weights are plain numbers, as of ``at``. Each model runs once on the batch, or not at all if what they ``read``
+        is given. If no term needs more, logits are computed for labelled tokens only.
         """
         (ours, our_qkv), (theirs, their_qkv) = self.read(student, teacher, batch) if read is None else read
         real, theirs_are_labelled = real_rows(batch), "teacher_states" in batch
         rows = real if self.takes_all_rows(lm) else labelled_rows(batch)  # (rows,), or None: all tokens
-        if drawn := self.num_drawn(batch):
-            rows = torch.cat([labelled_rows(batch), _draw_others(batch, drawn)])
         labels = _take(batch["labels"].flatten(), rows)  # (rows,)
 
         # Weights contain the denominators, so that the sums of all micro-batches and ranks add up to the mean.
@@ -280,10 +254,6 @@ class Objective:
             by_row: dict[str, Any] = {  # (rows,) each
                 key: weights[name].expand(len(labels)) for key, name in terms.items() if name in weights
             }
-            if drawn:  # they stand for exactly their share of the tokens without a label
-                each = torch.ones(len(labels), device=labels.device)
-                each[-drawn:] = float(self.soft_targets) * _num_others(batch) / drawn
-                by_row |= {key: by_row[key] * each for key in by_row.keys() - {"hard_weights"}}
             head, targets = lm_head(student, _take(ours, rows)), None
             if teacher is not None and theirs is not None and self.reads_teacher_logits:
                 with torch.no_grad():
@@ -320,21 +290,6 @@ def labelled_rows(batch: Batch) -> Tensor:
     """Return the flat indices (rows,) of the labelled tokens; see ``real_rows``."""
     found = batch.get("labelled")
     return (batch["labels"].flatten() != losses.IGNORE_INDEX).nonzero().squeeze(1) if found is None else found
-
-
-def _num_others(batch: Batch) -> int:
-    """Return the number of real tokens without a label."""
-    real = real_rows(batch)
-    return (batch["labels"].numel() if real is None else len(real)) - len(labelled_rows(batch))
-
-
-def _draw_others(batch: Batch, count: int) -> Tensor:
-    """Draw flat indices (count,) of real tokens without a label, without waiting for the device."""
-    real, labels = real_rows(batch), batch["labels"]
-    keys = torch.rand(labels.numel(), device=labels.device)  # (batch * length,)
-    if real is not None:
-        keys = torch.full_like(keys, 2.0).index_copy(0, real, keys[real])
-    return keys.index_fill(0, labelled_rows(batch), 2.0).topk(count, largest=False, sorted=False).indices
 
 
 def _take(tokens: Tensor, rows: Tensor | None) -> Tensor:

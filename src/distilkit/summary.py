@@ -125,8 +125,6 @@ def describe(
         terms |= {"temperature": objective.temperature, "soft_targets": objective.soft_targets}
     if "cos" in objective.weights and objective.cos_targets != "all":
         terms["cos_targets"] = objective.cos_targets
-    if objective.teacher_every > 1:
-        terms["teacher_every"] = objective.teacher_every
     if teacher is not None and "rel" in objective.weights:
         terms["relation_heads"] = objective.num_relation_heads(student, teacher.model)
         terms["student_layer"], terms["teacher_layer"] = objective.relation_layers(student, teacher.model)

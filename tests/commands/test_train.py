@@ -704,8 +704,7 @@ def test_a_run_follows_the_points_of_its_command_and_says_so(train: Train, save_
         "trainer.max_steps=8",
         "objective.alpha_ce=[[0,5],[0.5,0],[1,0]]",
         "objective.alpha_mlm=[[0,1],[1,3]]",
-        "objective.soft_targets=0.3",
-        "objective.teacher_every=2",
+        "objective.soft_targets=masked",
         "data.masking.mlm_probability=[[0,0.3],[1,0.15]]",
         "scheduler.name=piecewise",
         "+scheduler.kwargs.points=[[0,0],[0.25,1],[0.5,1],[1,0]]",
@@ -713,7 +712,7 @@ def test_a_run_follows_the_points_of_its_command_and_says_so(train: Train, save_
         "logger=csv",
     )
     weights = {"alpha_ce": "5 at 0% → 0 at 50% → 0 at 100%", "alpha_mlm": "1 at 0% → 3 at 100%", "alpha_cos": 1.0}
-    assert summary_of(run)["objective"] == {**weights, "temperature": 2.0, "soft_targets": 0.3, "teacher_every": 2}
+    assert summary_of(run)["objective"] == {**weights, "temperature": 2.0, "soft_targets": "masked"}
     card = (run / "student" / "README.md").read_text("utf-8")
     assert "alpha_ce 5 at 0% → 0 at 50% → 0 at 100%, alpha_mlm 1 at 0% → 3 at 100%, alpha_cos 1.0, temperature" in card
     curves = read_metrics(run / "metrics.csv")

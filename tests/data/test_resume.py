@@ -234,7 +234,7 @@ def test_a_run_whose_rates_and_weights_change_goes_on_exactly(
 ) -> None:
     training.masking = dataclasses.replace(MASKING, mlm_probability=[[0, 0.5], [0.75, 0.1], [1, 0.1]])
     weights = {"alpha_ce": [[0, 5], [0.5, 0], [1, 0]], "alpha_cos": [[0, 0], [0.5, 0], [0.5, 1], [1, 1]]}
-    training.objective = dataclasses.replace(training.objective, **weights, teacher_every=2, soft_targets=0.3)
+    training.objective = dataclasses.replace(training.objective, **weights, soft_targets="masked")
     training.scheduler = {"scheduler": "wsd", "scheduler_kwargs": {"decay_share": 0.5}}
     data, whole_labels = {"num_workers": num_workers}, Labels()
     train = functools.partial(training, data=data, limit_train_batches=limit)

@@ -168,10 +168,10 @@ def test_layers_that_were_measured_are_asked_for_by_the_method_or_as_they_are(cf
 
 def test_a_key_that_the_checkpoints_version_lacks_had_its_default(cfg: DictConfig) -> None:
     old = saved(cfg, version="0.0.9")
-    del old["distilkit"]["record"]["config"]["objective"]["teacher_every"]
+    del old["distilkit"]["record"]["config"]["objective"]["temperature"]
     same_run.check(old, cfg, file=FILE)
     old["distilkit"]["record"]["version"] = version("distilkit")
-    with pytest.raises(UserError, match=r"objective\.teacher_every=null, this run has 1"):
+    with pytest.raises(UserError, match=r"objective\.temperature=null, this run has 2"):
         same_run.check(old, cfg, file=FILE)
 
 

@@ -60,13 +60,15 @@ def step_flops(
     Padding counts, heads for the rows that the objective reads, recomputation never (PaLM, arXiv 2204.02311, B).
     """
     tokens, length = batch["input_ids"].numel(), batch["input_ids"].shape[1]
-    rows = tokens if objective.takes_all_rows(lm) else len(labelled_rows(batch)) + objective.num_drawn(batch)
+    rows = tokens if objective.takes_all_rows(lm) else len(labelled_rows(batch))
     models = [(student, 3, objective.reads_student_states, objective.reads_student_logits)]
     if teacher is not None and objective.reads_teacher:
         models.append((teacher, 1, objective.reads_teacher_states, objective.reads_teacher_logits))
     total = 0
     for cost, passes, whole, with_head in models:
         backbone, attention = (cost.backbone, cost.attention) if whole else cost.short
+        if cost is teacher and "teacher_states" in batch:  # the cache has what its layers would compute
+            backbone, attention = 0, 0
         total += passes * (tokens * (backbone + length * attention) + rows * cost.head * with_head)
         if "rel" in objective.weights:  # backward has one product, for both rows of a pair
             total += (1 if passes == 1 else 2) * tokens * length * cost.relations
