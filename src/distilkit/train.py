@@ -66,6 +66,7 @@ from distilkit.summary import describe, finish, print_result
 from distilkit.teacher import Teacher
 from distilkit.teacher_cache import at_labelled_tokens, find_states
 from distilkit.watch.tracking import log_student
+from distilkit.watch.trackio_logger import TrackioLogger
 
 log = logging.getLogger(__name__)
 
@@ -192,6 +193,9 @@ def run(job: Job) -> float:
     for logger in trainer.loggers:
         if module.verdict and isinstance(logger, TensorBoardLogger):
             logger.experiment.add_text("verdict", module.verdict.line, trainer.global_step)
+        if module.verdict and isinstance(logger, TrackioLogger):
+            logger.log_text("verdict", module.verdict.line, step=trainer.global_step)
+            logger.finalize("success")
         if module.verdict and isinstance(logger, WandbLogger):
             logger.experiment.summary["verdict"] = module.verdict.line
             if any((node or {}).get("log_model") for node in (job.cfg.logger or {}).values()):

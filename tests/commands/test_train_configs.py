@@ -302,6 +302,7 @@ BUILT: dict[str, Any] = {
     "logger/csv": ["CSVLogger"],
     "logger/none": [],
     "logger/tensorboard": ["CSVLogger", "TensorBoardLogger"],
+    "logger/trackio": ["CSVLogger", "TrackioLogger"],
     "logger/wandb": ["CSVLogger", "WandbLogger"],
     "objective/clm": {"clm": 1.0},
     "objective/distilbert": {"ce": 5.0, "mlm": 2.0, "cos": 1.0},

@@ -23,6 +23,7 @@ from distilkit.language_model import LM, Batch, lm_head, token_states
 from distilkit.losses import IGNORE_INDEX
 from distilkit.module import DistillationModule
 from distilkit.sharding import FullyShardedStrategy
+from distilkit.watch.trackio_logger import TrackioLogger
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,9 @@ class Predictions(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Turn this off where no logger shows it, and with sharded models, whose forward takes all ranks."""
         if self.enabled is None:
-            self.enabled = any(isinstance(logger, WandbLogger | TensorBoardLogger) for logger in trainer.loggers)
+            self.enabled = any(
+                isinstance(logger, WandbLogger | TensorBoardLogger | TrackioLogger) for logger in trainer.loggers
+            )
         if self.enabled and isinstance(trainer.strategy, FullyShardedStrategy):
             rank_zero_only(log.info)(
                 "predictions for held-out words are left out, because trainer=fsdp shards the models"
@@ -183,6 +186,8 @@ def _log(logger: Logger, rows: Sequence[Row], *, step: int) -> None:
     """Give the rows to a logger that shows text."""
     if isinstance(logger, TensorBoardLogger):
         logger.experiment.add_text("predictions", markdown(rows), step)
+    elif isinstance(logger, TrackioLogger):
+        logger.log_text("predictions", markdown(rows), step=step)
     elif isinstance(logger, WandbLogger):
         names = ["step", "sentence", "word", "teacher", "student"]
         taught = {(row.sentence, row.word): ", ".join(row.top) for row in rows if row.model == "teacher"}
