@@ -138,22 +138,6 @@ def planning(command: tuple[str, ...], clock: None) -> Callable[..., dict[str, A
     return numbers_of
 
 
-def test_steps_without_the_teacher_count_as_often_as_the_run_has_them(
-    planning: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, clock: None
-) -> None:
-    now, plain = [0.0], DistillationModule.training_step
-
-    def ticking(module: DistillationModule, *given: Any) -> Any:
-        loss = plain(module, *given)
-        now[0] += 9.0 if module.step_objective.reads_teacher else 1.0
-        return loss
-
-    monkeypatch.setattr("distilkit.plan.step_timer.perf_counter", lambda: now[0])
-    monkeypatch.setattr(DistillationModule, "training_step", ticking)
-    step = planning("objective.teacher_every=4", max_steps=4)["step"]
-    assert step["step_seconds"] == pytest.approx(2 * (9 + 3 * 1) / 4)
-
-
 def test_documents_of_different_lengths_take_their_mean_time(
     planning: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, clock: None
 ) -> None:

@@ -4,7 +4,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
@@ -48,7 +48,6 @@ class StepTimer(Callback):
         """Start without a step."""
         self.micro: list[list[float]] = [[]]  # seconds of each micro-batch of each step
         self.sums: list[Counter[str]] = [Counter()]  # blocks, places, tokens and FLOPs of each step
-        self.taught: list[bool] = []  # whether the step reads the teacher
         self.optimizer, self.watts = list[float](), list[float]()
         self.mark, self.peak, self.state = 0.0, 0, 0
         self.throughput = Throughput()
@@ -84,7 +83,6 @@ class StepTimer(Callback):
             return
         self.optimizer.append(lap)
         self.sums[-1]["tokens"] = int(pl_module.step_tokens)
-        self.taught.append(pl_module.step_objective.reads_teacher)
         self.micro.append([])
         self.sums.append(Counter())
         self.watts += _watts(pl_module.device)
@@ -95,15 +93,12 @@ class StepTimer(Callback):
         tensors = [each for state in trainer.optimizers[0].state.values() for each in state.values()]
         self.state = sum(each.numel() * each.element_size() for each in tensors if isinstance(each, torch.Tensor))
 
-    def timing(self, *, micro_batch_size: int, teacher_every: int) -> Timing:
-        """Sum up all steps but the first, as if each ``teacher_every``-th one read the teacher."""
-        micro, sums, total, seconds, flops = self.micro[1:-1], self.sums[1:-1], sum(self.sums, Counter()), 0.0, 0.0
-        for kind in (kinds := set(self.taught[1:])):
-            part = 1.0 if len(kinds) == 1 else 1 / teacher_every if kind else 1 - 1 / teacher_every
-            chosen = [index for index, each in enumerate(self.taught[1:]) if each == kind]
-            # By place, with padding: steps of documents differ in length, and an epoch ends in a smaller step.
-            seconds += part * statistics.median(sum(micro[index]) / sums[index]["places"] for index in chosen)
-            flops += part * statistics.mean(sums[index]["flops"] / sums[index]["blocks"] for index in chosen)
+    def timing(self, *, micro_batch_size: int) -> Timing:
+        """Sum up all steps but the first."""
+        micro, sums, total = self.micro[1:-1], self.sums[1:-1], sum(self.sums, Counter())
+        # By place, with padding: steps of documents differ in length, and an epoch ends in a smaller step.
+        seconds = statistics.median(sum(laps) / step["places"] for laps, step in zip(micro, sums, strict=True))
+        flops = statistics.mean(step["flops"] / step["blocks"] for step in sums)
         return Timing(
             steps=len(micro),
             micro_batches=max(map(len, micro)),
@@ -149,15 +144,12 @@ def time_steps(
     """Train for the steps of ``trainer``, and return what they took; the student's weights change."""
     trainer.callbacks.append(timer := StepTimer())  # type: ignore[attr-defined]  # set by one of its connectors
     reset_peak(trainer.strategy.root_device)
-    every = (objective := module.objective).teacher_every
-    module.objective = replace(objective, teacher_every=min(every, 2))  # steps with the teacher and without, in turn
     try:
         with sizes(data, micro_batch_size=micro_batch_size, micro_batches=micro_batches):
             trainer.fit(module, datamodule=data)
     finally:
         module.zero_grad(set_to_none=True)
-        module.objective = objective
-    return timer.timing(micro_batch_size=micro_batch_size, teacher_every=every)
+    return timer.timing(micro_batch_size=micro_batch_size)
 
 
 def _watts(device: torch.device) -> list[float]:

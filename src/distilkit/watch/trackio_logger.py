@@ -54,7 +54,7 @@ class TrackioLogger(Logger):
             import trackio
 
             said = io.StringIO()  # a page of instructions
-            given = {**self.settings, "name": self.run_name, "config": self.config}
+            given: dict[str, Any] = {**self.settings, "name": self.run_name, "config": self.config}
             with contextlib.redirect_stdout(said):
                 self.run = trackio.init(**given, resume="allow", embed=False, auto_log_cpu=False)
             log.info("Trackio logs project %s, run %s; show it with: trackio show", self.name, self.run_name)
