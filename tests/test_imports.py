@@ -13,16 +13,19 @@ import pytest
 import distilkit
 
 SOURCE = Path(distilkit.__file__).parent
-ROOMS = ("data", "runs", "watch", "export", "plan", "evaluate", "report")
-BUDGETS = {"core": 6150, "data": 3050, "runs": 1700, "watch": 980, "export": 900, "plan": 860}
+ROOMS = ("data", "runs", "watch", "trim", "export", "plan", "evaluate", "report")
+BUDGETS = {"core": 6150, "data": 3050, "runs": 1700, "watch": 980, "export": 900, "plan": 860, "trim": 650}
 BUDGETS |= {"evaluate": 3750, "report": 2200}
 REPORT_TAKES = {"records", "metrics", "cli", "errors", "timing", "language_model.lm_of", "watch.tracking"}
 WATCHERS = {"train", "dashboard"}  # files of the core that know of watch/, next to plan/, evaluate/ and report/
+TRIMMERS = {"train", "student"}  # files of the core that know of trim/
+TRIM_TAKES = {"cli", "errors", "language_model", "teacher"}
 RUNS_TAKE = {"budget", "cli", "errors", "module", "records"}
 PURE = {  # files that know neither Hydra nor Lightning
     *("attention", "errors", "fused", "language_model", "losses", "metrics", "objective", "probe", "student"),
     *("layers", "projections", "relations", "schedule", "teacher", "verdict"),
     *("data.blocks", "data.masking", "watch.memory", "precision", "watch.screen", "plan.micro_batch"),
+    *("trim.counts", "trim.model", "trim.pieces", "trim.tokenizer"),
     *("export.card", "export.folder", "export.hub", "export.onnx"),
 }
 
@@ -93,6 +96,17 @@ def test_the_data_know_of_runs_only_how_files_are_stored(module: str) -> None:
 def test_models_losses_and_data_do_not_know_that_they_are_watched(module: str) -> None:
     watched = {name for name in own_imports(module) if room(module_of(name)) == "watch"}
     assert module in WATCHERS or watched == set()
+
+
+def test_trimming_stands_beside_the_data_and_below_the_students() -> None:
+    for module in modules():
+        rooms = {room(module_of(name)) for name in own_imports(module)}
+        taken = {module_of(name) for name in own_imports(module) if room(module_of(name)) == "core"}
+        if room(module) == "trim":
+            assert rooms <= {"core", "data", "trim", "runs"}
+            assert taken <= TRIM_TAKES
+        elif "trim" in rooms:
+            assert module in TRIMMERS
 
 
 def test_nothing_imports_the_plan() -> None:

@@ -30,6 +30,8 @@ from distilkit.errors import UserError
 from distilkit.language_model import Batch, build_from_config, check_split, lm_of, load_language_model, num_embeddings
 from distilkit.layers import METHODS, Choice, Method, measure
 from distilkit.teacher import Teacher
+from distilkit.trim.model import trim_student
+from distilkit.trim.tokenizer import trimming_of
 
 Layers = Literal["half", "third", "first", "last"] | Method | Sequence[int]
 Draw = Callable[[int], Sequence[Batch]]  # DistillationDataModule.draw
@@ -430,6 +432,10 @@ def pretrained_student(
     student, *_ = load_language_model(
         name, revision=revision, trust_remote_code=trust_remote_code, lm=teacher.lm if teacher else None
     )
+    trimming = trimming_of(tokenizer)
+    if trimming is not None and num_embeddings(student) != len(trimming.ids):
+        full = load_tokenizer(name=name, revision=revision, trust_remote_code=trust_remote_code)
+        student = trim_student(student, tokenizer, own=full.get_vocab(), name=name)
     if teacher is not None and student.config.vocab_size != teacher.model.config.vocab_size:
         own = load_tokenizer(name=name, revision=revision, trust_remote_code=trust_remote_code)
         if own.get_vocab() != tokenizer.get_vocab():

@@ -65,6 +65,7 @@ from distilkit.student import measure_layers
 from distilkit.summary import describe, finish, print_result
 from distilkit.teacher import Teacher
 from distilkit.teacher_cache import at_labelled_tokens, find_states
+from distilkit.trim.model import trim_teacher
 from distilkit.watch.tracking import log_student
 from distilkit.watch.trackio_logger import TrackioLogger
 
@@ -132,7 +133,7 @@ def build(cfg: DictConfig) -> Job:
 
     objective = instantiate(cfg.objective)
     tokenizer = instantiate(cfg.tokenizer)
-    teacher = instantiate(cfg.teacher, needs_head=objective.reads_teacher_logits)
+    teacher = trim_teacher(instantiate(cfg.teacher, needs_head=objective.reads_teacher_logits), tokenizer)
     trainer, models = build_trainer(cfg), {"teacher": teacher, "tokenizer": tokenizer}
     choice = _measured_layers(cfg, models, objective=objective, trainer=trainer, record=record)
     student = instantiate(cfg.student)(**models)

@@ -12,7 +12,9 @@ import distilkit
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text("utf-8")
-COMMAND = re.compile(r"python -m distilkit\.(train|prepare|plan|export|dashboard|evaluate|report)\b((?:\\\n|[^\n`#])*)")
+COMMAND = re.compile(
+    r"python -m distilkit\.(train|prepare|trim|plan|export|dashboard|evaluate|report)\b((?:\\\n|[^\n`#])*)"
+)
 FOUND = [
     (name, shlex.split(rest.replace("\\\n", " ")))
     for name, rest in COMMAND.findall(README + (DOCS / "running.md").read_text("utf-8"))
@@ -23,7 +25,7 @@ COMMANDS = [each for each in FOUND if not {"--help", "--config-dir"} & set(each[
 def test_the_tree_names_every_file() -> None:
     tree = (DOCS / "files.md").read_text("utf-8").split("```")[1]
     source = Path(distilkit.__file__).parent
-    rooms = re.split(r"\n  (data|runs|export|plan|evaluate|report)/ .*", tree)
+    rooms = re.split(r"\n  (data|runs|watch|trim|export|plan|evaluate|report)/ .*", tree)
     listed = {"": rooms[0], **dict(zip(rooms[1::2], rooms[2::2], strict=True))}
     missing = [
         str(file.relative_to(source))

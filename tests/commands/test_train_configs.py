@@ -249,7 +249,7 @@ def build_tokenizer(cfg: DictConfig, given: Given) -> Any:
     cfg.teacher.name = str(given.save_teacher("bert"))
     cfg.data.corpus = {"_target_": "distilkit.data.text_files.TextFiles", "paths": str(given.text_file)}
     if "vocab_size" in cfg.tokenizer:
-        cfg.tokenizer.vocab_size = 300
+        cfg.tokenizer.vocab_size = 120 if "coverage" in cfg.tokenizer else 300
     built = instantiate(cfg.tokenizer)
     assert 100 < len(built) <= 300
     return built.mask_token
@@ -327,6 +327,7 @@ BUILT: dict[str, Any] = {
     "teacher/xlm-roberta-base": "FacebookAI/xlm-roberta-base",
     "tokenizer/bpe": "<mask>",
     "tokenizer/pretrained": "[MASK]",
+    "tokenizer/trimmed": "[MASK]",
     "tokenizer/wordpiece": "[MASK]",
     "trainer/auto": ("auto", 1, "auto"),
     "trainer/cpu": ("cpu", 1, "auto"),
@@ -349,7 +350,7 @@ def test_every_option_builds(option: str, given: Given) -> None:
 
 def help_of(command: str, tmp_path: Path) -> str:
     """Return what ``python -m distilkit.<command> --help`` prints."""
-    module = "distilkit.export.__main__" if command == "export" else f"distilkit.{command}"
+    module = f"distilkit.{command}.__main__" if command in ("export", "trim") else f"distilkit.{command}"
     done = call(importlib.import_module(module).main, "--help", cwd=tmp_path)
     assert done.code == 0, done.err
     return done.out
@@ -399,17 +400,18 @@ def test_the_help_of_prepare_lists_what_decides_a_token_cache(tmp_path: Path) ->
     assert groups_of(help_of("prepare", tmp_path)) == {group: options_of(group) for group in groups}
 
 
-def test_the_help_of_export_lists_its_keys(tmp_path: Path) -> None:
-    text = help_of("export", tmp_path)
-    assert groups_of(text) == {}
+@pytest.mark.parametrize("command", ["export", "trim"])
+def test_the_help_of_export_and_trim_lists_their_keys(command: str, tmp_path: Path) -> None:
+    text = help_of(command, tmp_path)
+    assert groups_of(text) == ({"data": options_of("data")} if command == "trim" else {})
     with initialize_config_module(config_module="distilkit.conf.train", version_base="1.3"):
-        keys = set(map(str, compose("export")))
+        keys = set(map(str, compose(command))) - {"data"}
     assert (
         set(re.findall(r"^(\w+) +\S", text.partition("== Keys")[2].partition("== Examples")[0], re.MULTILINE)) == keys
     )
 
 
-@pytest.mark.parametrize("command", ["train", "prepare", "export", "dashboard"])
+@pytest.mark.parametrize("command", ["train", "prepare", "trim", "export", "dashboard"])
 def test_the_help_ends_with_five_examples_that_compose(command: str, tmp_path: Path) -> None:
     examples = help_of(command, tmp_path).strip().partition("== Examples ==\n")[2].splitlines()
     assert len(examples) == 5
@@ -423,7 +425,12 @@ def test_the_help_ends_with_five_examples_that_compose(command: str, tmp_path: P
                 assert [OmegaConf.select(compose(command, [f"{key}={value}"]), key) for value in values.split(",")]
             else:
                 cfg = compose(command, overrides)
-                assert "teacher" in cfg or "dry_run" in cfg or {"ckpt", "out", "formats"} < set(cfg)
+                assert (
+                    "teacher" in cfg
+                    or "dry_run" in cfg
+                    or {"out", "formats"} < set(cfg)
+                    or {"out", "coverage"} < set(cfg)
+                )
 
 
 # ------------------------------------------------------------------ prepare, export, folders

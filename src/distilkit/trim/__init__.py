@@ -1,0 +1,1 @@
+"""Keep the words that a corpus uses: a smaller vocabulary, for a tokenizer and its model, with the same tokens."""
