@@ -35,10 +35,11 @@ def _teacher_states(cfg: DictConfig, data: DistillationDataModule) -> dict[str, 
         return {}
     from distilkit.teacher_cache import at_labelled_tokens, fill_states  # imports the models
     from distilkit.train import build_trainer, choose_precision_of
+    from distilkit.trim.model import trim_teacher
 
     choose_precision_of(cfg, None)
     place = build_trainer(cfg)
-    teacher = instantiate(cfg.teacher, needs_head=False)
+    teacher = trim_teacher(instantiate(cfg.teacher, needs_head=False), data.tokenizer)
     if teacher is None:
         raise UserError("teacher_cache.epochs needs a teacher, but teacher=none; choose one, or set it to 0")
     at_labelled_tokens(instantiate(cfg.objective), lm=teacher.lm)

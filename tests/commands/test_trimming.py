@@ -82,6 +82,14 @@ def test_prepare_tokenizes_with_the_trimmed_vocabulary(settings: tuple[str, ...]
     assert meta["bytes"]["counts"] == 8 * SIZE
 
 
+def test_cached_states_are_those_of_the_trimmed_teacher(settings: tuple[str, ...], tmp_path: Path) -> None:
+    options = [each for each in settings if not each.startswith("hydra.run.dir")]
+    done = call(distilkit.prepare.main, *options, "teacher_cache.epochs=1", cwd=tmp_path)
+    assert done.code == 0, done.err
+    done = trained(*settings, "teacher_cache.epochs=1", "validate_first=false", "trainer.max_steps=1", cwd=tmp_path)
+    assert done.code == 0, done.err
+
+
 @pytest.mark.parametrize(
     ("changes", "fact"),
     [
