@@ -124,6 +124,12 @@ def test_causal_models_and_masking_rates_that_change_are_refused(
         find_states(data, build_teacher("bert", num_layers=2))
 
 
+def test_no_teacher_has_no_states() -> None:
+    data: Any = None
+    with pytest.raises(UserError, match="needs a teacher, but teacher=none"):
+        find_states(data, None)
+
+
 def test_prepare_fills_and_train_reads_it_without_running_the_teacher(
     tmp_path: Path, text_file: Path, save_teacher: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,8 +37,10 @@ def at_labelled_tokens(objective: Objective, *, lm: LM) -> Objective:
     return replace(objective, soft_targets="masked", cos_targets="masked")
 
 
-def find_states(data: DistillationDataModule, teacher: Teacher) -> TeacherStates:
+def find_states(data: DistillationDataModule, teacher: Teacher | None) -> TeacherStates:
     """Open the cached states of a teacher on this text with these masks, or say in a ``UserError`` what is missing."""
+    if teacher is None:
+        raise UserError("teacher_cache.epochs needs a teacher, but teacher=none; choose one, or set it to 0")
     return find(_identity(data, teacher), cache_dir=data.cache_dir)
 
 

@@ -68,8 +68,8 @@ def test_a_pretrained_student_is_trimmed_as_its_teacher(
     done = trained(*settings, *options, cwd=tmp_path)
     assert done.code == 0, done.err
     assert AutoModelForMaskedLM.from_pretrained(tmp_path / "run" / "student").config.vocab_size == SIZE
-    options = ("student=hf", f"student.name={tmp_path / 'run' / 'student'}", "hydra.run.dir=two")
-    done = trained(*settings, *options, "trainer.max_steps=1", "validate_first=false", cwd=tmp_path)
+    again = ("student=hf", f"student.name={tmp_path / 'run' / 'student'}", "hydra.run.dir=two")
+    done = trained(*settings, *again, "trainer.max_steps=1", "validate_first=false", cwd=tmp_path)
     assert done.code == 0, done.err  # it is trimmed already
 
 
@@ -157,7 +157,8 @@ def test_trimming_alone_writes_a_folder_that_transformers_loads(
 def test_a_model_without_a_head_stays_one_and_keeps_its_type(
     text_file: Path, cache: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    build_model("bert", num_layers=1).base_model.half().save_pretrained(tmp_path / "encoder")
+    encoder: Any = build_model("bert", num_layers=1).base_model
+    encoder.half().save_pretrained(tmp_path / "encoder")
     tokenizer.save_pretrained(tmp_path / "encoder")
     given = ("model=encoder", "data=text", f"data.corpus.paths={text_file}", f"cache_dir={cache}")
     done = trim(*given, f"vocab_size={SIZE}", "out=small", cwd=tmp_path)

@@ -14,6 +14,7 @@ from distilkit.language_model import num_embeddings, num_parameters, weight_hash
 from distilkit.student import cut_student
 from distilkit.trim.model import forward_mflop, trim_model, trim_student, trim_teacher
 from distilkit.trim.tokenizer import Trimming
+from families import FAMILIES, build_family
 from tiny import ARCHITECTURES, build_model, build_teacher
 
 
@@ -40,9 +41,20 @@ def test_states_and_logits_of_kept_words_are_equal(model_type: str, rows: int) -
     assert ours.logits.shape[-1] == len(ids)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert (smaller.get_output_embeddings().weight is smaller.get_input_embeddings().weight) == tied
-    lost = (rows - len(ids)) * model.get_input_embeddings().weight.shape[1]
+    table: Any = model.get_input_embeddings().weight
+    lost = (rows - len(ids)) * table.shape[1]
     assert num_parameters(model) - num_parameters(smaller) in (lost, lost + rows - len(ids))  # with or without a bias
     assert forward_mflop(smaller) < forward_mflop(model)
+
+
+@pytest.mark.parametrize("name", [name for name, (outcome, _) in FAMILIES.items() if outcome != "refused"])
+def test_each_family_is_trimmed(name: str) -> None:
+    model, ids = build_family(name), [*range(5), *range(9, 60, 3)]
+    smaller = trim_model(model, ids, name=name)
+    new = torch.tensor([[*range(5, 21), 3]])
+    with torch.no_grad():
+        ours, theirs = smaller(input_ids=new).logits, model(input_ids=torch.tensor(ids)[new]).logits
+    torch.testing.assert_close(ours, theirs[..., ids], rtol=1e-6, atol=1e-6)
 
 
 def test_special_ids_of_configs_are_renumbered(tmp_path: Path) -> None:

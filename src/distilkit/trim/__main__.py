@@ -57,8 +57,9 @@ def trim(cfg: DictConfig) -> dict[str, Any]:
     dtype = AutoConfig.from_pretrained(cfg.model, **own).dtype or torch.float32  # in which the files hold the weights
     smaller, numbers = trim_to(model, tokenizer, name=cfg.model)
     cast_parameters(smaller, dtype)
+    saved: Any = smaller if has_head else smaller.base_model
     with whole_folder(folder, cure="set out to another folder") as temporary:
-        (smaller if has_head else smaller.base_model).save_pretrained(temporary)
+        saved.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         permit_reading(temporary)
     return {"out": str(folder.resolve()), **numbers}

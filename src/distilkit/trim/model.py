@@ -5,9 +5,11 @@ import dataclasses
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -61,7 +63,8 @@ def _renumber(config: Any, ids: Sequence[int]) -> None:
     for key, value in list(vars(config).items()):
         if key.endswith("_token_id") and value is not None:
             several = [new[each] for each in value if each in new] if isinstance(value, list) else []
-            setattr(config, key, several or None if isinstance(value, list) else new.get(value))
+            with suppress(StrictDataclassError):  # EuroBERT's mask must be a number, though no word may have it
+                setattr(config, key, several or None if isinstance(value, list) else new.get(value))
         elif key in ("suppress_tokens", "begin_suppress_tokens") and value:
             setattr(config, key, [new[each] for each in value if each in new])
 
