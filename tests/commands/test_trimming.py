@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    BertForSequenceClassification,
+    BertModel,
+    PreTrainedTokenizerBase,
+)
 
 import distilkit.prepare
 import distilkit.train
@@ -154,19 +160,27 @@ def test_trimming_alone_writes_a_folder_that_transformers_loads(
     assert "small exists; choose another folder" in again.err
 
 
-def test_a_model_without_a_head_stays_one_and_keeps_its_type(
-    text_file: Path, cache: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+@pytest.mark.parametrize("kind", [BertModel, BertForSequenceClassification])
+def test_a_model_without_a_language_model_head_stays_what_it_is(
+    kind: Any, text_file: Path, cache: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    encoder: Any = build_model("bert", num_layers=1).base_model
-    encoder.half().save_pretrained(tmp_path / "encoder")
+    model = kind(build_model("bert", num_layers=1).config).eval()
+    model.half().save_pretrained(tmp_path / "encoder")
     tokenizer.save_pretrained(tmp_path / "encoder")
     given = ("model=encoder", "data=text", f"data.corpus.paths={text_file}", f"cache_dir={cache}")
     done = trim(*given, f"vocab_size={SIZE}", "out=small", cwd=tmp_path)
     assert done.code == 0, done.err
-    small = AutoModel.from_pretrained(tmp_path / "small")
-    assert type(small).__name__ == "BertModel"
+    small = kind.from_pretrained(tmp_path / "small")
     assert small.dtype == torch.float16
     assert json.loads((tmp_path / "small" / "config.json").read_text("utf-8"))["vocab_size"] == SIZE
+    own = AutoTokenizer.from_pretrained(tmp_path / "small")
+    text = " ".join(word for word in list(own.get_vocab())[5:15] if word.isalpha())
+    with torch.no_grad():
+        before, after = (
+            each.float()(**words(text, return_tensors="pt")) for each, words in ((model, tokenizer), (small, own))
+        )
+    for one, two in zip(before.to_tuple(), after.to_tuple(), strict=True):  # states and pooler, or scores of classes
+        assert torch.equal(one, two)
 
 
 @pytest.mark.parametrize(

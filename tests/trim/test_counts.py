@@ -13,7 +13,7 @@ from distilkit.data.cache import split_of
 from distilkit.errors import UserError
 from distilkit.trim.counts import check_size, choose_words, count_words
 from distilkit.trim.pieces import in_order, needed_ids, vocabulary
-from distilkit.trim.tokenizer import num_changed, save_with_words, spec_of, trimmed_tokenizer, trimming_of
+from distilkit.trim.tokenizer import Trimming, num_changed, save_with_words, spec_of, trimmed_tokenizer, trimming_of
 from vocabularies import build, sentences
 
 
@@ -140,6 +140,14 @@ def test_sizes_that_cannot_be_are_refused(given: dict[str, Any], facts: str) -> 
     values = {"vocab_size": None, "coverage": None, **given}
     with pytest.raises(UserError, match=facts):
         check_size(spec_of(build("byte_bpe"), name=""), **values, prefix="tokenizer.")
+
+
+def test_no_held_out_text_is_said() -> None:
+    assert str(Trimming(ids=[1, 2], num_words=9, covered=1.0, held_out=0, changed=0)) == (
+        "9 -> 2 words; no held-out text shows what changes"
+    )
+    with pytest.raises(UserError, match=r"data\.val_share=1\.5, but it must be above 0 and below 1"):
+        count_words(Sentences(), build("wordpiece"), cache_dir="nowhere", val_share=1.5, max_documents=10)
 
 
 def test_a_corpus_without_text_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 import transformers
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModel
 
 from distilkit.cli import check_added, check_keys, check_type, explain_keys, report_errors
 from distilkit.errors import UserError
@@ -54,12 +54,14 @@ def trim(cfg: DictConfig) -> dict[str, Any]:
         prefix="",
     )
     model, _, has_head = load_language_model(cfg.model, lm=cfg.lm, needs_head=False, **own)
-    dtype = AutoConfig.from_pretrained(cfg.model, **own).dtype or torch.float32  # in which the files hold the weights
+    config = AutoConfig.from_pretrained(cfg.model, **own)
+    if not has_head:  # an encoder or a classifier, which stays what it is
+        kind: Any = getattr(transformers, (config.architectures or [""])[0], AutoModel)
+        model = kind.from_pretrained(cfg.model, use_safetensors=True, dtype=torch.float32, **own).eval()
     smaller, numbers = trim_to(model, tokenizer, name=cfg.model)
-    cast_parameters(smaller, dtype)
-    saved: Any = smaller if has_head else smaller.base_model
+    cast_parameters(smaller, config.dtype or torch.float32)  # in which the files hold them
     with whole_folder(folder, cure="set out to another folder") as temporary:
-        saved.save_pretrained(temporary)
+        smaller.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         permit_reading(temporary)
     return {"out": str(folder.resolve()), **numbers}

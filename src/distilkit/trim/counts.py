@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from distilkit.data.corpus import Corpus
 from distilkit.data.tokenizer import num_ids, tokenizer_hash
 from distilkit.errors import UserError
 from distilkit.trim.pieces import Spec, characters, needed_ids, vocabulary, word_parts
+
+log = logging.getLogger(__name__)
 
 _HELD_OUT = 2_000_000  # characters of held-out text that are kept, to say what changes
 _FORMAT = 1
@@ -34,11 +37,14 @@ def count_words(
     corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, cache_dir: str | Path, val_share: float, max_documents: int
 ) -> Counted:
     """Count the words of the first documents of a corpus, or read the counts from the cache."""
+    if not 0 < val_share < 1:
+        raise UserError(f"data.val_share={val_share}, but it must be above 0 and below 1, for example 0.01")
     settings = [_FORMAT, corpus.fingerprint(), tokenizer_hash(tokenizer), val_share, max_documents]
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
     def write(folder: Path) -> None:
         counts, held_out, size = np.zeros(num_ids(tokenizer), dtype=np.int64), list[str](), 0
+        log.info("counting the words of the corpus, of %s documents at most", f"{max_documents:,}")
         documents = itertools.islice(corpus.documents(), max_documents)
         for batch in batches(documents, max_documents=4096, max_bytes=2_000_000):
             by_split: dict[str, list[str]] = {"train": [], "val": []}

@@ -32,8 +32,10 @@ class Trimming:
 
     def __str__(self) -> str:
         """Say what changes."""
-        share = f"{self.changed / self.held_out:.3%}" if self.held_out else "an unknown share"
-        return f"{self.num_words:,} -> {len(self.ids):,} words; {share} of {self.held_out:,} held-out tokens change"
+        words = f"{self.num_words:,} -> {len(self.ids):,} words"
+        if not self.held_out:
+            return f"{words}; no held-out text shows what changes"
+        return f"{words}; {self.changed / self.held_out:.3%} of {self.held_out:,} held-out tokens change"
 
 
 def trimming_of(tokenizer: PreTrainedTokenizerBase) -> Trimming | None:
