@@ -1,6 +1,7 @@
 """Read what an offline run of Weights & Biases has written."""
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ def _read(content: bytes) -> Iterator[bytes]:
     A file begins with 7 bytes of its own. A record is in parts, none of which crosses a block: a checksum (4 bytes), the
     length (2), the kind (1) and the data.
     """
+    if not content:  # nothing is flushed yet
+        return
     assert content[:4] == b":W&B"
     at, parts = _HEADER, b""
     while at + _HEADER <= len(content):
@@ -34,9 +37,13 @@ def _read(content: bytes) -> Iterator[bytes]:
 
 
 def records(folder: Path) -> list[Any]:
-    """Read all records of a run's offline file."""
-    file = only(folder, "wandb/offline-run-*/run-*.wandb")
-    return [wandb_internal_pb2.Record.FromString(data) for data in _read(file.read_bytes())]
+    """Read all records of a finished run's offline file, which a process of W&B may still be writing."""
+    file, end = only(folder, "wandb/offline-run-*/run-*.wandb"), time.monotonic() + 20
+    while True:
+        found = [wandb_internal_pb2.Record.FromString(data) for data in _read(file.read_bytes())]
+        if time.monotonic() > end or any(record.WhichOneof("record_type") == "exit" for record in found):
+            return found
+        time.sleep(0.1)
 
 
 def history(folder: Path) -> list[dict[str, Any]]:

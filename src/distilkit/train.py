@@ -66,7 +66,7 @@ from distilkit.summary import describe, finish, print_result
 from distilkit.teacher import Teacher
 from distilkit.teacher_cache import at_labelled_tokens, find_states
 from distilkit.trim.model import trim_teacher
-from distilkit.watch.tracking import log_student
+from distilkit.watch.tracking import closing, log_student
 from distilkit.watch.trackio_logger import TrackioLogger
 
 log = logging.getLogger(__name__)
@@ -169,6 +169,11 @@ def run(job: Job) -> float:
 
     It is nan where the trainer's ``limit_val_batches`` is 0, so that nothing is scored.
     """
+    with closing(job.trainer.loggers):
+        return _run(job)
+
+
+def _run(job: Job) -> float:
     trainer, module = job.trainer, job.module
     with writing(job.out, cure=_CURE):
         hold(job.out)
@@ -201,8 +206,6 @@ def run(job: Job) -> float:
             logger.experiment.summary["verdict"] = module.verdict.line
             if any((node or {}).get("log_model") for node in (job.cfg.logger or {}).values()):
                 log_student(logger, job.out / "student", metadata={**asdict(module.verdict), **module.after})
-        if isinstance(logger, WandbLogger):  # else its last records are written only at the end of this process
-            logger.experiment.finish()
     return module.after.get("val/nll", math.nan)
 
 

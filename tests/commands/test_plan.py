@@ -138,6 +138,13 @@ def planning(command: tuple[str, ...], clock: None) -> Callable[..., dict[str, A
     return numbers_of
 
 
+@pytest.mark.parametrize("several", ["experiment=demo", "+sweep=versus"])
+def test_recipes_of_runs_that_read_each_other_are_refused_in_one_sentence(several: str, tmp_path: Path) -> None:
+    done = call(main, several, "plan.seconds=5", cwd=tmp_path)
+    assert str(done.code).startswith(f"error: {several.lstrip('+')} makes several runs, which read what earlier ones")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_documents_of_different_lengths_take_their_mean_time(
     planning: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, clock: None
 ) -> None:

@@ -2,15 +2,19 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import distilkit.dashboard
 import distilkit.train
+from distilkit.objective import Objective
 from distilkit.records import read_metrics
 from jobs import SMALL, call, only
+from test_dashboard import panels
 from watched import history, records
 
 KEYS = {
@@ -128,3 +132,26 @@ def test_a_resumed_run_keeps_the_table(run: Path, tmp_path: Path) -> None:
 
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]["Predictions"]["rows"]
     assert [row["step"] for row in saved if row["model"] == "student"] == [0] * 4 + [2] * 4 + [4] * 4
+
+
+def test_the_dashboard_draws_what_runs_log_and_leaves_nothing_out(run: Path, tmp_path: Path) -> None:
+    done = call(distilkit.dashboard.main, "project=p", "dry_run=true", cwd=tmp_path)
+    assert done.code == 0, done.err
+    configs = panels(json.loads(done.out)["run"]).values()
+    drawn = {name for config in configs for name in (*(config.get("metrics") or ()), config.get("xAxis")) if name}
+    terms = {field.name.removeprefix("alpha_") for field in fields(Objective) if field.name.startswith("alpha_")}
+    absent = {f"train/{kind}_{name}" for kind in ("loss", "weighted", "gradient_norm") for name in terms} - KEYS
+    logged = {name for row in history(run) for name in row}
+    assert drawn - logged == absent | {"memory/device_peak_mb"}  # of terms without a weight, and of a GPU
+    assert drawn >= KEYS
+
+
+def test_a_run_that_fails_is_closed_as_failed_so_that_the_next_training_has_its_own(
+    tmp_path: Path, save_teacher: Callable[..., Path], text_file: Path, cache: Path
+) -> None:
+    given = "teacher=hf", f"teacher.name={save_teacher('bert')}", *SMALL, f"data.corpus.paths={text_file}"
+    stop = "+callbacks.stop={_target_: jobs.StopAfter, step: 1}"
+    more = "logger=wandb", "validate_first=false", f"cache_dir={cache}", "hydra.run.dir=run", stop
+    assert "the power went out" in call(distilkit.train.main, *given, *more, cwd=tmp_path).err
+    ends = [record.exit.exit_code for record in records(tmp_path / "run") if record.WhichOneof("record_type") == "exit"]
+    assert ends == [1]

@@ -3,7 +3,8 @@
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import requests
 import wandb
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.loggers import Logger, WandbLogger
 from requests.utils import get_netrc_auth
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,19 @@ def wandb_logger(
     logger = WandbLogger(save_dir=save_dir, project=project, name=name, group=group, **settings)
     logger._wandb_init.pop("anonymous", None)  # Lightning always gives it, and W&B warns of it in each run
     return logger
+
+
+@contextmanager
+def closing(loggers: Iterable[Logger]) -> Iterator[None]:
+    """Finish the runs of ``loggers``, as failed after an error; a later training in this process would continue them."""
+    code = 1
+    try:
+        yield
+        code = 0
+    finally:
+        for logger in loggers:
+            if isinstance(logger, WandbLogger) and logger._experiment is not None:
+                logger.experiment.finish(exit_code=code)
 
 
 def log_student(logger: WandbLogger, folder: Path, *, metadata: Mapping[str, Any]) -> None:
