@@ -128,6 +128,8 @@ def test_the_parts_of_a_word_are_those_of_the_merges_that_make_it() -> None:
     kept = with_words(spec, sorted(words[each] for each in ("a", "b", "c", "bc", "abc")))
     assert kept["model"]["merges"] == [["b", "c"], ["a", "bc"]]
     assert backend_of(kept).encode("abcabc").tokens == ["abc", "abc"]
+    without = with_words(spec, sorted(words[each] for each in ("a", "b", "c", "abc")))
+    assert backend_of(without).encode("abc").tokens == ["a", "b", "c"]  # what bc is kept for
 
 
 def test_single_characters_stand_in_for_words() -> None:
