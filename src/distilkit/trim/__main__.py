@@ -56,8 +56,8 @@ def trim(cfg: DictConfig) -> dict[str, Any]:
     model, _, has_head = load_language_model(cfg.model, lm=cfg.lm, needs_head=False, **own)
     config = AutoConfig.from_pretrained(cfg.model, **own)
     if not has_head:  # an encoder or a classifier, which stays what it is
-        kind: Any = getattr(transformers, (config.architectures or [""])[0], AutoModel)
-        model = kind.from_pretrained(cfg.model, use_safetensors=True, dtype=torch.float32, **own).eval()
+        loader: Any = getattr(transformers, (config.architectures or [""])[0], AutoModel)
+        model = loader.from_pretrained(cfg.model, use_safetensors=True, dtype=torch.float32, **own).eval()
     smaller, numbers = trim_to(model, tokenizer, name=cfg.model)
     cast_parameters(smaller, config.dtype or torch.float32)  # in which the files hold them
     with whole_folder(folder, cure="set out to another folder") as temporary:
