@@ -20,6 +20,7 @@ print(json.dumps([name, SQLiteStorage.get_run_config("distilkit", name), SQLiteS
 """
 
 
+@pytest.mark.slow
 def test_a_run_and_its_resume_are_one_run_with_numbers_config_predictions_and_verdict(
     tmp_path: Path, text_file: Path, save_teacher: Callable[..., Path]
 ) -> None:
