@@ -238,4 +238,6 @@ def test_the_forecast_of_memory_holds_against_a_run(
     points = [Point(**point) for point in numbers["micro_batch"]["points"]]
     assert [point.size for point in points] == [1, 2, 4, 8, 16, 32, 64]
     fit = Fit(points=tuple(points[:5]), least=0.0, limit=0.0)
-    assert fit.predict(64) == pytest.approx(points[-1].peak, rel=0.15)
+    # Chunks of logits stop to grow between 16 and 64 blocks, so that a line lies above the peak. One that lies below
+    # would let a micro-batch run out of memory.
+    assert 0.85 * points[-1].peak < fit.predict(64) < 1.35 * points[-1].peak
