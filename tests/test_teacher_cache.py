@@ -25,6 +25,7 @@ from jobs import QUIET, SMALL, call, only
 from tiny import Texts, build_objective, build_teacher
 
 MASKING: dict[str, Any] = {"mask_share": 0.8, "random_share": 0.1, "smoothing": 0.0, "whole_word": False}
+ONE_RATE = Masking(**MASKING, mlm_probability=0.3, epochs=2)
 FORMS = pytest.mark.parametrize(
     ("packing", "across"),
     [("blocks", True), ("blocks", False), ("documents", True)],
@@ -33,8 +34,7 @@ FORMS = pytest.mark.parametrize(
 
 
 def data_of(folder: Path, tokenizer: PreTrainedTokenizerBase, **changes: Any) -> DistillationDataModule:
-    masking = Masking(**MASKING, mlm_probability=changes.pop("mlm_probability", 0.3), epochs=2)
-    given: dict[str, Any] = {"corpus": Texts(80), "tokenizer": tokenizer, "lm": "mlm", "masking": masking}
+    given: dict[str, Any] = {"corpus": Texts(80), "tokenizer": tokenizer, "lm": "mlm", "masking": ONE_RATE}
     given |= {"cache_dir": str(folder), "block_size": 24, "global_batch_size": 12, "micro_batch_size": 5}
     given |= {"val_share": 0.1, "max_val_blocks": 8, "attend_across_documents": True, "packing": "blocks"}
     return DistillationDataModule(**given | {"num_workers": 0, "seed": 3} | changes)
@@ -65,7 +65,7 @@ def test_a_cached_step_has_the_loss_and_gradient_of_the_live_one(
     data = data_of(tmp_path, tokenizer, **form)
     data.teacher_states = find_states(data, teacher)
     assert data.teacher_states.folder == states.folder
-    objective = at_labelled_tokens(build_objective("mlm", "fused"), lm="mlm")
+    objective = at_labelled_tokens(build_objective("mlm", "fused"), masking=data.masking, lm="mlm")
     objective = Objective(**{**vars(objective), "temperature": temperature})
     for epoch, step in ((0, 0), (1, 1), (2, 0), (5, 2)):  # from the third epoch on, masks come again
         for batch in data.replay(epoch=epoch, step=step):
@@ -107,21 +107,19 @@ def test_masks_come_again_after_the_cached_epochs_and_held_out_text_keeps_its_ow
 def test_objectives_that_need_more_than_the_cache_has_are_refused(changes: dict[str, Any], said: str) -> None:
     objective = Objective(**{**vars(build_objective("mlm", "fused")), **changes})
     with pytest.raises(UserError) as refused:
-        at_labelled_tokens(objective, lm="mlm")
+        at_labelled_tokens(objective, masking=ONE_RATE, lm="mlm")
     assert said in str(refused.value)
 
 
-def test_causal_models_and_masking_rates_that_change_are_refused(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def test_causal_models_and_masks_that_do_not_come_again_are_refused() -> None:
     with pytest.raises(UserError, match="teacher_cache.epochs is for masked models"):
-        at_labelled_tokens(build_objective("clm", "fused"), lm="clm")
-    data = data_of(tmp_path, tokenizer, mlm_probability=[[0, 0.3], [1, 0.15]])
-    without = data_of(tmp_path, tokenizer, masking=Masking(**MASKING, mlm_probability=0.3))
-    with pytest.raises(UserError, match="data.masking.epochs=0, but it follows teacher_cache.epochs; leave it out"):
-        find_states(without, build_teacher("bert", num_layers=2))
+        at_labelled_tokens(build_objective("clm", "fused"), masking=ONE_RATE, lm="clm")
+    changing = Masking(**MASKING, mlm_probability=[[0, 0.3], [1, 0.15]], epochs=2)
     with pytest.raises(UserError, match="so that masks do not come again; set one rate, or teacher_cache.epochs=0"):
-        find_states(data, build_teacher("bert", num_layers=2))
+        at_labelled_tokens(build_objective("mlm", "fused"), masking=changing, lm="mlm")
+    new_ones = Masking(**MASKING, mlm_probability=0.3)
+    with pytest.raises(UserError, match="data.masking.epochs=0, but it follows teacher_cache.epochs; leave it out"):
+        at_labelled_tokens(build_objective("mlm", "fused"), masking=new_ones, lm="mlm")
 
 
 def test_no_teacher_has_no_states() -> None:
@@ -139,6 +137,9 @@ def test_prepare_fills_and_train_reads_it_without_running_the_teacher(
     refused = call(distilkit.train.main, *train, cwd=tmp_path)
     assert refused.code == 1
     assert "has no states for this run; run python -m distilkit.prepare with the same overrides first" in refused.err
+    refused = call(distilkit.prepare.main, *own, "objective.alpha_rel=1", cwd=tmp_path)
+    assert (refused.code, "alpha_rel, which reads inner layers" in refused.err) == (1, True)
+    assert not (tmp_path / "cache").exists()  # before the text is tokenized
     done = call(distilkit.prepare.main, *own, cwd=tmp_path)
     assert done.code == 0, done.err
     assert Path(json.loads(done.out.splitlines()[-1])["teacher_states"]).is_dir()

@@ -45,18 +45,6 @@ def check_budget(budget: float | None, *, step_seconds: float) -> None:
         )
 
 
-def steps_of(blocks: int, *, batch_size: int, max_epochs: int | None, max_steps: int) -> tuple[float, str]:
-    """Return the optimizer steps of a training, a smaller one of an epoch's end as a part, and what ends it."""
-    per_epoch = blocks / batch_size
-    by_epochs = math.inf if max_epochs is None or max_epochs < 0 else max_epochs * per_epoch
-    epochs, rest = divmod(max_steps, max(1, math.ceil(per_epoch)))
-    by_steps = math.inf if max_steps < 0 else epochs * per_epoch + rest
-    if by_epochs == by_steps == math.inf:
-        found = f"trainer.max_epochs={max_epochs} and trainer.max_steps={max_steps} set no end"
-        raise UserError(f"{found}; set one of them above 0, or a budget as budget=40m")
-    return min((by_epochs, f"the end of the data, {max_epochs} epochs"), (by_steps, f"{max_steps:,} steps"))
-
-
 class Clock:
     """Count the seconds of optimizer steps, without validation, the saving of checkpoints, and compilation.
 

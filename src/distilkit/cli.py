@@ -341,6 +341,15 @@ def quiet() -> Iterator[None]:
                 transformers_logging.enable_progress_bar()
 
 
+def quiet_downloads() -> None:
+    """Print no loading bars and no line for each request, in a command whose output is JSON."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    for name in ("httpx", "httpx2"):  # of huggingface_hub, by version
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
 @contextmanager
 def silenced() -> Iterator[None]:
     """Silence the warnings of other libraries, such as those on a new head or on missing torchvision."""

@@ -2,7 +2,7 @@
 
 import hashlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, cast
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
 
 from distilkit.attention import dense_mask, use_attention
 from distilkit.errors import UserError
@@ -257,6 +258,11 @@ def num_parameters_without_embeddings(model: nn.Module) -> int:
     """Return the number of parameters without word, position and segment embeddings."""
     tables = {id(module.weight): module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     return num_parameters(model) - sum(table.numel() for table in tables.values())
+
+
+def matrix_flops(modules: Iterable[nn.Module]) -> int:
+    """Return the FLOPs of one token's pass through the matrices of some modules; a multiply-add counts as two."""
+    return sum(2 * part.weight.numel() for part in modules if isinstance(part, nn.Linear | Conv1D))
 
 
 def max_positions(model: PreTrainedModel) -> int:

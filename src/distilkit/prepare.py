@@ -1,6 +1,8 @@
 """Tokenize a corpus into the cache, without training: ``python -m distilkit.prepare data=wikitext103``."""
 
+import functools
 import json
+from collections.abc import Callable
 
 import hydra
 from hydra.utils import instantiate
@@ -8,6 +10,7 @@ from omegaconf import DictConfig
 
 from distilkit.cli import check_added, check_keys, check_type, explain_keys, report_errors
 from distilkit.data import DistillationDataModule
+from distilkit.data.teacher_states import TeacherStates
 from distilkit.errors import UserError
 
 
@@ -24,15 +27,14 @@ def main(cfg: DictConfig) -> None:
     if data.shard is not None and (missing := data.prepare_shard(data.shard)):
         print(json.dumps({"shard": data.shard, "num_shards": data.num_shards, "missing": len(missing)}))
         return
+    fill = _filler(cfg, data) if cfg.teacher_cache.epochs else None  # first: what is refused is refused at once
     cache = data.open(verify=cfg.verify)
     found = {"cache": str(cache.folder), "documents": cache.meta["documents"], "tokens": cache.meta["tokens"]}
-    print(json.dumps(found | _teacher_states(cfg, data)))
+    print(json.dumps(found | ({} if fill is None else {"teacher_states": str(fill().folder)})))
 
 
-def _teacher_states(cfg: DictConfig, data: DistillationDataModule) -> dict[str, str]:
-    """Fill the cache of the teacher's states, if there is to be one; return where it is."""
-    if not cfg.teacher_cache.epochs:
-        return {}
+def _filler(cfg: DictConfig, data: DistillationDataModule) -> Callable[[], TeacherStates]:
+    """Load the teacher, and return the function that fills the cache of its states."""
     from distilkit.teacher_cache import at_labelled_tokens, fill_states  # imports the models
     from distilkit.train import build_trainer, choose_precision_of
     from distilkit.trim.model import trim_teacher
@@ -42,10 +44,9 @@ def _teacher_states(cfg: DictConfig, data: DistillationDataModule) -> dict[str, 
     teacher = trim_teacher(instantiate(cfg.teacher, needs_head=False), data.tokenizer)
     if teacher is None:
         raise UserError("teacher_cache.epochs needs a teacher, but teacher=none; choose one, or set it to 0")
-    at_labelled_tokens(instantiate(cfg.objective), lm=teacher.lm)
+    at_labelled_tokens(instantiate(cfg.objective), masking=data.masking, lm=teacher.lm)
     bf16 = str(place.precision).startswith("bf16")
-    states = fill_states(data, teacher, device=place.strategy.root_device, bf16=bf16)
-    return {"teacher_states": str(states.folder)}
+    return functools.partial(fill_states, data, teacher, device=place.strategy.root_device, bf16=bf16)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Which runs can read their teacher from a cache, and the teacher's pass over all blocks that fills it."""
 
-import logging
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from distilkit.data import DistillationDataModule
 from distilkit.data.batches import split_step
-from distilkit.data.masking import Ids
+from distilkit.data.masking import Ids, Masking
 from distilkit.data.teacher_states import TeacherStates, fill, find, identity
 from distilkit.errors import UserError
 from distilkit.language_model import LM, cast_parameters, token_states
@@ -18,13 +17,14 @@ from distilkit.losses import IGNORE_INDEX
 from distilkit.objective import Objective
 from distilkit.teacher import Teacher
 
-log = logging.getLogger(__name__)
-
 _SAMPLED = 512  # blocks by which the size of a cache is estimated
 
 
-def at_labelled_tokens(objective: Objective, *, lm: LM) -> Objective:
-    """Return the objective with soft targets and cosine at masked tokens; one that needs more raises a ``UserError``."""
+def at_labelled_tokens(objective: Objective, *, masking: Masking, lm: LM) -> Objective:
+    """Return the objective with soft targets and cosine at masked tokens.
+
+    One that reads more of the teacher, and masks that do not come again, raise a ``UserError``.
+    """
     if lm == "clm":
         found = "teacher_cache.epochs is for masked models, since a causal one has a label at nearly each token"
         raise UserError(f"{found}; set it to 0")
@@ -33,7 +33,11 @@ def at_labelled_tokens(objective: Objective, *, lm: LM) -> Objective:
             "alpha_rel, which reads inner layers" if "rel" in objective.weights else "no term of the teacher's states"
         )
         raise UserError(f"teacher_cache.epochs keeps last hidden states, but the objective has {needs}; set it to 0")
-    log.info("the teacher is read from the cache: soft targets and cosine are taken at masked tokens")
+    if isinstance(masking.mlm_probability, list):
+        found = f"data.masking.mlm_probability={masking.mlm_probability} changes over the training"
+        raise UserError(f"{found}, so that masks do not come again; set one rate, or teacher_cache.epochs=0")
+    if not masking.epochs:
+        raise UserError("data.masking.epochs=0, but it follows teacher_cache.epochs; leave it out")
     return replace(objective, soft_targets="masked", cos_targets="masked")
 
 
@@ -85,10 +89,7 @@ def fill_states(data: DistillationDataModule, teacher: Teacher, *, device: torch
 
 
 def _identity(data: DistillationDataModule, teacher: Teacher) -> dict[str, Any]:
-    if isinstance(data.masking.mlm_probability, list):
-        found = f"data.masking.mlm_probability={data.masking.mlm_probability} changes over the training"
-        raise UserError(f"{found}, so that masks do not come again; set one rate, or teacher_cache.epochs=0")
-    if not data.masking.epochs:
-        raise UserError("data.masking.epochs=0, but it follows teacher_cache.epochs; leave it out")
     names = ("masking", "seed", "block_size", "packing", "attend_across_documents")
-    return identity(teacher_sha256=teacher.sha256, tokens=data.key(), **{name: getattr(data, name) for name in names})
+    return identity(
+        teacher_sha256=teacher.sha256, tokens=data.token_key(), **{name: getattr(data, name) for name in names}
+    )

@@ -142,8 +142,10 @@ def build(cfg: DictConfig) -> Job:
     lm = teacher.lm if teacher else lm_of_model(student)
     data = instantiate(cfg.data, tokenizer=tokenizer, lm=lm)
     if cfg.teacher_cache.epochs:
-        objective = at_labelled_tokens(objective, lm=lm)
+        objective = at_labelled_tokens(objective, masking=data.masking, lm=lm)
         data.teacher_states = find_states(data, teacher)
+        if first_rank():
+            log.info("the teacher's states come from the cache: soft targets and cosine are taken at masked tokens")
     scheduler: Any = OmegaConf.to_container(cfg.scheduler, resolve=True)  # plain lists, for checkpoints
     module = DistillationModule(
         student=student,
@@ -342,17 +344,6 @@ def choose_precision_of(cfg: DictConfig, saved: Mapping[str, Any] | None) -> Non
     )
     if first_rank():
         log.info("trainer.precision=auto takes %s: %s", cfg.trainer.precision, reason)
-
-
-def num_devices(cfg: DictConfig) -> int:
-    """Return how many devices a run would use; a batch that they cannot share is refused."""
-    given, batch_size = cfg.trainer.get("devices", 1), cfg.data.global_batch_size
-    number = len(given) if OmegaConf.is_list(given) else int(given) if str(given).isdigit() else None
-    count = (number or max(1, torch.cuda.device_count())) * int(cfg.trainer.get("num_nodes") or 1)
-    if batch_size % count:
-        found = f"data.global_batch_size={batch_size} is not divisible by the {count} devices"
-        raise UserError(f"{found}; set a multiple of {count}")
-    return count
 
 
 def build_trainer(cfg: DictConfig) -> Trainer:

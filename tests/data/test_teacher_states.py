@@ -50,7 +50,7 @@ class Teacher:
 
 
 def filled(cache_dir: Path, teacher: Teacher, **changes: Any) -> TeacherStates:
-    sizes: dict[str, Any] = {"num_blocks": BLOCKS, "labels_per_block": 1.0, "width": WIDTH, "part": 3}
+    sizes: dict[str, Any] = {"num_blocks": BLOCKS, "labels_per_block": 1.0, "width": WIDTH, "blocks_per_part": 3}
     return fill(wanted(**changes), teacher, cache_dir=cache_dir, **sizes)
 
 
@@ -143,4 +143,4 @@ def test_a_damaged_part_is_named(tmp_path: Path) -> None:
 def test_the_folder_says_what_it_was_made_with(tmp_path: Path) -> None:
     states = filled(tmp_path, Teacher())
     meta = json.loads((states.folder / "meta.json").read_text("utf-8"))
-    assert meta == {**json.loads(json.dumps(wanted())), "blocks": BLOCKS, "part": 3}
+    assert meta == {**json.loads(json.dumps(wanted())), "num_blocks": BLOCKS, "blocks_per_part": 3}

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from distilkit.budget import check_budget, steps_of
+from distilkit.budget import check_budget
 from distilkit.errors import UserError
-from distilkit.plan.forecast import Cost, cost, decide
+from distilkit.plan.forecast import Cost, cost, decide, steps_of
 from distilkit.records import duration
 from distilkit.watch.memory import megabytes
 

@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForMaskedLM, GenerationConfig, PreTrainedTokenizerBase
 
 from distilkit.errors import UserError
-from distilkit.language_model import num_embeddings, num_parameters, weight_hash
+from distilkit.language_model import matrix_flops, num_embeddings, num_parameters, weight_hash
 from distilkit.student import cut_student
-from distilkit.trim.model import forward_mflop, trim_model, trim_student, trim_teacher
+from distilkit.trim.model import trim_model, trim_student, trim_teacher
 from distilkit.trim.tokenizer import Trimming
 from families import FAMILIES, build_family
 from tiny import ARCHITECTURES, build_model, build_teacher
@@ -44,7 +44,7 @@ def test_states_and_logits_of_kept_words_are_equal(model_type: str, rows: int) -
     table: Any = model.get_input_embeddings().weight
     lost = (rows - len(ids)) * table.shape[1]
     assert num_parameters(model) - num_parameters(smaller) in (lost, lost + rows - len(ids))  # with or without a bias
-    assert forward_mflop(smaller) < forward_mflop(model)
+    assert matrix_flops(smaller.modules()) < matrix_flops(model.modules())
 
 
 @pytest.mark.parametrize("name", [name for name, (outcome, _) in FAMILIES.items() if outcome != "refused"])

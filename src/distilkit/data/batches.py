@@ -375,7 +375,7 @@ class DistillationDataModule(LightningDataModule):
             raise UserError(f"{found}; {cure}")
         return prepare(self.corpus, self.tokenizer, cache_dir=self.cache_dir, val_share=self.val_share)
 
-    def key(self) -> str:
+    def token_key(self) -> str:
         """Return the key of the token cache, which tells text, held-out share and tokenizer."""
         return cache_key(self.corpus, self.tokenizer, val_share=self.val_share)
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -31,7 +32,7 @@ from distilkit.records import write_json
 log = logging.getLogger(__name__)
 
 FORMAT = 1  # increase it when the meaning of the files changes
-PART = 2048  # blocks
+BLOCKS_PER_PART = 2048
 _FILE, _META = "states.safetensors", "meta.json"
 
 Compute = Callable[[int, Ids], list[Tensor]]  # an epoch and blocks (blocks,) -> (labelled tokens, width) of each block
@@ -44,7 +45,7 @@ class TeacherStates:
     folder: Path
     epochs: int
     num_blocks: int
-    part: int = PART  # blocks
+    blocks_per_part: int = BLOCKS_PER_PART
     _open: dict[int, tuple[Any, Ids]] = field(default_factory=dict, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -52,9 +53,14 @@ class TeacherStates:
         return {**vars(self), "_open": {}}
 
     @property
+    def parts_per_epoch(self) -> int:
+        """The number of parts of one epoch."""
+        return -(-self.num_blocks // self.blocks_per_part)
+
+    @property
     def num_parts(self) -> int:
         """The number of parts of all epochs."""
-        return self.epochs * -(-self.num_blocks // self.part)
+        return self.epochs * self.parts_per_epoch
 
     def missing(self) -> list[int]:
         """List the parts that are not filled yet."""
@@ -66,16 +72,15 @@ class TeacherStates:
 
     def blocks_of(self, part: int) -> tuple[int, Ids]:
         """Return the epoch and the blocks (blocks,) of a part."""
-        epoch, begin = divmod(part, self.num_parts // self.epochs)
-        return epoch, np.arange(begin * self.part, min((begin + 1) * self.part, self.num_blocks))
+        epoch, begin = divmod(part, self.parts_per_epoch)
+        return epoch, np.arange(begin * self.blocks_per_part, min((begin + 1) * self.blocks_per_part, self.num_blocks))
 
     def rows(self, epoch: int, blocks: Ids) -> Tensor:
         """Return the states of the labelled tokens of blocks (blocks,), in their order: (rows, width), bfloat16."""
-        per_epoch = self.num_parts // self.epochs
         found = []
         for block in blocks.tolist():
-            states, offsets = self._opened(epoch % self.epochs * per_epoch + block // self.part)
-            within = block % self.part
+            states, offsets = self._opened(epoch % self.epochs * self.parts_per_epoch + block // self.blocks_per_part)
+            within = block % self.blocks_per_part
             found.append(states[int(offsets[within]) : int(offsets[within + 1])])
         return torch.cat(found)
 
@@ -125,9 +130,8 @@ def find(wanted: Mapping[str, Any], *, cache_dir: Path) -> TeacherStates:
     """Open cached states; the error for those that are not there, or not whole, names what differs from others."""
     folder, cure = folder_of(wanted, cache_dir=cache_dir), "run python -m distilkit.prepare with the same overrides"
     if (meta := _meta(folder)) is not None:
-        states = TeacherStates(
-            folder=folder, epochs=wanted["teacher_cache.epochs"], num_blocks=meta["blocks"], part=meta["part"]
-        )
+        sizes = {name: meta[name] for name in ("num_blocks", "blocks_per_part")}
+        states = TeacherStates(folder=folder, epochs=wanted["teacher_cache.epochs"], **sizes)
         if missing := states.missing():
             found = f"{folder} has {states.num_parts - len(missing)} of {states.num_parts} parts"
             raise UserError(f"{found} of the teacher's states; {cure}, which goes on with it")
@@ -160,14 +164,14 @@ def fill(
     num_blocks: int,
     labels_per_block: float,
     width: int,
-    part: int = PART,
+    blocks_per_part: int = BLOCKS_PER_PART,
 ) -> TeacherStates:
     """Compute the parts that are missing; several processes fill one folder, and an interrupted fill goes on.
 
     The size is logged first, and refused where the disk has no room for it.
     """
     folder, epochs = folder_of(wanted, cache_dir=cache_dir), wanted["teacher_cache.epochs"]
-    states = TeacherStates(folder=folder, epochs=epochs, num_blocks=num_blocks, part=part)
+    states = TeacherStates(folder=folder, epochs=epochs, num_blocks=num_blocks, blocks_per_part=blocks_per_part)
     missing = states.missing()
     size = int(len(missing) / states.num_parts * states.epochs * states.num_blocks * labels_per_block * width * 2)
     with usable(states.folder.parent):
@@ -177,8 +181,9 @@ def fill(
             found = f"the teacher's states need about {size / 1e9:.2f} GB, but the disk of {states.folder} has "
             cure = "free some, set cache_dir to another disk, or lower teacher_cache.epochs"
             raise UserError(f"{found}{free / 1e9:.2f} GB free; {cure}")
-        if not (states.folder / _META).is_file():
-            write_json(states.folder / _META, {**wanted, "blocks": num_blocks, "part": part})
+        sizes = {"num_blocks": num_blocks, "blocks_per_part": blocks_per_part}
+        with FileLock(states.folder / f"{_META}.lock"):  # another process may begin, too
+            write_json(states.folder / _META, {**wanted, **sizes})
     log.info("the teacher's states: about %.3g GB into %s, %d parts", size / 1e9, states.folder, len(missing))
     random.Random(os.getpid()).shuffle(missing)  # processes side by side seldom meet at a part
     for count, number in enumerate(missing, start=1):

@@ -1,15 +1,13 @@
 """Export a checkpoint: ``python -m distilkit.export ckpt=outputs/.../best.ckpt out=my-student``."""
 
 import json
-import logging
 from pathlib import Path
 from typing import Any, get_args
 
 import hydra
-import transformers
 from omegaconf import DictConfig, OmegaConf
 
-from distilkit.cli import check_added, check_type, explain_keys, report_errors
+from distilkit.cli import check_added, check_type, explain_keys, quiet_downloads, report_errors
 from distilkit.errors import UserError
 from distilkit.export.folder import Dtype, export_checkpoint
 from distilkit.export.hub import push
@@ -49,7 +47,8 @@ def export(cfg: DictConfig) -> dict[str, Any]:
         repo=cfg.push_to_hub,
     )
     made: dict[str, Any] = {"out": str(Path(cfg.out).expanduser().resolve()), "parameters": num_parameters(model)}
-    made |= {"onnx": onnx.measured} if onnx else {}
+    if onnx:
+        made["onnx"] = onnx.measured
     if cfg.push_to_hub:
         how = {name: given[name] for name in ("private", "revision", "commit_message")}
         made["pushed"] = push(Path(made["out"]), repo=cfg.push_to_hub, **how)
@@ -75,9 +74,7 @@ def _check(given: dict[str, Any]) -> None:
 @report_errors
 def main(cfg: DictConfig) -> None:
     """Export ``ckpt`` to the folder ``out``."""
-    transformers.utils.logging.disable_progress_bar()
-    for name in ("httpx", "httpx2"):  # of huggingface_hub, by version: a line for each request
-        logging.getLogger(name).setLevel(logging.WARNING)
+    quiet_downloads()
     print(json.dumps(export(cfg)))
 
 

@@ -39,6 +39,18 @@ class Settings:
             raise UserError(f"plan.alternatives has {wrong.pop()}, but it takes masked, minilm, bf16, shorter")
 
 
+def steps_of(blocks: int, *, batch_size: int, max_epochs: int | None, max_steps: int) -> tuple[float, str]:
+    """Return the optimizer steps of a training, a smaller one of an epoch's end as a part, and what ends it."""
+    per_epoch = blocks / batch_size
+    by_epochs = math.inf if max_epochs is None or max_epochs < 0 else max_epochs * per_epoch
+    epochs, rest = divmod(max_steps, max(1, math.ceil(per_epoch)))
+    by_steps = math.inf if max_steps < 0 else epochs * per_epoch + rest
+    if by_epochs == by_steps == math.inf:
+        found = f"trainer.max_epochs={max_epochs} and trainer.max_steps={max_steps} set no end"
+        raise UserError(f"{found}; set one of them above 0, or a budget as budget=40m")
+    return min((by_epochs, f"the end of the data, {max_epochs} epochs"), (by_steps, f"{max_steps:,} steps"))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cost:
     """What a run takes on so many devices; ``price`` has the currency of ``plan.price_per_hour``."""

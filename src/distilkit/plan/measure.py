@@ -15,18 +15,18 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from pytorch_lightning import Trainer
 
-from distilkit.budget import check_budget, steps_of
+from distilkit.budget import check_budget
 from distilkit.cli import check_keys
 from distilkit.errors import UserError
 from distilkit.language_model import num_parameters, num_parameters_without_embeddings
-from distilkit.plan.forecast import Settings, cost, decide
+from distilkit.plan.forecast import Settings, cost, decide, steps_of
 from distilkit.plan.micro_batch import Fit, Point, grow
 from distilkit.plan.preview import Example, examples, text_figures
 from distilkit.plan.step_timer import Timing, how_many, sizes, time_steps
 from distilkit.precision import choose_precision
 from distilkit.records import processor
 from distilkit.runs.storage import check_writable
-from distilkit.train import Job, budget_of, build, build_trainer, num_devices
+from distilkit.train import Job, budget_of, build, build_trainer
 from distilkit.watch.memory import free_bytes, used_bytes
 from distilkit.watch.throughput import dtype_of, peak_flops
 
@@ -60,7 +60,7 @@ def measure(cfg: DictConfig) -> Plan:
         own.update({"callbacks": {}, "logger": {}, "budget": None, "ckpt_path": None, "baseline": None})
         own.validate_first = False
         own.trainer.update(_TIMING)
-    job, count, batch_size = _built(own), num_devices(cfg), int(cfg.data.global_batch_size)
+    job, count, batch_size = _built(own), _num_devices(cfg), int(cfg.data.global_batch_size)
     steps, end = _steps(cfg, job, count=count) if budget is None else (None, f"a budget of {budget:,.0f} s")
     device, per_device = job.trainer.strategy.root_device, math.ceil(batch_size / count)
     fit = _search(job, settings, per_device=per_device)
@@ -161,6 +161,17 @@ def _search(job: Job, settings: Settings, *, per_device: int) -> Fit:
         limit=used_bytes(device) + (settings.memory_share if device.type == "cpu" else 1.0) * free_bytes(device),
         seconds=settings.seconds,
     )
+
+
+def _num_devices(cfg: DictConfig) -> int:
+    """Return how many devices a run would use; a batch that they cannot share is refused."""
+    given, batch_size = cfg.trainer.get("devices", 1), cfg.data.global_batch_size
+    number = len(given) if OmegaConf.is_list(given) else int(given) if str(given).isdigit() else None
+    count = (number or max(1, torch.cuda.device_count())) * int(cfg.trainer.get("num_nodes") or 1)
+    if batch_size % count:
+        found = f"data.global_batch_size={batch_size} is not divisible by the {count} devices"
+        raise UserError(f"{found}; set a multiple of {count}")
+    return count
 
 
 def _time(job: Job, seconds: float, steps: int, *, micro: int, rate: float) -> Timing:

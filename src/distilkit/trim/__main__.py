@@ -1,7 +1,6 @@
 """Trim a vocabulary: ``python -m distilkit.trim model=xlm-roberta-base data=text vocab_size=32000 out=small``."""
 
 import json
-import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from transformers import AutoConfig, AutoModel
 
-from distilkit.cli import check_added, check_keys, check_type, explain_keys, report_errors
+from distilkit.cli import check_added, check_keys, check_type, explain_keys, quiet_downloads, report_errors
 from distilkit.errors import UserError
 from distilkit.language_model import cast_parameters, load_language_model
 from distilkit.runs.storage import permit_reading, whole_folder
@@ -22,8 +21,8 @@ from distilkit.trim.tokenizer import trimmed_tokenizer
 
 _TYPES: dict[str, Any] = {
     **dict.fromkeys(("model", "out", "tokenizer", "tokenizer_type", "lm"), str | None),
-    **dict.fromkeys(("revision", "cache_dir"), str),
-    **{"vocab_size": int | None, "coverage": float | int | None, "max_documents": int, "trust_remote_code": bool},
+    **{"revision": str, "cache_dir": str, "max_documents": int, "trust_remote_code": bool},
+    **{"vocab_size": int | None, "coverage": float | int | None},
 }
 
 
@@ -32,8 +31,7 @@ def trim(cfg: DictConfig) -> dict[str, Any]:
     check_added(cfg, config="train/trim.yaml")
     check_keys(cfg)
     for name, kind in _TYPES.items():
-        if name != "cache_dir":
-            check_type(cfg[name], kind, name=name)
+        check_type(cfg[name], kind, name=name)
     for name in ("model", "out"):
         if cfg[name] is None:
             raise UserError(f"{name} is not set: python -m distilkit.trim model=<hub id or folder> out=<folder>")
@@ -72,9 +70,7 @@ def trim(cfg: DictConfig) -> dict[str, Any]:
 @report_errors
 def main(cfg: DictConfig) -> None:
     """Trim ``model`` into the folder ``out``."""
-    transformers.utils.logging.disable_progress_bar()
-    for name in ("httpx", "httpx2"):  # of huggingface_hub, by version: a line for each request
-        logging.getLogger(name).setLevel(logging.WARNING)
+    quiet_downloads()
     print(json.dumps(trim(cfg)))
 
 

@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from distilkit.data.cache import batches, dtype_of, separator_id, split_of, tokenize
+from distilkit.data.cache import batches, cache_key, dtype_of, separator_id, split_of, tokenize
 from distilkit.data.cache_folder import make_once
 from distilkit.data.corpus import Corpus
-from distilkit.data.tokenizer import num_ids, tokenizer_hash
+from distilkit.data.tokenizer import num_ids
 from distilkit.errors import UserError
 from distilkit.trim.pieces import Spec, characters, needed_ids, vocabulary, word_parts
 
@@ -37,10 +37,8 @@ def count_words(
     corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, cache_dir: str | Path, val_share: float, max_documents: int
 ) -> Counted:
     """Count the words of the first documents of a corpus, or read the counts from the cache."""
-    if not 0 < val_share < 1:
-        raise UserError(f"data.val_share={val_share}, but it must be above 0 and below 1, for example 0.01")
-    settings = [_FORMAT, corpus.fingerprint(), tokenizer_hash(tokenizer), val_share, max_documents]
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    settings = [_FORMAT, cache_key(corpus, tokenizer, val_share=val_share), max_documents]
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
     def write(folder: Path) -> None:
         counts, held_out, size = np.zeros(num_ids(tokenizer), dtype=np.int64), list[str](), 0

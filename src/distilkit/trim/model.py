@@ -10,12 +10,10 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
 from distilkit.errors import UserError
-from distilkit.language_model import last_hidden_state, num_embeddings, num_parameters
+from distilkit.language_model import last_hidden_state, matrix_flops, num_embeddings, num_parameters
 from distilkit.runs.signals import first_rank
 from distilkit.teacher import Teacher
 from distilkit.trim.tokenizer import trimming_of
@@ -86,12 +84,6 @@ def _check_states(model: PreTrainedModel, smaller: PreTrainedModel, ids: Sequenc
         raise UserError(f"{found_}; set tokenizer=pretrained")
 
 
-def forward_mflop(model: PreTrainedModel) -> float:
-    """Return the 10^6 operations of a token's forward pass in matrices, head included and attention scores not."""
-    matrices = (part.weight for part in model.modules() if isinstance(part, nn.Linear | Conv1D))
-    return sum(2 * weight.numel() for weight in matrices) / 1e6
-
-
 def trim_to(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -100,7 +92,7 @@ def trim_to(
     assert trimming is not None
     smaller = trim_model(model, trimming.ids, name=name)
     sizes = [num_parameters(each) for each in (model, smaller)]
-    mflop = [forward_mflop(each) for each in (model, smaller)]
+    mflop = [matrix_flops(each.modules()) / 1e6 for each in (model, smaller)]  # with the head, without attention scores
     shown = (
         f"{sizes[0] / 1e6:,.1f}M -> {sizes[1] / 1e6:,.1f}M parameters, {mflop[0]:,.1f} -> {mflop[1]:,.1f} MFLOP a token"
     )

@@ -1,17 +1,14 @@
 """Tokens per second, floating-point operations (FLOPs) of a step, and model FLOPs utilization (MFU)."""
 
 import timeit
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from distilkit.language_model import LM, Batch
+from distilkit.language_model import LM, Batch, matrix_flops
 from distilkit.module import DistillationModule
 from distilkit.objective import Objective, labelled_rows
 from distilkit.projections import projections_of
@@ -36,20 +33,16 @@ def forward_cost(model: PreTrainedModel, layer: int | None = None) -> _ForwardCo
 
     ``layer`` is the one whose relations are read, if any.
     """
-
-    def matrices(modules: Iterable[nn.Module]) -> int:
-        return sum(2 * part.weight.numel() for part in modules if isinstance(part, nn.Linear | Conv1D))
-
-    backbone, width = matrices(model.base_model.modules()), model.config.hidden_size
+    backbone, width = matrix_flops(model.base_model.modules()), model.config.hidden_size
     cost = _ForwardCost(
         backbone=backbone,
         attention=4 * model.config.num_hidden_layers * width,
-        head=matrices(model.modules()) - backbone,
+        head=matrix_flops(model.modules()) - backbone,
     )
     if layer is None:
         return cost
     read = projections_of(model, layer)
-    return replace(cost, short=(matrices(read.modules), 4 * layer * width), relations=2 * sum(read.widths))
+    return replace(cost, short=(matrix_flops(read.modules), 4 * layer * width), relations=2 * sum(read.widths))
 
 
 def step_flops(
