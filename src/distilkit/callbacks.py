@@ -13,6 +13,7 @@ from distilkit.data.batches import DistillationDataModule
 from distilkit.data.forms import Comparison, compare_forms
 from distilkit.errors import UserError
 from distilkit.module import DistillationModule
+from distilkit.runs.turns import once
 
 log = logging.getLogger(__name__)
 
@@ -98,9 +99,22 @@ class CompareForms(Callback):
             return
         if teacher is None or not pl_module.objective.reads_teacher_logits or data.cache is None or not data.val_blocks:
             return
-        teacher.to(trainer.strategy.root_device)
+        self.found = found = once("forms", lambda: self._compare(teacher, data, device=trainer.strategy.root_device))
+        if found is None:
+            return
+        scores = {form: f"{found.nll[form]:.3f} nats and {found.accuracy[form]:.1%}" for form in found.nll}
+        line = "the teacher on %d held-out sequences: packed into blocks %s, each document alone %s (%+.3f ± %.3f nats)"
+        log.info(line, found.sequences, scores["blocks"], scores["documents"], found.difference, found.error)
+        if found.worse(data.packing):
+            other = "documents" if data.packing == "blocks" else "blocks"
+            log.warning("the teacher reads data.packing=%s clearly worse; set data.packing=%s", data.packing, other)
+
+    def _compare(self, teacher: Any, data: DistillationDataModule, *, device: torch.device) -> Comparison | None:
+        assert data.cache is not None
+        assert data.val_blocks is not None
+        teacher.to(device)
         with torch.compiler.set_stance("force_eager"):
-            self.found = found = compare_forms(
+            found = compare_forms(
                 teacher,
                 data.cache.tokens["val"],
                 tokenizer=data.tokenizer,
@@ -110,11 +124,4 @@ class CompareForms(Callback):
                 batch_size=data.micro_batch_size,
             )
         teacher.to("cpu")  # the strategy moves or shards it
-        if found is None:
-            return
-        scores = {form: f"{found.nll[form]:.3f} nats and {found.accuracy[form]:.1%}" for form in found.nll}
-        line = "the teacher on %d held-out sequences: packed into blocks %s, each document alone %s (%+.3f ± %.3f nats)"
-        log.info(line, found.sequences, scores["blocks"], scores["documents"], found.difference, found.error)
-        if found.worse(data.packing):
-            other = "documents" if data.packing == "blocks" else "blocks"
-            log.warning("the teacher reads data.packing=%s clearly worse; set data.packing=%s", data.packing, other)
+        return found

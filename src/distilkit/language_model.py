@@ -34,6 +34,8 @@ class Batch(TypedDict):
     attention_mask: NotRequired[Tensor]  # (batch, length), 0 on padding
     document_ids: NotRequired[Tensor]  # (batch, length), constant within a document
     left_out: NotRequired[Tensor]  # (batch,), blocks that only fill up the batch of a rank
+    teacher_reads: NotRequired[dict[Any, Any]]  # what several students of one process have read of the teacher on it
+    teacher_is_read: NotRequired[bool]  # by another of these students
     teacher_states: NotRequired[Tensor]  # (rows, width), the teacher's last hidden states at tokens with a label
     labelled: NotRequired[Tensor]  # (rows,), flat indices of the tokens with a label
     real: NotRequired[Tensor]  # (tokens,), flat indices of all tokens but padding

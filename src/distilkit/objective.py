@@ -212,16 +212,18 @@ class Objective:
         if (cached := batch.get("teacher_states")) is not None and teacher is not None:
             alone = self.read(student, None, batch, whole=whole)[0]
             return alone, (cached.to(teacher.dtype), None)
-        layers = self.relation_layers(student, teacher) if "rel" in self.weights and teacher is not None else None
-        found: list[Read] = []
-        for model, reads_states in ((student, self.reads_student_states), (teacher, self.reads_teacher_states)):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not found):
-                to_the_end = reads_states or whole
-                if model is not None and layers is not None:
-                    found.append(projections_of(model, layers[len(found)]).read(batch, whole=to_the_end))
-                else:
-                    found.append((token_states(model, batch) if model is not None and to_the_end else None, None))
-        return found[0], found[1]
+        ours, theirs = (
+            self.relation_layers(student, teacher) if "rel" in self.weights and teacher is not None else (None, None)
+        )
+        found = _read(student, batch, layer=ours, whole=self.reads_student_states or whole)
+        if teacher is None:
+            return found, (None, None)
+        shared = batch.get("teacher_reads", {})  # by what it is: several students read this batch
+        what = id(teacher), theirs, self.reads_teacher_states or whole
+        if what not in shared:
+            with torch.no_grad():
+                shared[what] = _read(teacher, batch, layer=theirs, whole=what[-1])
+        return found, shared[what]
 
     def loss(
         self,
@@ -277,6 +279,13 @@ class Objective:
             weighted["rel"] = summed * weights["rel"]
             total = total + weighted["rel"]
         return total, {name: weighted[name].detach() / alpha for name, alpha in alphas.items()}
+
+
+def _read(model: PreTrainedModel, batch: Batch, *, layer: int | None, whole: bool) -> Read:
+    """Run a model on a batch, up to the projections of ``layer``, or to its end if ``whole``."""
+    if layer is not None:
+        return projections_of(model, layer).read(batch, whole=whole)
+    return token_states(model, batch) if whole else None, None
 
 
 def real_rows(batch: Batch) -> Tensor | None:

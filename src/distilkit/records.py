@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import platform
 import re
@@ -253,11 +254,15 @@ def run_label(folder: Path, common: set[str]) -> str:
 
 
 def read_runs(sweep: Path, *, only: Collection[str] | None = None) -> list[dict[str, Any]]:
-    """Read the summaries of a sweep's finished runs, in the order they ended, each with ``label`` and ``folder``.
+    """Read the summaries of a sweep's finished runs, by job number or else in the order they ended.
 
+    Each has ``label`` and ``folder``.
     ``only`` limits which summaries are read. The labels still depend on the overrides of all runs.
     """
-    files = sorted(sweep.glob("*/summary.json"), key=lambda file: file.stat().st_mtime)
+    files = sorted(
+        sweep.glob("*/summary.json"),
+        key=lambda file: (int(name) if (name := file.parent.name).isdecimal() else math.inf, file.stat().st_mtime),
+    )
     sets = [set(_overrides(file.parents[1])) for file in sweep.glob("*/.hydra/overrides.yaml")]  # of failed jobs too
     common = set.intersection(*sets) if len(sets) > 1 else set()
     return [

@@ -61,11 +61,13 @@ from distilkit.runs.saving import Checkpoints, WholeFiles
 from distilkit.runs.signals import ENDING, first_rank, listening, release
 from distilkit.runs.storage import writing
 from distilkit.runs.sweeps import take_up
+from distilkit.runs.turns import BUILT, TakeTurns, Turn, once, own_turn
 from distilkit.student import measure_layers
 from distilkit.summary import describe, finish, print_result
 from distilkit.teacher import Teacher
 from distilkit.teacher_cache import at_labelled_tokens, find_states
 from distilkit.trim.model import trim_teacher
+from distilkit.watch.memory import free_bytes, megabytes
 from distilkit.watch.tracking import closing, log_student
 from distilkit.watch.trackio_logger import TrackioLogger
 
@@ -133,7 +135,10 @@ def build(cfg: DictConfig) -> Job:
 
     objective = instantiate(cfg.objective)
     tokenizer = instantiate(cfg.tokenizer)
-    teacher = trim_teacher(instantiate(cfg.teacher, needs_head=objective.reads_teacher_logits), tokenizer)
+    needs_head = objective.reads_teacher_logits
+    teacher = once(
+        ("teacher", needs_head), lambda: trim_teacher(instantiate(cfg.teacher, needs_head=needs_head), tokenizer)
+    )
     trainer, models = build_trainer(cfg), {"teacher": teacher, "tokenizer": tokenizer}
     choice = _measured_layers(cfg, models, objective=objective, trainer=trainer, record=record)
     student = instantiate(cfg.student)(**models)
@@ -339,8 +344,9 @@ def choose_precision_of(cfg: DictConfig, saved: Mapping[str, Any] | None) -> Non
         return
     was = saved["distilkit"]["record"].get("config", {}).get("trainer", {}).get("precision") if saved else None
     alone = cfg.trainer.get("devices", 1) in (1, "1", "auto") and cfg.trainer.get("num_nodes", 1) == 1
-    cfg.trainer.precision, reason = choose_precision(
-        accelerator=str(cfg.trainer.get("accelerator", "auto")), before=was, alone=alone
+    accelerator = str(cfg.trainer.get("accelerator", "auto"))
+    cfg.trainer.precision, reason = once(
+        ("precision", was), lambda: choose_precision(accelerator=accelerator, before=was, alone=alone)
     )
     if first_rank():
         log.info("trainer.precision=auto takes %s: %s", cfg.trainer.precision, reason)
@@ -358,6 +364,7 @@ def build_trainer(cfg: DictConfig) -> Trainer:
     bars = [callback for callback in callbacks if isinstance(callback, ProgressBar)]
     with_bar = cfg.trainer.get("enable_progress_bar", bool(bars))  # without one, Lightning would take its own
     callbacks = [callback for callback in callbacks if with_bar or callback not in bars]
+    callbacks += [TakeTurns(turn)] if (turn := own_turn()) else []
     trainer: Trainer = instantiate(
         cfg.trainer,
         **plain,
@@ -393,6 +400,20 @@ def build_trainer(cfg: DictConfig) -> Trainer:
     if str(trainer.precision).startswith("bf16") and (slow := emulation(trainer.strategy.root_device)):
         log.warning("%s", slow)
     return trainer
+
+
+def wait_for_others(job: Job, turn: Turn) -> None:
+    """Wait until all trainings of this process are built; refuse students that do not fit into memory together."""
+    device, kept = job.trainer.strategy.root_device, turn.turns.kept
+    trained = sum(each.numel() for each in job.module.student.parameters() if each.requires_grad)
+    # In float32: a gradient and AdamW's two means; on a GPU the weights, too, which are not there yet.
+    kept["bytes"] = kept.get("bytes", 0) + trained * (12 if device.type == "cpu" else 16)
+    turn.wait_for_others(BUILT)
+    free = turn.once("free", lambda: free_bytes(device))
+    if kept["bytes"] > free:
+        needs = f"sweep.share_teacher=true needs {megabytes(kept['bytes'] / 2**20)} for gradients and optimizers"
+        cure = "leave it out, and read the teacher from the cache: teacher_cache.epochs"
+        raise UserError(f"{needs} of all students, but {megabytes(free / 2**20)} are free; {cure}")
 
 
 def _record_config(job: Job) -> None:
@@ -435,6 +456,8 @@ def main(cfg: DictConfig) -> float:
         return score
     with quiet(), watching(num_nodes=cfg.trainer.get("num_nodes", 1), seconds=cfg.rank_timeout):
         job = build(cfg)
+        if turn := own_turn():
+            wait_for_others(job, turn)
         nll = run(job)
     if job.trainer.is_global_zero:
         print_result(job.out, job.module)

@@ -1,5 +1,6 @@
 """Let one process at a time train into a folder: a second one is refused before Hydra writes anything."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from omegaconf import DictConfig
 from distilkit.errors import UserError, ends_command
 from distilkit.runs.signals import first_rank
 
-_held: list[BaseFileLock] = []
+_own = threading.local()  # trainings that share a process run in threads of their own
 
 
 def hold(folder: Path) -> None:
@@ -26,13 +27,19 @@ def hold(folder: Path) -> None:
         raise UserError(f"{found}; wait for its end, or choose another hydra.run.dir (from Python: out)") from error
     except (OSError, NotImplementedError):  # a read-only folder, whose own message comes later; no locks
         return
-    _held.append(lock)
+    _held().append(lock)
 
 
 def release() -> None:
     """Let other processes have the folders that this one holds."""
-    while _held:
-        _held.pop().release(force=True)
+    while held := _held():
+        held.pop().release(force=True)
+
+
+def _held() -> list[BaseFileLock]:
+    """Return the locks of this thread."""
+    locks: list[BaseFileLock] = _own.__dict__.setdefault("locks", [])
+    return locks
 
 
 class HoldFolder(Callback):

@@ -103,7 +103,12 @@ def listening(*numbers: int) -> Iterator[None]:
 
 
 def release() -> None:
-    """Act at once on signals from now on; raise ``SystemExit`` with 128 + its number for one that was held."""
+    """Act at once on signals from now on; raise ``SystemExit`` with 128 + its number for one that was held.
+
+    Where trainings share this process, in threads of their own, the main thread does this after all of them.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
     inbox.held = False
     if inbox.received:
         log.warning("%s: the run is finished", signal.Signals(inbox.received).name)

@@ -60,7 +60,8 @@ def step_flops(
     total = 0
     for cost, passes, whole, with_head in models:
         backbone, attention = (cost.backbone, cost.attention) if whole else cost.short
-        if cost is teacher and "teacher_states" in batch:  # the cache has what its layers would compute
+        # The cache, or another student of this process, has what its layers would compute.
+        if cost is teacher and ("teacher_states" in batch or batch.get("teacher_is_read")):
             backbone, attention = 0, 0
         total += passes * (tokens * (backbone + length * attention) + rows * cost.head * with_head)
         if "rel" in objective.weights:  # backward has one product, for both rows of a pair

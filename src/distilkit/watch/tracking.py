@@ -15,6 +15,8 @@ from hydra.types import RunMode
 from pytorch_lightning.loggers import Logger, WandbLogger
 from requests.utils import get_netrc_auth
 
+from distilkit.runs.turns import own_turn
+
 log = logging.getLogger(__name__)
 
 
@@ -47,6 +49,8 @@ def wandb_logger(
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
         group = group or Path(HydraConfig.get().sweep.dir).name
         wandb.finish()  # or Lightning would continue the run of the previous job
+    if own_turn():
+        settings["reinit"] = "create_new"  # beside the runs of other trainings in this process
     if reason := offline_reason():
         log.warning("W&B runs offline: %s; upload later with wandb sync %s/wandb/offline-run-*", reason, save_dir)
         settings["settings"] = wandb.Settings(silent=True)  # the warning above is enough
