@@ -168,33 +168,47 @@ class _Fused(torch.autograd.Function):
 def _core(
     student: Tensor, teacher: Tensor | None, labels: Tensor, *row_weights: Tensor | None, temperature: float
 ) -> Tensor:
-    """Replace the student's logits (rows, vocabulary) by their gradient, and return the three weighted sums (3,)."""
+    """Replace the student's logits (rows, vocabulary) by their gradient, and return the three weighted sums (3,).
+
+    Compiled, it reads the logits three times: for maxima, for sums of powers, and for the gradient. Powers are computed
+    again in the third pass, because to store and read them takes longer.
+    """
     soft_weights, hard_weights, mse_weights = row_weights  # (rows,) each
     logits = student.to(torch.promote_types(student.dtype, torch.float32))
+    top = logits.amax(dim=-1, keepdim=True)  # (rows, 1), as all sums over the vocabulary here
     gradient = torch.zeros_like(logits)
     soft = hard = mse = logits.new_zeros(())
     if teacher is not None:
         targets = teacher.to(logits.dtype)
         if soft_weights is not None:
-            log_q = F.log_softmax(logits / temperature, dim=-1)
-            log_p = F.log_softmax(targets / temperature, dim=-1)
-            p = log_p.exp()
-            soft = (soft_weights * (p * (log_p - log_q)).sum(dim=-1)).sum() * temperature**2
+            weights = soft_weights[:, None]
+            ours, total = _powers(logits / temperature, top / temperature)
+            theirs, their_total = _powers(targets / temperature, targets.amax(dim=-1, keepdim=True) / temperature)
+            # KL(p || q) = sum p (log p - log q), of logarithms without their common log-sums.
+            apart = (theirs.exp() * (theirs - ours)).sum(dim=-1, keepdim=True) / their_total.exp()
+            soft = (weights * (apart + total - their_total)).sum() * temperature**2
             # d/dz of T^2 KL(p || softmax(z / T)) = T (q - p)
-            gradient = gradient + (soft_weights * temperature)[:, None] * (log_q.exp() - p)
+            gradient = gradient + weights * temperature * ((ours - total).exp() - (theirs - their_total).exp())
         if mse_weights is not None:
             difference = logits - targets
             mse = (mse_weights * difference.square().sum(dim=-1)).sum()
             gradient = gradient + 2 * mse_weights[:, None] * difference
     if hard_weights is not None:
-        weights = torch.where(labels >= 0, hard_weights, 0)  # (rows,)
-        log_q = F.log_softmax(logits, dim=-1)
-        # A comparison, not a gather or a scatter, which would end the fused kernel.
-        is_label = torch.arange(logits.shape[1], device=logits.device) == labels[:, None]  # (rows, vocabulary)
-        hard = -(weights * torch.where(is_label, log_q, 0).sum(dim=-1)).sum()
-        gradient = gradient + weights[:, None] * (log_q.exp() - is_label.to(logits.dtype))
+        labels = labels[:, None]
+        weights = torch.where(labels >= 0, hard_weights[:, None], 0)
+        shifted, total = _powers(logits, top)
+        hard = (weights * (total - shifted.gather(1, labels.clamp(min=0)))).sum()
+        # A comparison, not a scatter, which would end the fused kernel.
+        is_label = torch.arange(logits.shape[1], device=logits.device) == labels  # (rows, vocabulary)
+        gradient = gradient + weights * ((shifted - total).exp() - is_label.to(logits.dtype))
     student.copy_(gradient)
     return torch.stack([soft, hard, mse])
+
+
+def _powers(logits: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    """Return logits below their maximum (rows, vocabulary), and the logarithm of the sum of their powers (rows, 1)."""
+    shifted = logits - top
+    return shifted, shifted.exp().sum(dim=-1, keepdim=True).log()
 
 
 def _core_in_parts(student: Tensor, *others: Tensor | None, temperature: float, min_rows: int = _MIN_ROWS) -> Tensor:
