@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow torture fuzz audit lint format bench bench-quick bench-gpu bench-growth verify-published release-check clean
+.PHONY: help demo test test-slow torture fuzz audit lint format bench bench-quick bench-train bench-gpu bench-growth verify-published release-check clean
 
 help:  ## show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,11 +45,15 @@ format: $(INSTALLED)  ## fix style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED)  ## time and memory of a step of BERT-base, compared with a naive one (10 minutes)
+bench: $(INSTALLED)  ## time and memory of a step of BERT-base, compared with a naive one (15 minutes)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks
 
 bench-quick: $(INSTALLED)  ## the same at a small size
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks --size small
+
+bench-train: $(INSTALLED)  ## whole trainings, compared with a script of transformers' Trainer (15 minutes)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[bench]'
+	$(BIN)/python -m benchmarks train
 
 bench-gpu: $(INSTALLED)  ## BERT, RoBERTa and GPT-2 on one GPU, at rising batch sizes until its memory is full
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks gpu

@@ -19,7 +19,9 @@ from benchmarks.naive import naive_cross_entropy, naive_kl
 from distilkit.fused import fused_losses
 from distilkit.losses import IGNORE_INDEX, Head
 
-Maker = Literal["naive", "full logits, compiled", "Liger, chunked", "ours"]
+Maker = Literal["naive", "full logits, compiled", "Liger, chunked", "ours", "torch, hard targets", "ours, hard targets"]
+
+_HARD: tuple[Maker, ...] = ("torch, hard targets", "ours, hard targets")  # without a teacher, on all tokens
 
 ALPHA_SOFT, ALPHA_HARD, TEMPERATURE = 5.0, 2.0, 2.0
 
@@ -71,9 +73,9 @@ def draw_heads(num_tokens: int, *, vocabulary: int, width: int, device: str = "c
     return Heads(student=student, teacher=teacher, labels=labels)
 
 
-def flops_per_token(*, vocabulary: int, width: int) -> float:
-    """Count four matrix products: the logits of both models, and the gradients of hidden states and weight."""
-    return 4 * 2.0 * width * vocabulary
+def flops_per_token(*, vocabulary: int, width: int, hard: bool = False) -> float:
+    """Count matrix products: the logits of both models, or of one, and the gradients of hidden states and weight."""
+    return (3 if hard else 4) * 2.0 * width * vocabulary
 
 
 def naive_head_loss(heads: Heads) -> Tensor:
@@ -126,6 +128,20 @@ def liger_head_loss(heads: Heads) -> Tensor:
     return result
 
 
+def torch_hard_loss(heads: Heads) -> Tensor:
+    """Compute the hard targets of all tokens with torch's own loss of a linear layer, in chunks."""
+    features, weight, bias = heads.student
+    options = torch.nn.LinearCrossEntropyOptions()
+    result: Tensor = F.linear_cross_entropy(features, weight, heads.labels, linear_bias=bias, options=options)
+    return result
+
+
+def our_hard_loss(heads: Heads) -> Tensor:
+    """Compute the same with ``fused_losses``."""
+    weights = torch.full(heads.labels.shape, 1 / len(heads.labels), device=heads.labels.device)
+    return fused_losses(heads.student, None, heads.labels, hard_weights=weights).total
+
+
 def absent() -> dict[Maker, str]:
     """Return the variants that cannot run on this machine, and why."""
     reasons: dict[Maker, str] = {}
@@ -138,7 +154,7 @@ def absent() -> dict[Maker, str]:
 
 def loss_variants(fast: Precision) -> list[LossVariant]:
     """List the variants: naive in both precisions, the others in the faster one."""
-    others: list[Maker] = ["full logits, compiled", "Liger, chunked", "ours"]
+    others: list[Maker] = ["full logits, compiled", "Liger, chunked", "ours", *_HARD]
     return [
         LossVariant("naive", "fp32"),
         LossVariant("naive", "bf16"),
@@ -154,11 +170,18 @@ def build_loss(variant: LossVariant, heads: Heads) -> Callable[[], None]:
         "full logits, compiled": full_logits_loss,
         "Liger, chunked": liger_head_loss,
         "ours": our_head_loss,
+        "torch, hard targets": torch_hard_loss,
+        "ours, hard targets": our_hard_loss,
     }
     compute = makers[variant.maker]
     if variant.maker == "full logits, compiled":
         compute = torch.compile(compute)
-    if variant.maker == "Liger, chunked" and variant.precision == "bf16":  # autocast does not apply inside its chunks
+    if variant.maker in _HARD:
+        words = torch.arange(len(heads.labels), device=heads.labels.device) % len(heads.student.weight)
+        heads = Heads(student=heads.student, teacher=heads.teacher, labels=words)
+    if (
+        variant.maker in ("Liger, chunked", "torch, hard targets") and variant.precision == "bf16"
+    ):  # autocast does not apply inside its chunks
         heads = Heads(student=_cast(heads.student), teacher=_cast(heads.teacher), labels=heads.labels)
 
     def run() -> None:
@@ -209,7 +232,10 @@ def time_losses(
                 "wall_seconds": timing.wall_seconds,
                 "tokens_per_core_second": tokens / timing.core_seconds,
                 "tokens_per_second": tokens / timing.wall_seconds,
-                "gflops": 1e-9 * tokens * flops_per_token(vocabulary=vocabulary, width=width) / seconds,
+                "gflops": 1e-9
+                * tokens
+                * flops_per_token(vocabulary=vocabulary, width=width, hard=variant.maker in _HARD)
+                / seconds,
             }
         )
     return records

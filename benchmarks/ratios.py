@@ -35,6 +35,10 @@ def ratios(results: Mapping[str, Any]) -> dict[str, float]:
         found[what] = _ratio(losses, f"ours {fast}", f"naive {precision}", rate)
     compiled = f"full logits, compiled {fast}"
     found["loss alone: times the speed of compiled full logits"] = _ratio(losses, f"ours {fast}", compiled, rate)
+    hard = f"torch, hard targets {fast}"
+    found["hard targets: times the speed of torch's"] = _ratio(losses, f"ours, hard targets {fast}", hard, rate)
+    found["hard targets: share of the memory of torch's"] = _ratio(losses, f"ours, hard targets {fast}", hard, peak)
+    found["loss alone: times the speed of Liger"] = _ratio(losses, f"ours {fast}", f"Liger, chunked {fast}", rate)
     found["loss alone: share of the memory of naive bf16"] = _ratio(losses, f"ours {fast}", "naive bf16", peak)
     found["data path: times the speed of transformers' collator"] = _ratio(data, OURS, MAPPED, rate)
     return {what: ratio for what, ratio in found.items() if ratio is not None}

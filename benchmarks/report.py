@@ -68,6 +68,12 @@ def print_results(console: Console, results: Mapping[str, Any]) -> None:
         console=console,
     )
     print_table(
+        "our step on all rows: shares of its time",
+        ["operation", "share"],
+        [[name, f"{share:.0%}"] for name, share in results["profile"].items()],
+        console=console,
+    )
+    print_table(
         "the data path: masked batches from tokens on disk",
         ["variant", "Mtokens/core-s"],
         [[record["variant"], f"{1e-6 * record['tokens_per_core_second']:.2f}"] for record in results["data"]],

@@ -185,6 +185,21 @@ def time_steps(work: Workload, fast: Precision, batch_size: int, rounds: int) ->
     return records
 
 
+def profile_step(work: Workload, variant: Variant, batch_size: int, most: int = 12) -> dict[str, float]:
+    """Return the shares of a step's time by operation, without what each calls, the largest first."""
+    (step,) = build_steps([variant], work).values()
+    batch = batch_of(work, batch_size)
+    step(batch)  # compiles
+    activity = torch.profiler.ProfilerActivity.CUDA if work.device == "cuda" else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profiler:
+        step(batch)
+    key = "self_device_time_total" if work.device == "cuda" else "self_cpu_time_total"
+    found = {event.key: float(getattr(event, key)) for event in profiler.key_averages()}
+    total = sum(found.values())
+    ordered = sorted(found, key=lambda name: -found[name])
+    return {name: found[name] / total for name in ordered[:most]}
+
+
 def _emulated(variant: Variant, work: Workload, fast: Precision) -> bool:
     return work.device == "cpu" and variant.precision == "bf16" and fast == "fp32"
 

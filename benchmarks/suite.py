@@ -26,7 +26,7 @@ from benchmarks.report import (
     print_results,
     wide_console,
 )
-from benchmarks.step import Workload, time_steps, variants, weigh_step
+from benchmarks.step import Variant, Workload, profile_step, time_steps, variants, weigh_step
 from distilkit.records import write_json
 from distilkit.report.page import markdown_table, print_table
 
@@ -57,9 +57,9 @@ class Plan:
 STANDARD = Plan(
     size="base",
     length=128,
-    blocks=4,
+    blocks=32,
     memory_blocks=32,
-    step_rounds=3,
+    step_rounds=2,
     loss_tokens=4096,
     loss_rounds=1,
     data_batches=50,
@@ -93,13 +93,15 @@ def run_suite(call: Caller, plan: Plan, *, out: Path) -> dict[str, Any]:
     for malloc in ("default", "raised"):
         raised = malloc == "raised"
         say(f"steps in turn, malloc thresholds {malloc}")
-        records = call(time_steps, work, fast, plan.blocks, plan.step_rounds, raised=raised)
+        records = call(time_steps, work, fast, plan.blocks, plan.step_rounds if raised else 1, raised=raised)
         for record, variant in zip(records, variants(fast), strict=True):
             weighed: dict[str, Any] = {"peak_mb": None, "products": True}
             if malloc in plan.weighed:
                 say(f"memory of {variant.name}, malloc thresholds {malloc}")
                 weighed = _weighed(call, weigh_step, work, variant, plan.memory_blocks, raised=raised)
             steps.append({**record, **weighed, "malloc": malloc, "memory_tokens": plan.memory_blocks * plan.length})
+    say("a profile of our step")
+    profile = call(profile_step, work, Variant("ours", fast, "all"), plan.blocks, raised=True)
     say("the loss alone")
     losses = call(time_losses, plan.loss_tokens, vocabulary, width, fast, plan.loss_rounds, raised=True)
     for record, loss_variant in zip(losses, loss_variants(fast), strict=True):
@@ -120,6 +122,7 @@ def run_suite(call: Caller, plan: Plan, *, out: Path) -> dict[str, Any]:
         "vocabulary": vocabulary,
         "steps": steps,
         "losses": losses,
+        "profile": profile,
         "data": data,
         "notes": _notes(peaks, fast),
         "seconds": time.perf_counter() - start,

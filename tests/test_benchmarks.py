@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import batch_sizes, growth, loss, step, suite
+from benchmarks import batch_sizes, growth, loss, step, suite, trainer_script, training
 from benchmarks.machine import Precision
 from benchmarks.measure import NoProducts, here, in_turn, peak_megabytes
 from benchmarks.models import Family
@@ -276,3 +276,47 @@ def test_preparation_tokenizes_the_text_it_wrote() -> None:
     record = growth.prepare_once(1)
     assert 100_000 < record["tokens"] < 500_000  # words of a megabyte, whole or in a few pieces
     assert record["core_seconds"] > 0
+
+
+def test_the_hard_targets_of_torch_are_ours() -> None:
+    heads = loss.draw_heads(64, vocabulary=100, width=16, spread=0.3)
+    words = dataclasses.replace(heads, labels=torch.arange(64))
+    values, gradients = [], []
+    for compute in (loss.torch_hard_loss, loss.our_hard_loss):
+        heads.forget_gradients()
+        values.append(compute(words))
+        values[-1].backward()
+        gradients.append(heads.student.weight.grad)
+    torch.testing.assert_close(values[1], values[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-6)
+
+
+def test_the_trainer_script_has_the_naive_loss() -> None:
+    work = step.Workload(family="bert", size="toy", length=16, dropout=0.0)
+    (naive,) = step.build_steps([step.Variant("naive", "fp32", "all")], work, initializer_range=0.2).values()
+    batch = step.batch_of(work, 3)
+    inputs = {"input_ids": batch["input_ids"], "output_hidden_states": True}
+    student, teacher = naive.student(**inputs, labels=batch["labels"]), naive.teacher(**inputs)
+    mask = torch.ones_like(batch["labels"], dtype=torch.bool)
+    theirs = trainer_script.distillation_loss(student, teacher, mask, temperature=2.0)
+    torch.testing.assert_close(theirs, naive.loss(batch), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow  # starts two trainings
+def test_whole_trainings_are_timed_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without transformers' Trainer, which needs a package that tests do not install."""
+    shape = {"vocab_size": 30522, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    rates = iter([10.0, 20.0, 30.0, 40.0])
+    monkeypatch.setattr(training, "_theirs", lambda out, **given: next(rates))
+    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: object())
+    shape = {**shape, "intermediate_size": 32}
+    found = training.run_training(out=tmp_path, steps=8, batch_size=4, shape=shape, threads=1)
+    assert found["tokens_per_second"][training.DEFAULT] == [10.0, 30.0]
+    assert found["tokens_per_second"][training.RAISED] == [20.0, 40.0]
+    ours = found["tokens_per_second"][training.OURS]
+    assert len(ours) == 2 and min(ours) > 0
+    assert found["ratios"][training.DEFAULT] == pytest.approx(sum(ours) / 2 / 20)
+    assert json.loads((tmp_path / "bench-train.json").read_text("utf-8")) == found
+    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"needs accelerate: pip install -c constraints.txt -e '.\[bench\]'"):
+        training.run_training(out=tmp_path)

@@ -154,7 +154,10 @@ def test_a_job_that_fails_leaves_the_others(sweep: Callable[..., Outcome], tmp_p
             ("teacher_cache.epochs=2", "seed=1"),
             "teacher_cache.epochs=2 and sweep.share_teacher=true both save the teacher's passes; choose one of them",
         ),
-        (("teacher=none", "teacher.name=null", "optimizer.lr=1,2"), "sweep.share_teacher=true, but teacher=none; leave"),
+        (
+            ("teacher=none", "teacher.name=null", "optimizer.lr=1,2"),
+            "sweep.share_teacher=true, but teacher=none; leave",
+        ),
         (("sweep=versus",), "sweep.share_teacher=true, but the jobs of this sweep read those before them; leave"),
         (
             ("hydra/launcher=joblib", "optimizer.lr=1,2"),
