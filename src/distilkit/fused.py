@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.autograd.function import once_differentiable
@@ -197,7 +196,7 @@ def _core(
         labels = labels[:, None]
         weights = torch.where(labels >= 0, hard_weights[:, None], 0)
         shifted, total = _powers(logits, top)
-        hard = (weights * (total - shifted.gather(1, labels.clamp(min=0)))).sum()
+        hard = (weights * torch.where(labels >= 0, total - shifted.gather(1, labels.clamp(min=0)), 0)).sum()
         # A comparison, not a scatter, which would end the fused kernel.
         is_label = torch.arange(logits.shape[1], device=logits.device) == labels  # (rows, vocabulary)
         gradient = gradient + weights * ((shifted - total).exp() - is_label.to(logits.dtype))
@@ -239,13 +238,13 @@ def _elementwise(device: str) -> tuple[Callable[..., Tensor], Callable[..., None
         _log_eager(error)
         return _core_in_parts, _add
     log.info("compiling the loss for %s", device)
-    # Each choice of terms is a separate graph, and the jobs of a sweep share the limit.
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
 
     def core_of_any_size(*tensors: Any, temperature: float) -> Tensor:
         nonlocal core
         for tensor in filter(torch.is_tensor, tensors):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)  # one compilation for all numbers of rows
+        # Each choice of terms is a separate graph, and the jobs of a sweep share them. Threads have a limit of their own.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         try:
             return core(*tensors, temperature=temperature)
         except TorchDynamoException as error:  # raised by the compiler, before anything has run

@@ -220,6 +220,7 @@ class Objective:
             return found, (None, None)
         shared = batch.get("teacher_reads", {})  # by what it is: several students read this batch
         what = id(teacher), theirs, self.reads_teacher_states or whole
+        batch["teacher_is_read"] = what in shared
         if what not in shared:
             with torch.no_grad():
                 shared[what] = _read(teacher, batch, layer=theirs, whole=what[-1])

@@ -239,12 +239,15 @@ def read_metrics(file: Path) -> dict[str, list[tuple[int, float]]]:
     return curves
 
 
+NOT_SETTINGS = ("ckpt_path=", "may_change=", "sweep.share_teacher=")  # overrides that change no result
+
+
 def _overrides(folder: Path) -> list[str]:
     file = folder / ".hydra" / "overrides.yaml"
     if not file.is_file():
         return []
     given: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)  # which may hold ${...}
-    return [each for each in map(str, given) if not each.startswith(("ckpt_path=", "may_change="))]
+    return [each for each in map(str, given) if not each.startswith(NOT_SETTINGS)]
 
 
 def run_label(folder: Path, common: set[str]) -> str:

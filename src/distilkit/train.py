@@ -4,6 +4,7 @@ import logging
 import math
 import shutil
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,8 @@ def build(cfg: DictConfig) -> Job:
     tokenizer = instantiate(cfg.tokenizer)
     needs_head = objective.reads_teacher_logits
     teacher = once(
-        ("teacher", needs_head), lambda: trim_teacher(instantiate(cfg.teacher, needs_head=needs_head), tokenizer)
+        ("teacher", needs_head, OmegaConf.to_yaml(cfg.teacher), OmegaConf.to_yaml(cfg.tokenizer)),
+        lambda: trim_teacher(instantiate(cfg.teacher, needs_head=needs_head), tokenizer),
     )
     trainer, models = build_trainer(cfg), {"teacher": teacher, "tokenizer": tokenizer}
     choice = _measured_layers(cfg, models, objective=objective, trainer=trainer, record=record)
@@ -191,7 +193,10 @@ def _run(job: Job) -> float:
     if torch.cuda.is_initialized():  # by an earlier job in this process
         torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
     more = [callback.requeue for callback in trainer.callbacks if isinstance(callback, StopOnSignal)]  # type: ignore[attr-defined]
-    ranks = ranks_on_config(job.out / "config.yaml", launcher=trainer.strategy.launcher)
+    # Trainings that take turns have one process, and no ranks.
+    ranks: AbstractContextManager[None] = nullcontext()
+    if own_turn() is None:
+        ranks = ranks_on_config(job.out / "config.yaml", launcher=trainer.strategy.launcher)
     with listening(*ENDING, *more), ranks, writing(job.out, cure=_CURE):
         trainer.fit(module, datamodule=job.data, ckpt_path=job.checkpoint)
         trainer.save_checkpoint(job.out / "checkpoints" / LAST, weights_only=False)
@@ -254,6 +259,8 @@ def _check_config(cfg: DictConfig) -> None:
             check_type(cfg[key], kind, name=key)
     if not 0 <= cfg.seed < 2**32:
         raise UserError(f"seed={cfg.seed}, but it must be between 0 and {2**32 - 1}")
+    if cfg.sweep.share_teacher and not in_sweep():
+        log.warning("sweep.share_teacher=true is for the jobs of a sweep (-m), and has no effect here")
     if cfg.non_finite not in ("stop", "skip"):
         raise UserError(f"non_finite={cfg.non_finite}, but it takes stop or skip")
     if cfg.max_skipped < 1:
@@ -408,7 +415,11 @@ def wait_for_others(job: Job, turn: Turn) -> None:
     trained = sum(each.numel() for each in job.module.student.parameters() if each.requires_grad)
     # In float32: a gradient and AdamW's two means; on a GPU the weights, too, which are not there yet.
     kept["bytes"] = kept.get("bytes", 0) + trained * (12 if device.type == "cpu" else 16)
+    kept.setdefault("precisions", set()).add(str(job.trainer.precision))
     turn.wait_for_others(BUILT)
+    if len(kept["precisions"]) > 1:
+        found = f"the jobs have trainer.precision {' and '.join(sorted(kept['precisions']))}, but one teacher"
+        raise UserError(f"{found}; set it, or leave sweep.share_teacher=true out")
     free = turn.once("free", lambda: free_bytes(device))
     if kept["bytes"] > free:
         needs = f"sweep.share_teacher=true needs {megabytes(kept['bytes'] / 2**20)} for gradients and optimizers"
@@ -460,6 +471,7 @@ def main(cfg: DictConfig) -> float:
             wait_for_others(job, turn)
         nll = run(job)
     if job.trainer.is_global_zero:
+        print(f"{turn.name}:\n" if turn else "", end="")
         print_result(job.out, job.module)
     return nll
 

@@ -101,6 +101,27 @@ def test_each_job_ends_as_if_it_had_run_alone_and_the_teacher_runs_once_for_all(
     assert passes[0] * jobs == one_by_one > 0
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("+trainer.limit_train_batches=4,8", "trainer.max_steps=6"),
+        ("data.masking.mlm_probability=[[0,0.9],[1,0.1]]", "trainer.max_steps=2,3"),
+        ("objective=distilbert,mlm", "callbacks.validation.optimizer_steps=1,3"),
+    ],
+    ids=["epochs", "masks", "validations"],
+)
+def test_jobs_that_read_other_batches_end_as_if_each_had_run_alone(
+    overrides: tuple[str, ...], sweep: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    for folder, more in (("alone", ()), ("shared", (SHARED,))):
+        done = sweep(folder, *overrides, "validate_first=false", *more)
+        assert done.code == 0, done.err
+    folders = sorted(folder.name for folder in (tmp_path / "alone").glob("[0-9]"))
+    assert len(folders) in (2, 4)
+    for job in folders:
+        assert_same(tmp_path / "alone" / job, tmp_path / "shared" / job)
+
+
 def test_a_signal_ends_all_jobs_where_they_can_be_resumed_and_the_sweep_goes_on(
     sweep: Callable[..., Outcome], tmp_path: Path
 ) -> None:
@@ -114,12 +135,31 @@ def test_a_signal_ends_all_jobs_where_they_can_be_resumed_and_the_sweep_goes_on(
     assert "Traceback" not in stopped.out + stopped.err
     steps = [last(tmp_path / "stopped" / str(job))["global_step"] for job in range(3)]
     assert set(steps) == {3}  # all have begun the step
-    assert stopped.out.count("go on with: python -m distilkit.train") == 3
-    done = sweep("stopped", rates, *QUIET, SHARED, send)
+    assert stopped.out.count("SIGINT: stopped after step 3, saved as ") == 3
+    assert stopped.out.count("go on with: python -m distilkit.train") == 1
+    done = sweep("stopped", rates, *QUIET, send)  # in the other way
     assert done.code == 0, done.err
     for job in "012":
         mine, theirs = last(tmp_path / "whole" / job), last(tmp_path / "stopped" / job)
         torch.testing.assert_close(mine["state_dict"], theirs["state_dict"], rtol=0, atol=0)
+
+
+def test_a_signal_before_the_first_step_ends_the_command_at_once(given: list[str], tmp_path: Path) -> None:
+    send = "+callbacks.send={_target_: jobs.Send, name: SIGTERM, at: setup}"
+    more = "optimizer.lr=1e-4,2e-4", *QUIET, SHARED, send, f"hydra.sweep.dir={tmp_path}/sweep"
+    tests = str(Path(__file__).parents[1])
+    stopped = spawn("-m", "distilkit.train", *given, *more, cwd=tmp_path, environment={"PYTHONPATH": tests})
+    assert stopped.code == 143
+    assert "SIGTERM ended the command, which starts again with: python -m distilkit.train -m" in stopped.out
+    assert "Traceback" not in stopped.out + stopped.err
+    assert list(tmp_path.glob("sweep/**/*.ckpt")) == []
+
+
+def test_jobs_that_are_there_twice_are_trained_once(sweep: Callable[..., Outcome], tmp_path: Path) -> None:
+    done = sweep("sweep", "objective.temperature=2,2.0", *QUIET, SHARED)
+    assert done.code == 0, done.out
+    assert [folder.name for folder in (tmp_path / "sweep").glob("*/")] == ["0"]
+    assert "has finished before, and is not trained again" in done.out
 
 
 def test_a_job_that_fails_leaves_the_others(sweep: Callable[..., Outcome], tmp_path: Path) -> None:
@@ -145,10 +185,15 @@ def test_a_job_that_fails_leaves_the_others(sweep: Callable[..., Outcome], tmp_p
     [
         (
             ("seed=1,2",),
-            "sweep.share_teacher=true, but the jobs differ in seed, which the teacher reads; sweep over objective, "
+            "sweep.share_teacher=true, but the jobs differ in data.seed, seed, which the teacher reads; sweep over objective, "
             "student, optimizer or scheduler, or leave sweep.share_teacher=true out",
         ),
         (("data.block_size=16,32", "data.masking.mlm_probability=0.1,0.2"), "differ in data.block_size, data.masking."),
+        (("row={seed: 1}", "optimizer.lr=1,2"), "but row={'seed': 1} changes a job after this check; leave"),
+        (("baseline=sweep/0", "optimizer.lr=1,2"), "but baseline=sweep/0 is a job of the same sweep; leave"),
+        (("hydra.job.chdir=true", "seed=1"), "hydra.job.chdir=True is of a whole process, which all jobs share; leave"),
+        (("trainer.devices=2", "seed=1"), "trains on one device, but trainer.devices=2 and trainer.num_nodes=1; set"),
+        (("budget=40m,50m",), "sweep.share_teacher=true trains by steps, but budget=40m; set trainer.max_steps"),
         (("budget=40m", "seed=1"), "sweep.share_teacher=true trains by steps, but budget=40m; set trainer.max_steps"),
         (
             ("teacher_cache.epochs=2", "seed=1"),

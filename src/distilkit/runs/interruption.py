@@ -16,6 +16,7 @@ from distilkit.cli import changes_of_sweep
 from distilkit.errors import UserError
 from distilkit.runs.ranks import starter
 from distilkit.runs.signals import command_again, inbox
+from distilkit.runs.turns import own_turn
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +99,10 @@ class StopOnSignal(Callback):
 
     def _report(self, received: signal.Signals, step: int) -> None:
         """Say how the run goes on, or have SLURM start it again, which ends this process soon."""
+        turn = own_turn()
+        if turn and turn.once("reported", lambda: self) is not self:  # the command is that of the whole sweep
+            log.warning("%s: stopped after step %d, saved as %s", received.name, step, self.file)
+            return
         file = "auto" if "ckpt_path=auto" in inbox.command else self.file
         again = command_again(changes_of_sweep() or {"ckpt_path": file}) if inbox.command else f"ckpt_path={file}"
         log.warning("%s: stopped after step %d, saved as %s; go on with: %s", received.name, step, self.file, again)

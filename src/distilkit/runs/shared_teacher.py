@@ -1,26 +1,32 @@
 """A sweep whose jobs train side by side in one process, so that the teacher runs once for all of them."""
 
 import logging
+import os
+import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from hydra._internal.core_plugins import basic_launcher
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.utils import JobReturn, filter_overrides
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from distilkit.cli import quiet
 from distilkit.errors import UserError, ends_command
-from distilkit.runs.signals import ENDING, inbox, listening, release
+from distilkit.runs.signals import ENDING, Stopped, command_again, inbox, listening, release
+from distilkit.runs.sweeps import settings_of
 from distilkit.runs.turns import Turns, own_turn
 
 log = logging.getLogger(__name__)
 
-# What decides the batches, and what the teacher makes of them.
+# What decides the batches, what the teacher makes of them, and flags of the whole process.
 _COMMON = ["teacher", "tokenizer", "data", "seed", "cache_dir", "matmul_precision", "compile"]
-_COMMON += ["trainer.precision", "trainer.accelerator", "trainer.devices"]
+_COMMON += [f"trainer.{key}" for key in ("precision", "accelerator", "devices", "deterministic", "benchmark")]
 _CURE = "leave sweep.share_teacher=true out"
 
 _launch = BasicLauncher.launch
@@ -36,7 +42,7 @@ class ShareTeacher(Callback):
         """Take the place of Hydra's own launcher; others start processes."""
         with ends_command():
             if config.sweep.share_teacher:
-                _check_sweep(config)
+                _check(config)
         BasicLauncher.launch = _launch_sweep  # type: ignore[method-assign]
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
@@ -51,26 +57,51 @@ def _launch_sweep(
     context, config = self.hydra_context, self.config
     assert context is not None
     assert config is not None
-    jobs = [context.config_loader.load_sweep_config(config, list(each)) for each in job_overrides]
-    differing = _differing(jobs)
-    if not config.sweep.share_teacher:
-        alone = config.hydra.sweeper.get("max_batch_size") == 1 or OmegaConf.is_interpolation(config, "row")
-        if len(jobs) > 1 and not differing and not alone and config.teacher.name and not config.teacher_cache.epochs:
-            log.info("all %s jobs read one teacher: sweep.share_teacher=true runs it once for all of them", len(jobs))
+    shares = OmegaConf.select(config, "sweep.share_teacher")
+    if shares is None:  # a sweep of another command, after one that was interrupted
         return _launch(self, job_overrides, initial_job_idx)
-    with ends_command():
-        if differing:
-            found = f"sweep.share_teacher=true, but the jobs differ in {', '.join(differing)}, which the teacher reads"
-            raise UserError(f"{found}; sweep over objective, student, optimizer or scheduler, or {_CURE}")
-    return _take_turns(self, job_overrides, initial_job_idx)
+    jobs = [context.config_loader.load_sweep_config(config, list(each)) for each in job_overrides]
+    if shares:
+        with ends_command():
+            _check_jobs(jobs)
+        return _take_turns(self, job_overrides, initial_job_idx)
+    try:
+        _check_jobs(jobs)
+        if len(jobs) > 1:
+            log.info("all %s jobs read one teacher: sweep.share_teacher=true runs it once for all of them", len(jobs))
+    except UserError:
+        pass  # it would be refused
+    return _launch(self, job_overrides, initial_job_idx)
 
 
-def _check_sweep(config: DictConfig) -> None:
-    """Refuse sweeps whose jobs cannot run side by side in one process."""
-    if not config.hydra.launcher._target_.endswith(".BasicLauncher"):
+def _check_jobs(jobs: Sequence[DictConfig]) -> None:
+    """Refuse jobs that cannot run side by side, or that have no teacher and batches in common."""
+    for job in jobs:
+        _check(job)
+    if differing := _differing(jobs):
+        found = f"sweep.share_teacher=true, but the jobs differ in {', '.join(differing)}, which the teacher reads"
+        raise UserError(f"{found}; sweep over objective, student, optimizer or scheduler, or {_CURE}")
+
+
+def _check(config: DictConfig) -> None:
+    """Refuse what cannot run side by side in one process."""
+    hydra, trainer = config.hydra, config.trainer
+    if not hydra.launcher._target_.endswith(".BasicLauncher"):
         raise UserError(f"sweep.share_teacher=true trains in one process, but hydra/launcher starts others; {_CURE}")
-    if config.hydra.sweeper.get("max_batch_size") == 1 or OmegaConf.is_interpolation(config, "row"):
+    devices = trainer.get("devices", "auto")
+    if trainer.get("num_nodes", 1) != 1 or devices not in (1, "1", "auto"):
+        found = f"trainer.devices={devices} and trainer.num_nodes={trainer.get('num_nodes', 1)}"
+        raise UserError(f"sweep.share_teacher=true trains on one device, but {found}; set both to 1, or {_CURE}")
+    if hydra.sweeper.get("max_batch_size") == 1 or OmegaConf.is_interpolation(config, "row"):
         raise UserError(f"sweep.share_teacher=true, but the jobs of this sweep read those before them; {_CURE}")
+    baseline = config.get("baseline")
+    if baseline is not None and Path(hydra.sweep.dir).resolve() in Path(str(baseline)).expanduser().resolve().parents:
+        raise UserError(f"sweep.share_teacher=true, but baseline={baseline} is a job of the same sweep; {_CURE}")
+    if config.row is not None:
+        raise UserError(f"sweep.share_teacher=true, but row={config.row} changes a job after this check; {_CURE}")
+    if hydra.job.chdir or hydra.job.env_set:
+        key = "chdir" if hydra.job.chdir else "env_set"
+        raise UserError(f"hydra.job.{key}={hydra.job[key]} is of a whole process, which all jobs share; {_CURE}")
     if config.budget is not None:
         raise UserError(f"sweep.share_teacher=true trains by steps, but budget={config.budget}; set trainer.max_steps")
     if config.teacher_cache.epochs:
@@ -89,14 +120,16 @@ def _differing(jobs: Sequence[DictConfig]) -> list[str]:
         names = dict.fromkeys(name for value in values for name in value)
         return [each for name in names for each in differing([value.get(name) for value in values], f"{key}.{name}")]
 
-    plain: list[Any] = [OmegaConf.to_container(job, resolve=False) for job in jobs]
-    found = []
-    for key in _COMMON:
-        values = plain
-        for name in key.split("."):
-            values = [value.get(name) for value in values]
-        found += differing(values, key)
-    return found
+    return [each for key in _COMMON for each in differing([_plain(job, key) for job in jobs], key)]
+
+
+def _plain(job: DictConfig, key: str) -> Any:
+    """Return what a job has at a key, with interpolations resolved where that is possible before it begins."""
+    node = OmegaConf.select(job, key, throw_on_resolution_failure=False)
+    try:
+        return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    except OmegaConfBaseException:
+        return OmegaConf.to_container(node, resolve=False)
 
 
 def _take_turns(
@@ -105,46 +138,70 @@ def _take_turns(
     """Run each job in a thread of its own; signals reach this one, and the jobs see them after their next step."""
     common = set.intersection(*map(set, job_overrides))
     names = [", ".join(each for each in filter_overrides(job) if each not in common) for job in job_overrides]
-    turns = Turns([name or f"job {initial_job_idx + number}" for number, name in enumerate(names)])
-    returns: list[Any] = [None] * len(job_overrides)
-    stops: list[BaseException] = []
+    names = [name or f"job {initial_job_idx + number}" for number, name in enumerate(names)]
+    first: dict[frozenset[str], int] = {}
+    for number, job in enumerate(job_overrides):
+        first.setdefault(settings_of(job), number)
+    numbers = list(first.values())  # a job that is there twice has one folder, and is trained once
+    log.info("%s jobs take turns, with one pass of the teacher for all:", len(numbers))
+    for number in numbers:
+        log.info("\t#%s : %s", initial_job_idx + number, names[number])
+    turns, returns, stops = Turns([names[number] for number in numbers]), {}, []
 
-    def run(number: int) -> None:
-        turn = turns.join(number)
+    def run(place: int) -> None:
+        number, turn = numbers[place], turns.join(place)
         try:
-            returns[number] = _launch(launcher, [job_overrides[number]], initial_job_idx + number)[0]
+            (returns[number],) = _launch(launcher, [job_overrides[number]], initial_job_idx + number)
         except BaseException as error:  # a signal's, or one of Hydra's, which ends the sweep
             stops.append(error)
         finally:
             turn.leave()
 
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(job_overrides))]
-    with _named_records(), quiet(), listening(*ENDING):
-        inbox.held = True
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            while thread.is_alive():
-                thread.join(1.0)  # a signal that the system gives to another thread is seen then
+    threads = [threading.Thread(target=run, args=(place,), daemon=True) for place in range(len(numbers))]
+    with _logging(), quiet(), listening(*ENDING, *_requeue(launcher.config)):
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(1.0)  # a signal that the system gives to another thread is seen then
+        except Stopped:  # nothing holds signals: no job trains yet
+            folder = str(Path(launcher.config.hydra.sweep.dir).resolve())  # type: ignore[union-attr]
+            again = command_again({"hydra.sweep.dir": folder}) if inbox.command else "the same command"
+            log.warning("%s ended the command, which starts again with: %s", signal.Signals(inbox.received).name, again)
+            logging.shutdown()
+            os._exit(128 + inbox.received)  # what the other threads write is whole or not there
         if stops:
             raise stops[0]
         release()
-    return returns
+    for number, job in enumerate(job_overrides):
+        if number not in returns:
+            (returns[number],) = _launch(launcher, [job], initial_job_idx + number)
+    return [returns[number] for number in range(len(job_overrides))]
+
+
+def _requeue(config: Any) -> list[signal.Signals]:
+    """Return the signal after which SLURM starts a training again, if it is one."""
+    name = str(OmegaConf.select(config, "callbacks.signals.requeue"))
+    return [signal.Signals[name]] if name in signal.Signals.__members__ else []
 
 
 @contextmanager
-def _named_records() -> Iterator[None]:
-    """Begin what is logged with the name of its job."""
-    plain = logging.getLogRecordFactory()
+def _logging() -> Iterator[None]:
+    """Begin what is logged with the name of its job, and leave out that Hydra launches one job at a time."""
+    plain, level = logging.getLogRecordFactory(), basic_launcher.log.level
 
     def named(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record = plain(*args, **kwargs)
         if turn := own_turn():
-            record.msg, record.args = f"{turn.name}: {record.getMessage()}", ()
+            name = turn.name.replace("%", "%%") if record.args else turn.name
+            record.msg = f"{name}: {record.msg}"
         return record
 
     logging.setLogRecordFactory(named)
+    basic_launcher.log.setLevel(logging.WARNING)
     try:
         yield
     finally:
+        basic_launcher.log.setLevel(level)
         logging.setLogRecordFactory(plain)

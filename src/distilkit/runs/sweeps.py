@@ -27,12 +27,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from distilkit import cli
 from distilkit.errors import UserError, ends_command
+from distilkit.records import NOT_SETTINGS
 
 log = logging.getLogger(__name__)
 
 PRUNED = "pruned.json"  # in the folder of a job that a search has ended early
 _RECORD = "job.json"  # in the folder of each job: its overrides
-_NOT_SETTINGS = ("ckpt_path=", "may_change=", "optuna.trials=")  # they belong to a resume
+_NOT_SETTINGS = (*NOT_SETTINGS, "optuna.trials=")
 # As 1e-3, which Hydra writes as 0.001.
 _NUMBER = re.compile(r"(?<![\w./-])-?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?(?![\w./-])")
 
@@ -43,7 +44,7 @@ def _plain(override: str) -> str:
     return _NUMBER.sub(lambda number: repr(float(number[0])).removesuffix(".0"), text)
 
 
-def _settings(overrides: Iterable[str]) -> frozenset[str]:
+def settings_of(overrides: Iterable[str]) -> frozenset[str]:
     """Return what identifies a job."""
     return frozenset(each for each in map(_plain, overrides) if not each.startswith(_NOT_SETTINGS))
 
@@ -57,7 +58,7 @@ def _recorded(sweep: Path) -> dict[str, frozenset[str]]:
     found = {}
     for file in sorted(sweep.glob(f"*/{_RECORD}")):
         try:
-            found[file.parent.name] = _settings(json.loads(file.read_text("utf-8")))
+            found[file.parent.name] = settings_of(json.loads(file.read_text("utf-8")))
         except ValueError as error:  # as after a power cut
             raise UserError(f"{file} is damaged; delete {file.parent}, whose job is then trained again") from error
     return found
@@ -69,7 +70,7 @@ def job_folder() -> str:
     It is the job's number, unless that is taken by a job of other overrides, since the grid has changed.
     """
     hydra: Any = HydraConfig.get()
-    number, own = str(hydra.job.num), _settings(cli.unresolved(hydra.overrides.task))
+    number, own = str(hydra.job.num), settings_of(cli.unresolved(hydra.overrides.task))
     recorded = _recorded(Path(hydra.sweep.dir))
     same = [name for name, settings in recorded.items() if settings == own]
     names = itertools.chain([number], (f"{number}-{n}" for n in itertools.count(2)))
@@ -82,7 +83,7 @@ def take_up(folder: Path) -> float | None:
     The score is the held-out cross-entropy, or nan where nothing was scored. A folder of other overrides is an error.
     """
     given = cli.unresolved(HydraConfig.get().overrides.task)
-    own, recorded = _settings(given), _recorded(folder.parent).get(folder.name)
+    own, recorded = settings_of(given), _recorded(folder.parent).get(folder.name)
     if recorded is None:
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f"{_RECORD}.{os.getpid()}"  # ranks that torchrun has started write the same
@@ -187,7 +188,7 @@ def _find_sweep(config: DictConfig, given: list[str]) -> None:
     same = []
     for file in sorted(folder.parent.glob("*/multirun.yaml"), key=lambda file: file.stat().st_mtime):
         overrides: Any = OmegaConf.load(file)
-        if _settings(cli.unresolved(overrides.hydra.overrides.task)) == _settings(given):
+        if settings_of(cli.unresolved(overrides.hydra.overrides.task)) == settings_of(given):
             same.append(file.parent)
     if same:
         log.info("going on with the sweep in %s", same[-1])
@@ -208,8 +209,8 @@ def _check_sweep(config: DictConfig, given: list[str]) -> None:
     except OverrideParseException:  # Hydra will say so
         return
     last = {each.get_key_element(): each for each in parsed}.values()  # of each key
-    shared = _settings(each.input_line or "" for each in last if not each.is_sweep_override())
-    keys = _keys(_settings(given)) | set(config.hydra.sweeper.get("params") or {})
+    shared = settings_of(each.input_line or "" for each in last if not each.is_sweep_override())
+    keys = _keys(settings_of(given)) | set(config.hydra.sweeper.get("params") or {})
     if recorded and not any(shared <= job and _keys(job) == keys for job in recorded):
         job = min(recorded, key=lambda each: len(shared - each) + len(_keys(each) ^ keys))
         there = {each for each in job if _keys([each]) & (_keys(shared) | (_keys(job) - keys))}

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from pytorch_lightning import Callback, LightningModule, Trainer
 
@@ -12,7 +13,9 @@ from distilkit.errors import UserError
 from distilkit.runs.signals import Stopped, inbox
 
 T = TypeVar("T")
-Position = tuple[int, ...]  # micro-batches that a training has read, and held-out batches since; what is lower goes first
+Position = tuple[
+    int, ...
+]  # micro-batches that a training has read, and held-out batches since; what is lower goes first
 
 START: Position = (-2,)  # a training that is not built
 BUILT: Position = (-1,)  # one that has its models, but has not begun
@@ -33,7 +36,8 @@ class Turns:
         self.current: int | None = 0
         self.changed = threading.Condition()
         self.kept: dict[Any, Any] = {}
-        self.batch: tuple[Any, dict[Any, Any]] = None, {}  # the newest micro-batch, and what was read of the teacher
+        self.batch: dict[str, Any] = {}  # what a teacher reads of the newest micro-batch
+        self.reads: dict[Any, Any] = {}  # and what was read of the teacher on it
 
     def join(self, number: int) -> "Turn":
         """Wait for the first turn of a training, in its thread."""
@@ -41,11 +45,15 @@ class Turns:
         turn._wait()
         return turn
 
-    def reads(self, batch: Any) -> dict[Any, Any]:
-        """Return what was read of the teacher on a micro-batch, by what it is; that of earlier ones is dropped."""
-        if self.batch[0] != batch:
-            self.batch = batch, {}
-        return self.batch[1]
+    def reads_on(self, batch: dict[str, Any]) -> dict[Any, Any]:
+        """Return what was read of the teacher on this micro-batch, by what it is; that of other ones is dropped."""
+        read: dict[str, Any] = {
+            name: batch[name] for name in ("input_ids", "attention_mask", "document_ids") if name in batch
+        }
+        kept = self.batch
+        if read.keys() != kept.keys() or not all(torch.equal(each, kept[name]) for name, each in read.items()):
+            self.batch, self.reads = read, {}
+        return self.reads
 
     def _next(self, default: int) -> int | None:
         """Return whose turn it is; ``default`` where several have read equally much."""
@@ -88,11 +96,9 @@ class Turn:
         HydraConfig.instance().cfg, logging.root.handlers[:] = hydra, handlers
 
     def wait_for_others(self, position: Position) -> None:
-        """Wait until the others have come as far; raise ``Stopped`` if a signal has come meanwhile."""
+        """Wait until the others have come as far."""
         if self.ends(position):
             self.pass_on()
-        if inbox.received:
-            raise Stopped(128 + inbox.received)
 
     def leave(self) -> None:
         """Let the others go on without this training, which has ended."""
@@ -121,7 +127,7 @@ def once(key: Any, make: Callable[[], T]) -> T:
 class TakeTurns(Callback):
     """Let the other trainings of this process run after each micro-batch, and give it what they have read on it.
 
-    A batch gets ``teacher_reads``: a dict of what was read of the teacher on it.
+    A batch gets ``teacher_reads``: a dict of what was read of the teacher on a batch of the same tokens.
     """
 
     def __init__(self, turn: Turn) -> None:
@@ -141,13 +147,13 @@ class TakeTurns(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Give the micro-batch what was read on it."""
         self.read = trainer.current_epoch * int(trainer.num_training_batches) + batch_idx + 1
-        self._give(batch, ("train", self.read))
+        batch["teacher_reads"] = self.turn.turns.reads_on(batch)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Give the held-out batch what was read on it."""
-        self._give(batch, ("val", self.read, batch_idx))
+        batch["teacher_reads"] = self.turn.turns.reads_on(batch)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -163,10 +169,6 @@ class TakeTurns(Callback):
             raise Stopped(128 + inbox.received)
         self._end(pl_module, (self.read, batch_idx + 1))
 
-    def _give(self, batch: Any, which: Any) -> None:
-        batch["teacher_reads"] = self.turn.turns.reads(which)
-        batch["teacher_is_read"] = bool(batch["teacher_reads"])
-
     def _end(self, pl_module: Any, position: Position) -> None:
         """Pass on; the time of the others is none of this training."""
         if not self.turn.ends(position):
@@ -175,6 +177,7 @@ class TakeTurns(Callback):
         pl_module.stop_clock()
         self.turn.pass_on()
         if pl_module.teacher is not None:
-            pl_module.teacher.to(pl_module.device)  # the end of another training moves it to the CPU
+            with torch.inference_mode(False):  # the end of another training moves it to the CPU
+                pl_module.teacher.to(pl_module.device)
         if runs:
             pl_module.clock.start()

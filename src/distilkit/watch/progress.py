@@ -10,6 +10,7 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import ProgressBar as LightningBar
 
 from distilkit.errors import UserError
+from distilkit.runs.turns import own_turn
 from distilkit.watch.screen import Screen
 
 log = logging.getLogger(__name__)
@@ -154,7 +155,7 @@ class ProgressBar(LightningBar):
 
     def _begin(self) -> None:
         self.told = perf_counter()
-        if self.enabled:
+        if self.enabled and own_turn() is None:  # trainings that take turns would write over each other's lines
             self.screen.open()
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -3,7 +3,6 @@
 import html
 import logging
 import sys
-import threading
 from time import perf_counter
 from typing import Any
 
@@ -35,11 +34,8 @@ class Screen:
         return self.live is not None or self.notebook is not None
 
     def open(self) -> None:
-        """Begin the lines in a terminal or a notebook; what is logged then goes above them.
-
-        Trainings that share a process, in threads of their own, would write over each other's.
-        """
-        if self.is_open or threading.current_thread() is not threading.main_thread():
+        """Begin the lines in a terminal or a notebook; what is logged then goes above them."""
+        if self.is_open:
             return
         self.console = console = Console(soft_wrap=True)  # else a command that is logged cannot be copied
         if console.is_jupyter:
