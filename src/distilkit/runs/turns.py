@@ -13,9 +13,7 @@ from distilkit.errors import UserError
 from distilkit.runs.signals import Stopped, inbox
 
 T = TypeVar("T")
-Position = tuple[
-    int, ...
-]  # micro-batches that a training has read, and held-out batches since; what is lower goes first
+Position = tuple[int, ...]  # micro-batches that a training has read, and held-out batches since; the lowest runs
 
 START: Position = (-2,)  # a training that is not built
 BUILT: Position = (-1,)  # one that has its models, but has not begun
