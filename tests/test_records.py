@@ -105,14 +105,15 @@ def test_damaged_rows_are_named(damage: str, tmp_path: Path) -> None:
         read_rows(tmp_path, "dev")
 
 
-def test_runs_are_read_in_the_order_they_ended_and_unfinished_ones_are_left_out(tmp_path: Path) -> None:
-    write_run(tmp_path, "2", ["x=c"], order=1)
-    write_run(tmp_path, "0", ["x=a"], order=2)
-    write_run(tmp_path, "10", ["x=b"], order=3)
+def test_runs_are_read_by_number_then_in_the_order_they_ended_and_unfinished_ones_are_left_out(tmp_path: Path) -> None:
+    write_run(tmp_path, "distilled", ["x=d"], order=1)
+    write_run(tmp_path, "10", ["x=b"], order=2)
+    write_run(tmp_path, "baseline", ["x=e"], order=3)
+    write_run(tmp_path, "2", ["x=c"], order=4)
     (tmp_path / "3" / "checkpoints").mkdir(parents=True)
     runs = read_runs(tmp_path)
-    assert [run["folder"] for run in runs] == [str(tmp_path / job) for job in ("2", "0", "10")]
-    assert [run["label"] for run in runs] == ["x=c", "x=a", "x=b"]
+    assert [run["folder"] for run in runs] == [str(tmp_path / job) for job in ("2", "10", "distilled", "baseline")]
+    assert [run["label"] for run in runs] == ["x=c", "x=b", "x=d", "x=e"]
     assert runs[0]["after"] == AFTER
     assert runs[0]["tokens_seen"] == 4096
 
