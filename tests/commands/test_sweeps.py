@@ -480,6 +480,6 @@ def test_overrides_are_the_same_however_their_numbers_are_written() -> None:
         "seed=12345678",
         "data.corpus.paths=[a-1.txt,2024/b]",
     ]
-    assert sweeps._settings(written) == sweeps._settings(recorded)
-    assert sweeps._settings(["seed=12345678"]) != sweeps._settings(["seed=12345679"])
-    assert sweeps._settings(["name=v1.0"]) != sweeps._settings(["name=v1.00"])
+    assert sweeps.settings_of(written) == sweeps.settings_of(recorded)
+    assert sweeps.settings_of(["seed=12345678"]) != sweeps.settings_of(["seed=12345679"])
+    assert sweeps.settings_of(["name=v1.0"]) != sweeps.settings_of(["name=v1.00"])

@@ -157,7 +157,15 @@ def test_the_tasks_of_equal_rows_join_the_table_and_the_report(
         given = ["sweep=versus", "versus.tasks=[rte,stsb]", "versus.seeds=[1,2,3]", f"hydra.sweep.dir={tmp_path}"]
         cfg = compose("train", given, return_hydra_config=True)
     # Hydra calls callbacks in reverse at the end, so that the scores are there when the table is made.
-    assert list(cfg.hydra.callbacks) == ["credentials", "failures", "home", "folder", "sweep_report", "tasks"]
+    assert list(cfg.hydra.callbacks) == [
+        "credentials",
+        "failures",
+        "home",
+        "folder",
+        "share_teacher",
+        "sweep_report",
+        "tasks",
+    ]
     SweepTasks(group="versus").on_multirun_end(cfg)
     SweepReport(measure_latency=False).on_multirun_end(cfg)
     assert {(each.name, each.task, each.seed) for each in read_results([tmp_path / "scores"])} == {
