@@ -15,7 +15,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: $(INSTALLED)  ## train a small BERT on docstrings, distil it, and compare (4 to 8 minutes on 2 CPU cores)
+demo: $(INSTALLED)  ## train a small BERT on docstrings, distil it, and compare (4 to 9 minutes on 2 CPU cores)
 	$(BIN)/python -m distilkit.train experiment=demo
 
 test: $(INSTALLED)  ## run the tests but the slow ones
@@ -45,13 +45,13 @@ format: $(INSTALLED)  ## fix style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED)  ## time and memory of a step of BERT-base, compared with a naive one (15 minutes)
+bench: $(INSTALLED)  ## time and memory of a step of BERT-base, compared with a naive one, at 4,096 tokens
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks
 
 bench-quick: $(INSTALLED)  ## the same at a small size
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks --size small
 
-bench-train: $(INSTALLED)  ## whole trainings, compared with a script of transformers' Trainer (15 minutes)
+bench-train: $(INSTALLED)  ## whole trainings, compared with a script of transformers' Trainer
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[bench]'
 	$(BIN)/python -m benchmarks train
 

@@ -179,9 +179,8 @@ def build_loss(variant: LossVariant, heads: Heads) -> Callable[[], None]:
     if variant.maker in _HARD:
         words = torch.arange(len(heads.labels), device=heads.labels.device) % len(heads.student.weight)
         heads = Heads(student=heads.student, teacher=heads.teacher, labels=words)
-    if (
-        variant.maker in ("Liger, chunked", "torch, hard targets") and variant.precision == "bf16"
-    ):  # autocast does not apply inside its chunks
+    in_chunks = variant.maker in ("Liger, chunked", "torch, hard targets")
+    if in_chunks and variant.precision == "bf16":  # autocast does not apply inside them
         heads = Heads(student=_cast(heads.student), teacher=_cast(heads.teacher), labels=heads.labels)
 
     def run() -> None:

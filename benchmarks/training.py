@@ -8,7 +8,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +68,8 @@ def run_training(
             for name in runs:
                 console.print(f"round {round_ + 1}: {name}", highlight=False)
                 given: Any = {"teacher": teacher, "text": text, "steps": steps, "batch_size": batch_size}
-                run = _ours if name == OURS else _theirs
-                rates[name].append(
-                    run(
-                        place / f"{name}-{round_}", raised=name == RAISED, bf16=fast == "bf16", threads=threads, **given
-                    )
-                )
+                run: Callable[..., float] = _ours if name == OURS else partial(_theirs, raised=name == RAISED)
+                rates[name].append(run(place / f"{name}-{round_}", bf16=fast == "bf16", threads=threads, **given))
     results: dict[str, Any] = {
         "machine": describe("cuda" if torch.cuda.is_available() else "cpu"),
         **{"precision": fast, "threads": threads, "steps": steps, "tokens_a_step": batch_size * 128},
@@ -105,7 +102,7 @@ def _call(line: Sequence[str], *, threads: int, more: Mapping[str, str] | None =
 
 
 def _ours(
-    out: Path, *, teacher: str, text: Sequence[str], steps: int, batch_size: int, raised: bool, bf16: bool, threads: int
+    out: Path, *, teacher: str, text: Sequence[str], steps: int, batch_size: int, bf16: bool, threads: int
 ) -> float:
     """Return the median of the logged tokens/s, after the steps that compile."""
     paths = ",".join(f"'{path}'" for path in text)

@@ -155,6 +155,8 @@ def test_ratios_are_ours_over_naive() -> None:
     ]
     steps = [{**row, "malloc": malloc} for row in steps for malloc in ("default", "raised")]
     losses = [bench_record("naive fp32", 10, 60), bench_record("naive bf16", 20, 60), bench_record("ours bf16", 80, 20)]
+    losses += [bench_record("torch, hard targets bf16", 50, 40), bench_record("ours, hard targets bf16", 75, 10)]
+    losses += [bench_record("Liger, chunked bf16", 64, 30)]
     data = [bench_record("ours", 25e6, 0), bench_record("HF collator, memory map", 1e6, 0)]
     found = ratios({"fast_precision": "bf16", "steps": steps, "losses": losses, "data": data})
     assert {what: round(ratio, 2) for what, ratio in found.items()} == {
@@ -165,6 +167,9 @@ def test_ratios_are_ours_over_naive() -> None:
         "loss alone: times the speed of naive bf16": 4.0,
         "loss alone: times the speed of naive fp32": 8.0,
         "loss alone: share of the memory of naive bf16": 0.33,
+        "loss alone: times the speed of Liger": 1.25,
+        "hard targets: times the speed of torch's": 1.5,
+        "hard targets: share of the memory of torch's": 0.25,
         "data path: times the speed of transformers' collator": 25.0,
     }
 

@@ -70,5 +70,21 @@ def test_the_heads_count_for_the_rows_that_are_read() -> None:
     assert every - masked == skipped * (3 * costs[0].head + costs[1].head)
 
 
+def test_a_pass_of_the_teacher_that_another_student_has_made_does_not_count() -> None:
+    shape = {**SHAPES["bert"], "attention_probs_dropout_prob": 0.0}  # with it, attention is computed again in backward
+    student = build_model("bert", seed=1, num_layers=1, **shape).train()
+    teacher = build_model("bert", num_layers=4, **shape).requires_grad_(False)
+    chosen, batch = build_objective("mlm", "reference", "all"), full_batch(lm="mlm", blocks=2, length=60)
+    counts = chosen.denominators(num_tokens=torch.tensor(120), num_labels=torch.tensor(20), lm="mlm")
+    costs = forward_cost(student), forward_cost(teacher)
+    batch["teacher_reads"], found = {}, []
+    for _ in range(2):
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            chosen.loss(student, teacher, batch, lm="mlm", denominators=counts)[0].backward()
+        assert counter.get_total_flops() == pytest.approx(step_flops(chosen, *costs, batch, lm="mlm"), rel=0.05)
+        found.append(counter.get_total_flops())
+    assert found[0] - found[1] == pytest.approx(120 * (costs[1].backbone + 60 * costs[1].attention), rel=1e-3)
+
+
 def test_the_peak_of_this_machine_is_a_plausible_number() -> None:
     assert 1e8 < peak_flops(torch.device("cpu"), torch.float32) < 1e15

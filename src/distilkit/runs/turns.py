@@ -44,7 +44,13 @@ class Turns:
         return turn
 
     def reads_on(self, batch: dict[str, Any]) -> dict[Any, Any]:
-        """Return what was read of the teacher on this micro-batch, by what it is; that of other ones is dropped."""
+        """Return what was read of the teacher on this micro-batch, by what it is; that of other ones is dropped.
+
+        The comparison waits for the device, which each turn's end has waited for anyway, unless only one training is left.
+        """
+        if len(self.positions) == 1:
+            self.batch, self.reads = {}, {}
+            return {}
         read: dict[str, Any] = {
             name: batch[name] for name in ("input_ids", "attention_mask", "document_ids") if name in batch
         }
