@@ -23,7 +23,7 @@ import distilkit.train
 from benchmarks.quality import clock, curve, experiment, held_out, report, runner, training
 from benchmarks.quality.__main__ import main
 from distilkit.errors import UserError
-from distilkit.records import Rows, read_file, read_rows, write_results, write_rows
+from distilkit.records import Rows, read_file, read_rows, write_json, write_results, write_rows
 from distilkit.schedule import build_schedule
 from jobs import call
 from scores import result, with_rows
@@ -81,7 +81,7 @@ def test_wrong_settings_are_refused_in_one_sentence(arguments: list[str], messag
 
 def test_other_settings_need_another_folder(make: Callable[..., experiment.Experiment]) -> None:
     make("budget=3s", "rows=[lm]")
-    make("budget=3s", "rows=[lm,triple]", "tasks=[rte]", "jobs=2")
+    make("budget=3s", "rows=[lm,triple]", "tasks=[rte]", "jobs=2", "trainer=gpu")
     with pytest.raises(UserError, match="holds results with other settings: budget=4s, before 3s; choose another out"):
         make("budget=4s")
 
@@ -447,6 +447,22 @@ def test_an_unfinished_report_names_what_it_cannot_say(
     text = report.report(own).read_text("utf-8")
     assert "No row beats lm and triple, " in text and "Not known yet for best." in text
     assert "teacher (held-out text, STS-B by cosine, RTE, SST-2)" in text
+
+
+@pytest.mark.parametrize(("trainer", "seconds"), [("cpu", 7), ("gpu", 50)])
+def test_steps_trained_on_a_gpu_count_as_the_core_seconds_that_they_were_measured_at(
+    trainer: str, seconds: float, make: Callable[..., experiment.Experiment]
+) -> None:
+    own = make("rows=[lm]", "tasks=[rte,sst2]", f"trainer={trainer}")
+    write_scores(own.out, "lm", nll=3.0, right=0.6)
+    folder = own.out / "runs" / "lm"
+    folder.mkdir(parents=True)
+    write_json(folder / "summary.json", {"optimizer_steps": 100, "machine": "NVIDIA H100"})
+    write_json(folder / "clock.json", {"core_seconds": 7, "wall_seconds": 3})
+    write_json(own.out / "speed.json", {"lm": {"seconds_per_step": 0.5}})
+    record = report.records_of(own, report.read_scores(own))[1]
+    assert record["hours"] == pytest.approx(seconds / 3600)
+    assert record["machine"] == "NVIDIA H100"
 
 
 def test_wrong_stages_are_refused(monkeypatch: pytest.MonkeyPatch, save_teacher: Callable[..., Path]) -> None:

@@ -8,6 +8,7 @@ within each part, so that ``curve_overrides`` sets them to one value.
 import itertools
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.quality import scoring
@@ -36,12 +37,25 @@ def schedules(leaves: int, ends: int, *, warmup: int) -> tuple[list[str], list[s
     return trunk, [may, "scheduler.name=wsd", f"scheduler.warmup_share={warmup / ends:.8f}", decay]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A point of a row's curve: the overrides of the trunk up to its branch, and of the branch."""
+
+    name: str
+    tokens: float
+    leaves: int  # steps
+    ends: int
+    trunk: list[str]
+    branch: list[str]
+
+
 def measure_curve(experiment: Experiment) -> None:
-    """Train trunk and branches of each row of the curve, and score the branches."""
+    """Train the trunk of each row of the curve, and then the branches, and score these."""
     own = experiment.settings
-    rows = [name for name in own.curve_rows if name in experiment.rows]
-    if own.curve:
-        experiment.runner.each(lambda name: _measure(experiment, name), rows)
+    rows = [name for name in own.curve_rows if name in experiment.rows] if own.curve else []
+    points = {name: points_of(experiment, name) for name in rows}
+    experiment.runner.each(lambda name: [train_trunk(experiment, point) for point in points[name]], rows)
+    experiment.runner.each(lambda point: decay(experiment, point), itertools.chain.from_iterable(points.values()))
 
 
 def branch(experiment: Experiment, name: str, tokens: float) -> Path:
@@ -49,28 +63,44 @@ def branch(experiment: Experiment, name: str, tokens: float) -> Path:
     return experiment.out / "curve" / name / f"{tokens:.0f}"
 
 
-def _measure(experiment: Experiment, name: str) -> None:
+def _trunk(experiment: Experiment, name: str, tokens: float) -> Path:
+    return branch(experiment, name, tokens).with_name(f"{tokens:.0f}-trunk")
+
+
+def _last(folder: Path) -> str:
+    return f"ckpt_path={folder / 'checkpoints' / 'last.ckpt'}"
+
+
+def points_of(experiment: Experiment, name: str) -> list[Point]:
+    """Return the points of a row's curve, in their order."""
     own, summary = experiment.settings, run_folder(experiment, name) / "summary.json"
     if not summary.is_file():
         raise UserError(f"the tokens of a step of row {name} are not known; add stage=train")
     trained = json.loads(summary.read_text("utf-8"))
     per_step = trained["tokens_seen"] / trained["optimizer_steps"]
-    points = sorted(own.curve)
-    pairs = steps_of(points, tokens_per_step=per_step, decay_share=own.decay_share)
+    pairs = steps_of(own.curve, tokens_per_step=per_step, decay_share=own.decay_share)
     warmup = max(1, round(_WARMUP * pairs[0][1]))
-    before: list[str] = []
-    for tokens, (leaves, ends) in zip(points, pairs, strict=True):
-        folder, label = branch(experiment, name, tokens), f"curve/{name}-{tokens:.0f}"
-        trunk = folder.with_name(f"{tokens:.0f}-trunk")
+    shared, found, before = [*tuned(experiment, name), *own.curve_overrides], [], []
+    for tokens, (leaves, ends) in zip(sorted(own.curve), pairs, strict=True):
         constant, decayed = schedules(leaves, ends, warmup=warmup)
-        shared = [*tuned(experiment, name), *own.curve_overrides]
-        last = [f"ckpt_path={trunk / 'checkpoints' / 'last.ckpt'}"]
-        run = experiment.runner.run
-        run(experiment.training(f"{label}-trunk", trunk, [*shared, *constant, *before], steps=leaves))
-        run(experiment.training(label, folder, [*shared, *decayed, *last], steps=ends))
+        last = [_last(_trunk(experiment, name, tokens))]
+        overrides = {"trunk": [*shared, *constant, *before], "branch": [*shared, *decayed, *last]}
+        found.append(Point(name=name, tokens=tokens, leaves=leaves, ends=ends, **overrides))
         before = last
-        scoring.held_out(experiment, name, folder / "student", folder / "scores" / scoring.HELD_OUT)
-        if own.similarity:
-            scoring.evaluate(
-                experiment, name, folder / "student", out=folder / "scores", tasks=["similarity"], seeds=[None]
-            )
+    return found
+
+
+def train_trunk(experiment: Experiment, point: Point) -> None:
+    """Train the trunk from the point before to the step at which the branch of this one leaves it."""
+    folder, label = _trunk(experiment, point.name, point.tokens), f"curve/{point.name}-{point.tokens:.0f}-trunk"
+    experiment.runner.run(experiment.training(label, folder, point.trunk, steps=point.leaves))
+
+
+def decay(experiment: Experiment, point: Point) -> None:
+    """Train the branch of a point, and score it."""
+    folder, label = branch(experiment, point.name, point.tokens), f"curve/{point.name}-{point.tokens:.0f}"
+    experiment.runner.run(experiment.training(label, folder, point.branch, steps=point.ends))
+    student, scores = folder / "student", folder / "scores"
+    scoring.held_out(experiment, point.name, student, scores / scoring.HELD_OUT)
+    if experiment.settings.similarity:
+        scoring.evaluate(experiment, point.name, student, out=scores, tasks=["similarity"], seeds=[None])

@@ -19,15 +19,9 @@ from distilkit.records import write_json
 
 HERE = Path(__file__).parent
 _UNITS = {"s": 1, "m": 60, "h": 3600}
+# What may change from one call to the next. The steps of clock=cpu, measured on one machine, may be trained on another.
 _FREE = {"stage", "rows", "rows_file", "tasks", "similarity", "task_seeds", "data_dir", "curve", "curve_rows", "jobs"}
-_FREE |= {
-    "out",
-    "threads",
-    "extensions",
-    "learning_rates",
-    "speed_runs",
-    "speed_steps",
-}  # what may change from one call to the next
+_FREE |= {"out", "threads", "extensions", "learning_rates", "speed_runs", "speed_steps", "trainer"}
 _KEYS = {"overrides", "train", "like", "best_of", "tune_only", "select", "tuned_as"}
 
 

@@ -11,6 +11,7 @@ from benchmarks.quality.curve import branch
 from benchmarks.quality.experiment import Experiment
 from benchmarks.quality.runner import Command
 from benchmarks.quality.scoring import HELD_OUT
+from benchmarks.quality.training import seconds_per_step
 from distilkit.errors import UserError
 from distilkit.records import processor, read_results, write_json
 from distilkit.report.frame import Scores, gather, task_label
@@ -88,8 +89,13 @@ def _training(experiment: Experiment, name: str) -> Record:
         return {}
     summary = json.loads((folder / "summary.json").read_text("utf-8"))
     clock = json.loads((folder / "clock.json").read_text("utf-8")) if (folder / "clock.json").is_file() else {}
-    spent = clock.get("core_seconds" if experiment.settings.clock == "cpu" else "wall_seconds", 0.0)
-    names = ("optimizer_steps", "tokens_seen", "student_parameters", "layers")
+    if experiment.settings.clock == "wall":
+        spent = clock.get("wall_seconds", 0.0)
+    elif experiment.settings.trainer == "cpu":
+        spent = clock.get("core_seconds", 0.0)
+    else:  # the steps of a budget of core-seconds, trained on a GPU
+        spent = summary["optimizer_steps"] and summary["optimizer_steps"] * seconds_per_step(experiment, name)
+    names = ("optimizer_steps", "tokens_seen", "student_parameters", "layers", "machine")
     return {"hours": spent / 3600, **{key: summary.get(key) for key in names}}
 
 
@@ -147,7 +153,7 @@ def tables(experiment: Experiment, records: Sequence[Record]) -> list[Table]:
     """Build the tables of trainings, of tasks and of differences."""
     own, cells = experiment.settings, []
     for record in records:
-        tried = f" of {len(record['tried'])}" if "tried" in record and "as" not in record else ""
+        tried = f" of {len(record['tried'])}" if record.get("tried") and "as" not in record else ""
         like = {key: f"as {record[key]}" for key in ("best", "as") if key in record}
         cell = {
             "row": record["row"] + (f" ({like['best'].removeprefix('as ')})" if "best" in like else ""),
@@ -265,7 +271,9 @@ def report(experiment: Experiment) -> Path:
     lines = [verdict(records), *([partial] if (partial := missing(experiment, records)) else [])]
     print(*lines, sep="\n")
     about = f"Teacher {own.teacher}; {own.budget} a row by clock={own.clock}; "
-    about += f"{own.threads} thread{'s' * (own.threads != 1)} of {processor('cpu')}; {own.precision}; "
+    threads = f"{own.threads} thread{'s' * (own.threads != 1)} of {processor('cpu')}"
+    machines = sorted({record["machine"] for record in records if record.get("machine")})
+    about += f"{threads if own.trainer == 'cpu' else ', '.join(machines) or own.trainer}; {own.precision}; "
     about += f"seed {own.seed} of trainings, {', '.join(map(str, own.task_seeds))} of tasks."
     write_json(experiment.out / "table.json", {"rows": records, "curve": curve})
     file = experiment.out / "table.md"

@@ -46,6 +46,16 @@ def measure_speed(experiment: Experiment) -> None:
     write_json(experiment.out / "speed.json", {**experiment.read("speed.json"), **found})
 
 
+def seconds_per_step(experiment: Experiment, name: str) -> float:
+    """Return the core-seconds of a step of a row, measured by the stage speed."""
+    row, speeds = experiment.every[name], experiment.read("speed.json")
+    if row.tuned_as or row.best_of:
+        return seconds_per_step(experiment, row.tuned_as or experiment.read("tuning.json")[name]["best"])
+    if name not in speeds:
+        raise UserError(f"the steps of row {name} are not timed; add stage=speed")
+    return float(speeds[name]["seconds_per_step"])
+
+
 def limits(experiment: Experiment, name: str, share: float) -> tuple[int | None, list[str]]:
     """Return the steps of a row for a share of the budget, or for the clock on the wall the override of its time."""
     time, row = seconds(experiment.settings.budget) * share, experiment.every[name]
@@ -53,12 +63,7 @@ def limits(experiment: Experiment, name: str, share: float) -> tuple[int | None,
         return 0, []
     if experiment.settings.clock == "wall":
         return None, [f"budget={round(time)}s"]
-    if row.tuned_as or row.best_of:
-        return limits(experiment, row.tuned_as or experiment.read("tuning.json")[name]["best"], share)
-    speeds = experiment.read("speed.json")
-    if name not in speeds:
-        raise UserError(f"the steps of row {name} are not timed; add stage=speed")
-    steps = round(time / speeds[name]["seconds_per_step"])
+    steps = round(time / seconds_per_step(experiment, name))
     if steps < SHORTEST:
         raise UserError(f"{time:g} seconds are {steps} steps of row {name}, but it takes {SHORTEST}; raise the budget")
     return steps, []

@@ -190,8 +190,9 @@ def _run(job: Job) -> float:
     if job.checkpoint and job.logged and trainer.is_global_zero:
         step, row = job.logged
         continue_records(trainer.loggers, checkpoint=job.checkpoint, step=step, row=row)
-    if torch.cuda.is_initialized():  # by an earlier job in this process
-        torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
+    device = trainer.strategy.root_device
+    if device.type == "cuda" and torch.cuda.is_initialized():  # by an earlier job in this process
+        torch.cuda.reset_peak_memory_stats(device)
     more = [callback.requeue for callback in trainer.callbacks if isinstance(callback, StopOnSignal)]  # type: ignore[attr-defined]
     # Trainings that take turns have one process, and no ranks.
     ranks: AbstractContextManager[None] = nullcontext()
