@@ -84,6 +84,34 @@ def test_other_settings_need_another_folder(make: Callable[..., experiment.Exper
     make("budget=3s", "rows=[lm,triple]", "tasks=[rte]", "jobs=2", "trainer=gpu")
     with pytest.raises(UserError, match="holds results with other settings: budget=4s, before 3s; choose another out"):
         make("budget=4s")
+    with pytest.raises(UserError, match="clock=cpu times steps on a CPU, but trainer=gpu"):
+        training.measure_speed(make("budget=3s", "trainer=gpu"))
+
+
+def test_a_gpu_takes_over_from_a_cpu_by_measured_steps_alone(make: Callable[..., experiment.Experiment]) -> None:
+    make("clock=wall", "trainer=cpu")
+    with pytest.raises(UserError, match="holds results with other settings: trainer=gpu, before cpu"):
+        make("clock=wall", "trainer=gpu")
+
+
+def test_a_trunk_that_fails_keeps_no_branch_of_another_row(
+    make: Callable[..., experiment.Experiment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, decayed = make("rows=[lm,triple]", "curve=[1,2]", "curve_rows=[triple,lm]"), []
+
+    def point(name: str, tokens: float) -> curve.Point:
+        return curve.Point(name=name, tokens=tokens, leaves=1, ends=2, trunk=[], branch=[])
+
+    def train(_: object, each: curve.Point) -> None:
+        if (each.name, each.tokens) == ("triple", 2):
+            raise UserError("broken")
+
+    monkeypatch.setattr(curve, "points_of", lambda _, name: [point(name, 1), point(name, 2)])
+    monkeypatch.setattr(curve, "train_trunk", train)
+    monkeypatch.setattr(curve, "decay", lambda _, each: decayed.append((each.name, each.tokens)))
+    with pytest.raises(UserError, match="1 of the commands failed"):
+        curve.measure_curve(own)
+    assert sorted(decayed) == [("lm", 1), ("lm", 2), ("triple", 1)]
 
 
 def test_bf16_is_taken_where_the_processor_has_units_for_it() -> None:
@@ -449,11 +477,8 @@ def test_an_unfinished_report_names_what_it_cannot_say(
     assert "teacher (held-out text, STS-B by cosine, RTE, SST-2)" in text
 
 
-@pytest.mark.parametrize(("trainer", "seconds"), [("cpu", 7), ("gpu", 50)])
-def test_steps_trained_on_a_gpu_count_as_the_core_seconds_that_they_were_measured_at(
-    trainer: str, seconds: float, make: Callable[..., experiment.Experiment]
-) -> None:
-    own = make("rows=[lm]", "tasks=[rte,sst2]", f"trainer={trainer}")
+def test_the_hours_of_clock_cpu_are_steps_at_their_measured_cost(make: Callable[..., experiment.Experiment]) -> None:
+    own = make("rows=[lm]", "tasks=[rte,sst2]")
     write_scores(own.out, "lm", nll=3.0, right=0.6)
     folder = own.out / "runs" / "lm"
     folder.mkdir(parents=True)
@@ -461,8 +486,10 @@ def test_steps_trained_on_a_gpu_count_as_the_core_seconds_that_they_were_measure
     write_json(folder / "clock.json", {"core_seconds": 7, "wall_seconds": 3})
     write_json(own.out / "speed.json", {"lm": {"seconds_per_step": 0.5}})
     record = report.records_of(own, report.read_scores(own))[1]
-    assert record["hours"] == pytest.approx(seconds / 3600)
+    assert record["hours"] == pytest.approx(50 / 3600)
     assert record["machine"] == "NVIDIA H100"
+    own.settings.clock = "wall"
+    assert report.records_of(own, report.read_scores(own))[1]["hours"] == pytest.approx(3 / 3600)
 
 
 def test_wrong_stages_are_refused(monkeypatch: pytest.MonkeyPatch, save_teacher: Callable[..., Path]) -> None:

@@ -50,12 +50,22 @@ class Point:
 
 
 def measure_curve(experiment: Experiment) -> None:
-    """Train the trunk of each row of the curve, and then the branches, and score these."""
-    own = experiment.settings
+    """Train the trunk of each row of the curve, then the branches that leave what is trained of it, and score these."""
+    own, ready, failed = experiment.settings, list[Point](), None
     rows = [name for name in own.curve_rows if name in experiment.rows] if own.curve else []
-    points = {name: points_of(experiment, name) for name in rows}
-    experiment.runner.each(lambda name: [train_trunk(experiment, point) for point in points[name]], rows)
-    experiment.runner.each(lambda point: decay(experiment, point), itertools.chain.from_iterable(points.values()))
+
+    def go(name: str) -> None:
+        for point in points_of(experiment, name):
+            train_trunk(experiment, point)
+            ready.append(point)
+
+    try:
+        experiment.runner.each(go, rows)
+    except UserError as error:
+        failed = error
+    experiment.runner.each(lambda point: decay(experiment, point), ready)
+    if failed:
+        raise failed
 
 
 def branch(experiment: Experiment, name: str, tokens: float) -> Path:

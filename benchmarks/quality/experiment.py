@@ -19,9 +19,9 @@ from distilkit.records import write_json
 
 HERE = Path(__file__).parent
 _UNITS = {"s": 1, "m": 60, "h": 3600}
-# What may change from one call to the next. The steps of clock=cpu, measured on one machine, may be trained on another.
+# What may change from one call to the next.
 _FREE = {"stage", "rows", "rows_file", "tasks", "similarity", "task_seeds", "data_dir", "curve", "curve_rows", "jobs"}
-_FREE |= {"out", "threads", "extensions", "learning_rates", "speed_runs", "speed_steps", "trainer"}
+_FREE |= {"out", "threads", "extensions", "learning_rates", "speed_runs", "speed_steps"}
 _KEYS = {"overrides", "train", "like", "best_of", "tune_only", "select", "tuned_as"}
 
 
@@ -116,7 +116,9 @@ def read_rows(table: Mapping[str, Any], chosen: Sequence[str] | None) -> dict[st
 
 def check_unchanged(settings: DictConfig, file: Path) -> None:
     """Write the settings that decide results, or make sure that they are those of an earlier call."""
-    own = {str(key): value for key, value in OmegaConf.to_container(settings).items() if key not in _FREE}  # type: ignore[union-attr]
+    # The steps of clock=cpu, timed on one machine, may be trained on another.
+    free = _FREE | ({"trainer"} if settings.clock == "cpu" else set())
+    own = {str(key): value for key, value in OmegaConf.to_container(settings).items() if key not in free}  # type: ignore[union-attr]
     if not file.is_file():
         write_json(file, own)
     before = json.loads(file.read_text("utf-8"))

@@ -89,12 +89,9 @@ def _training(experiment: Experiment, name: str) -> Record:
         return {}
     summary = json.loads((folder / "summary.json").read_text("utf-8"))
     clock = json.loads((folder / "clock.json").read_text("utf-8")) if (folder / "clock.json").is_file() else {}
-    if experiment.settings.clock == "wall":
-        spent = clock.get("wall_seconds", 0.0)
-    elif experiment.settings.trainer == "cpu":
-        spent = clock.get("core_seconds", 0.0)
-    else:  # the steps of a budget of core-seconds, trained on a GPU
-        spent = summary["optimizer_steps"] and summary["optimizer_steps"] * seconds_per_step(experiment, name)
+    spent, steps = clock.get("wall_seconds", 0.0), summary["optimizer_steps"]
+    if experiment.settings.clock == "cpu":  # of the CPU on which the steps were timed, wherever they were trained
+        spent = steps and steps * seconds_per_step(experiment, name)
     names = ("optimizer_steps", "tokens_seen", "student_parameters", "layers", "machine")
     return {"hours": spent / 3600, **{key: summary.get(key) for key in names}}
 
@@ -271,9 +268,9 @@ def report(experiment: Experiment) -> Path:
     lines = [verdict(records), *([partial] if (partial := missing(experiment, records)) else [])]
     print(*lines, sep="\n")
     about = f"Teacher {own.teacher}; {own.budget} a row by clock={own.clock}; "
-    threads = f"{own.threads} thread{'s' * (own.threads != 1)} of {processor('cpu')}"
     machines = sorted({record["machine"] for record in records if record.get("machine")})
-    about += f"{threads if own.trainer == 'cpu' else ', '.join(machines) or own.trainer}; {own.precision}; "
+    about += f"{own.threads} thread{'s' * (own.threads != 1)} of " if own.trainer == "cpu" else ""
+    about += f"{', '.join(machines) or processor('cpu')}; {own.precision}; "
     about += f"seed {own.seed} of trainings, {', '.join(map(str, own.task_seeds))} of tasks."
     write_json(experiment.out / "table.json", {"rows": records, "curve": curve})
     file = experiment.out / "table.md"

@@ -25,6 +25,8 @@ def measure_speed(experiment: Experiment) -> None:
     own = experiment.settings
     if own.clock == "wall":
         return
+    if own.trainer != "cpu":
+        raise UserError(f"clock=cpu times steps on a CPU, but trainer={own.trainer}; run stage=[speed,tune] without it")
     rows, folders = _trained(experiment), range(own.speed_runs)
 
     def run(each: tuple[int, Row]) -> None:
