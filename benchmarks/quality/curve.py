@@ -90,12 +90,12 @@ def points_of(experiment: Experiment, name: str) -> list[Point]:
     per_step = trained["tokens_seen"] / trained["optimizer_steps"]
     pairs = steps_of(own.curve, tokens_per_step=per_step, decay_share=own.decay_share)
     warmup = max(1, round(_WARMUP * pairs[0][1]))
-    shared, found, before = [*tuned(experiment, name), *own.curve_overrides], [], []
+    shared, found, before = [*tuned(experiment, name), *own.curve_overrides], list[Point](), list[str]()
     for tokens, (leaves, ends) in zip(sorted(own.curve), pairs, strict=True):
         constant, decayed = schedules(leaves, ends, warmup=warmup)
         last = [_last(_trunk(experiment, name, tokens))]
-        overrides = {"trunk": [*shared, *constant, *before], "branch": [*shared, *decayed, *last]}
-        found.append(Point(name=name, tokens=tokens, leaves=leaves, ends=ends, **overrides))
+        trunk, end = [*shared, *constant, *before], [*shared, *decayed, *last]
+        found.append(Point(name=name, tokens=tokens, leaves=leaves, ends=ends, trunk=trunk, branch=end))
         before = last
     return found
 
