@@ -94,7 +94,7 @@ def test_a_gpu_takes_over_from_a_cpu_by_measured_steps_alone(make: Callable[...,
         make("clock=wall", "trainer=gpu")
 
 
-def test_a_trunk_that_fails_keeps_no_branch_of_another_row(
+def test_a_trunk_that_fails_holds_back_no_branch_that_is_ready(
     make: Callable[..., experiment.Experiment], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own, decayed = make("rows=[lm,triple]", "curve=[1,2]", "curve_rows=[triple,lm]"), []
