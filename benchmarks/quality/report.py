@@ -88,10 +88,11 @@ def _training(experiment: Experiment, name: str) -> Record:
     if not (folder / "summary.json").is_file():
         return {}
     summary = json.loads((folder / "summary.json").read_text("utf-8"))
-    clock = json.loads((folder / "clock.json").read_text("utf-8")) if (folder / "clock.json").is_file() else {}
-    spent, steps = clock.get("wall_seconds", 0.0), summary["optimizer_steps"]
-    if experiment.settings.clock == "cpu":  # of the CPU on which the steps were timed, wherever they were trained
-        spent = steps and steps * seconds_per_step(experiment, name)
+    clock, steps, spent = folder / "clock.json", summary["optimizer_steps"], 0.0
+    if experiment.settings.clock == "cpu" and steps:  # of the CPU on which steps were timed, wherever they were trained
+        spent = steps * seconds_per_step(experiment, name)
+    elif clock.is_file():
+        spent = json.loads(clock.read_text("utf-8")).get("wall_seconds", 0.0)
     names = ("optimizer_steps", "tokens_seen", "student_parameters", "layers", "machine")
     return {"hours": spent / 3600, **{key: summary.get(key) for key in names}}
 

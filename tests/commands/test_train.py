@@ -551,15 +551,15 @@ def test_two_runs_in_a_row_have_folders_of_their_own(train: Train, save_teacher:
     assert (second / "student").is_dir()
 
 
-# -------------------------------------------------------------------- prepare and export
-
-
 def test_a_run_on_the_cpu_leaves_alone_a_gpu_that_an_earlier_run_used(
     train: Train, save_teacher: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
     folder = train("teacher=hf", f"teacher.name={save_teacher('bert')}", "trainer.max_steps=1")
     assert (folder / "student").is_dir()
+
+
+# -------------------------------------------------------------------- prepare and export
 
 
 def test_training_uses_the_cache_that_prepare_made(
