@@ -1,5 +1,6 @@
 """benchmarks/quality: equal time, tuned rates, held-out scores by block, resumption, the curve and the report."""
 
+import csv
 import json
 import math
 import sys
@@ -271,6 +272,16 @@ def test_a_whole_experiment_gives_a_table_and_runs_nothing_twice(
     training.train(own)
     curve.measure_curve(own)
     assert not ran
+
+
+def test_a_short_run_is_scored_at_its_end_alone(
+    make: Callable[..., experiment.Experiment], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_here(monkeypatch, tmp_path)
+    own, folder = make(), tmp_path / "run"
+    own.runner.run(own.training("lm", folder, ["objective=mlm"], steps=60))
+    with (folder / "metrics.csv").open(encoding="utf-8") as file:
+        assert [row["step"] for row in csv.DictReader(file) if row["val/nll"]] == ["59"]
 
 
 @pytest.fixture
