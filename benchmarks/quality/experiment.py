@@ -173,7 +173,7 @@ class Experiment:
         limit = [] if steps is None else [f"trainer.max_steps={steps}"]
         quiet = ["validate_first=false", "callbacks.progress=null", "+trainer.enable_progress_bar=false"]
         # The end is scored anyway; before it, scores of a short run would take as long as its steps.
-        quiet += ["callbacks.validation.optimizer_steps=500"]
+        seldom = ["callbacks.validation.optimizer_steps=500"]
         clock = ["+callbacks.clock._target_=benchmarks.quality.clock.Clock"]
         return Command(
             name=name.replace("/", "-"),
@@ -181,7 +181,9 @@ class Experiment:
             arguments=[
                 f"name={name.partition('/')[2] or name}",
                 *merged(self.common(), ["student=half_depth"], overrides, limit),
-                *merged(quiet, clock),
+                *quiet,
+                *seldom,
+                *clock,
                 f"hydra.run.dir={folder}",
             ],
             done=(folder / "summary.json").is_file,
